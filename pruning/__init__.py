@@ -1,0 +1,17 @@
+"""Pruning Analysis for Diffusion Models: how far can a text-to-image model be pruned?"""
+from __future__ import annotations
+
+import difflib
+
+
+class UserError(Exception):
+    """Something the user can put right; the commands print it as one line and exit with 2."""
+
+
+def check_name(what: str, name: str, names) -> str:
+    """Return `name` if it is one of `names`; else raise a UserError that suggests the nearest."""
+    if name in names:
+        return name
+    near = difflib.get_close_matches(name, list(names), n=1)
+    hint = f", did you mean {near[0]!r}?" if near else ""
+    raise UserError(f"unknown {what} {name!r}{hint} (one of: {', '.join(names)})")

@@ -1,0 +1,74 @@
+"""What the commands share: one-line errors, argument types, exit codes. No torch."""
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+
+from pruning import UserError, check_name
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and the example in the description as it was written."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, False) or action.default is argparse.SUPPRESS:
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=Formatter, allow_abbrev=False)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def rate(text: str) -> float:
+    """A pruning rate: a number in [0, 1)."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"a rate is a number from 0 up to, but not, 1; got {text!r}")
+    return value
+
+
+def at_least(least: int, text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number, {least} or more; got {text!r}")
+    return value
+
+
+positive = partial(at_least, 1)
+not_negative = partial(at_least, 0)
+
+
+def name_in(what: str, names):
+    """An argument type that takes one of `names` and suggests the nearest to a wrong one."""
+    def parse(text):
+        try:
+            return check_name(what, text, names)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return parse
+
+
+def run(main) -> None:
+    """Run a command: exit code 2 and one line for a UserError, 130 for Ctrl-C."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; finished points are kept, the same command goes on from them", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,183 @@
+"""A pipeline by name, its denoiser, and images from (caption, seed).
+
+Only `diffusers` decides how a model is loaded and sampled: the bundled model,
+a folder and a hub id take the same path.
+"""
+from __future__ import annotations
+
+import hashlib
+import inspect
+import time
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+import numpy as np
+
+from pruning import UserError, check_name
+
+
+class Bundled(NamedTuple):
+    folder: Path
+    steps: int
+    guidance_scale: float
+
+
+MODELS = {
+    "shapes-unet": Bundled(Path(__file__).resolve().parent / "shapes" / "shapes-unet", 20, 4.0),
+}
+
+
+def load_pipeline(model: str, device: str = "cpu", dtype: str = "float32"):
+    """Load a text-to-image pipeline from safetensors: a bundled name, a folder or a hub id.
+
+    Raises UserError where it cannot be had.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+
+    source = model_source(model)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        # A safety checker blackens pictures, which a metric would take for damage.
+        config = DiffusionPipeline.load_config(source)
+        unchecked = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in config else {}
+        pipeline = DiffusionPipeline.from_pretrained(
+            source, torch_dtype=getattr(torch, dtype), use_safetensors=True, **unchecked)
+    except Exception as error:  # the boundary to hub, disk and file formats, each with exceptions of its own
+        raise UserError(
+            f"cannot load model {model!r}: {_first_line(error)}. Without a network, fetch it where there is one with "
+            f"`huggingface-cli download {model}` and give the folder: --model path/to/folder") from error
+    denoiser_name(pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def model_source(model: str) -> str:
+    """Where to load `model` from: a folder's path or a hub id. Raises UserError for what is neither."""
+    if model in MODELS:
+        return str(MODELS[model].folder)
+    if Path(model).is_dir():
+        if not (Path(model) / "model_index.json").is_file():
+            raise UserError(f"{model} is not a pipeline folder: it has no model_index.json")
+        return model
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        if "/" in model:
+            raise UserError(f"no model folder {model}")
+        check_name("model", model, MODELS)
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def denoiser_name(pipeline) -> str:
+    """The pipeline's attribute that is pruned. Raises UserError where there is none."""
+    for name in ("unet", "transformer"):
+        if getattr(pipeline, name, None) is not None:
+            return name
+    raise UserError(f"{type(pipeline).__name__} has neither a unet nor a transformer to prune")
+
+
+def default_settings(pipeline, model: str) -> dict:
+    """Steps, guidance scale and image size that the model is meant to be used with."""
+    call = inspect.signature(type(pipeline).__call__).parameters
+    size = getattr(pipeline, "default_sample_size", None)
+    size = size or getattr(pipeline, denoiser_name(pipeline)).config.sample_size
+    own = MODELS.get(model)
+    return {
+        "steps": own.steps if own else call["num_inference_steps"].default,
+        "guidance_scale": own.guidance_scale if own else float(call["guidance_scale"].default),
+        "image_size": size * pipeline.vae_scale_factor,
+    }
+
+
+def noise_generator(sample_id: str, seed: int):
+    """The random stream of one sample: it depends on (sample id, seed) alone, never on batch, order or rate."""
+    import torch
+    digest = hashlib.sha256(f"{seed}/{sample_id}".encode()).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+class Images(NamedTuple):
+    pixels: np.ndarray  # uint8 (n, h, w, 3)
+    finite: np.ndarray  # bool (n,): False where the pipeline gave NaN or infinity
+    seconds_each: float  # synchronised wall time over n
+
+
+def generate(pipeline, samples, *, seed: int, steps: int, guidance_scale: float, image_size: int, batch_size: int,
+             on_batch=None) -> Images:
+    """Make one image a sample. `on_batch(count)` is told of every finished batch."""
+    pixels, finite, seconds = [], [], 0.0
+    for start in range(0, len(samples), batch_size):
+        batch = samples[start:start + batch_size]
+        generators = [noise_generator(sample.id, seed) for sample in batch]
+        _synchronize(pipeline.device)
+        started = time.perf_counter()
+        made = pipeline(
+            prompt=[sample.caption for sample in batch], generator=generators, num_inference_steps=steps,
+            guidance_scale=guidance_scale, height=image_size, width=image_size, output_type="np").images
+        _synchronize(pipeline.device)
+        seconds += time.perf_counter() - started
+        good = np.isfinite(made).all(axis=(1, 2, 3))
+        pixels.append((np.nan_to_num(made, posinf=1.0, neginf=0.0).clip(0, 1) * 255).round().astype(np.uint8))
+        finite.append(good)
+        if on_batch:
+            on_batch(len(batch))
+    return Images(np.concatenate(pixels), np.concatenate(finite), seconds / len(samples))
+
+
+def _synchronize(device) -> None:
+    import torch
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def record_calls(pipeline, samples, *, seed: int, steps: int, guidance_scale: float, image_size: int, batch_size: int,
+                 on_batch=None) -> list:
+    """Make images of `samples` and keep every call of the denoiser: a list of (keyword arguments, output).
+
+    This is what self-distillation trains on. It needs no images and knows no
+    model family: whatever the pipeline passes to its denoiser is kept.
+    """
+    denoiser = getattr(pipeline, denoiser_name(pipeline))
+    signature = inspect.signature(denoiser.forward)
+    calls = []
+
+    def keep(_module, args, kwargs, output):
+        given = signature.bind(*args, **kwargs).arguments
+        calls.append(({k: v for k, v in given.items() if v is not None and k != "return_dict"}, output[0].detach()))
+
+    hook = denoiser.register_forward_hook(keep, with_kwargs=True)
+    try:
+        generate(pipeline, samples, seed=seed, steps=steps, guidance_scale=guidance_scale, image_size=image_size,
+                 batch_size=batch_size, on_batch=on_batch)
+    finally:
+        hook.remove()
+    return calls
+
+
+def count_parameters(module) -> dict:
+    """Parameters, how many are not zero, and their bytes at the module's dtype."""
+    parameters = list(module.parameters())
+    return {
+        "parameters": sum(p.numel() for p in parameters),
+        "nonzero_parameters": sum(int(p.count_nonzero()) for p in parameters),
+        "weight_bytes": sum(p.numel() * p.element_size() for p in parameters),
+    }
+
+
+def pick_device(device: Optional[str]) -> str:
+    """`device`, or CUDA where there is one. Raises UserError for CUDA where there is none."""
+    import torch
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise UserError(f"unknown device {device!r} (cpu, cuda or cuda:N)") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {device} was asked for, but torch {torch.__version__} finds no CUDA; use --device cpu")
+    return device

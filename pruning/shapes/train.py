@@ -1,0 +1,358 @@
+"""Train the bundled model and its metric networks from nothing but drawn scenes.
+
+    python pruning/shapes/train.py --work_dir /tmp/shapes
+
+Stages: vae, features, clip, unet, export. Each keeps a checkpoint in the work
+folder and goes on from it; a finished stage is not repeated. About 100 minutes
+on two CPU cores, and much faster with CUDA.
+"""
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from pruning.shapes import scenes  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+TOKENS = 20  # the longest caption has 16 with its two marks
+# stage -> steps, batch size, peak learning rate, decay of the averaged weights
+RECIPE = {
+    "vae": (2600, 32, 3e-3, 0.995),
+    "features": (3000, 128, 1e-3, 0.99),
+    "clip": (2600, 192, 1e-3, 0.995),
+    "unet": (6000, 64, 1e-3, 0.998),
+}
+
+
+# ---------------------------------------------------------------- data
+
+def load_split(work_dir: Path, split: str):
+    """All images of a split as uint8 (n, 64, 64, 3), and its scenes."""
+    count, _ = scenes.SPLITS[split]
+    drawn = [scenes.scene(split, i) for i in range(count)]
+    path = work_dir / f"{split}.npy"
+    if not path.exists():
+        images = np.stack([np.asarray(scenes.render(s)) for s in tqdm(drawn, desc=f"render {split}")])
+        np.save(path.with_suffix(".part.npy"), images)
+        os.replace(path.with_suffix(".part.npy"), path)
+    return np.load(path), drawn
+
+
+def pixels(images: np.ndarray, device) -> torch.Tensor:
+    """uint8 (n, h, w, 3) -> float (n, 3, h, w) in [-1, 1]."""
+    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def attributes(drawn) -> torch.Tensor:
+    """What a scene shows, as class indices (n, 9): background, relation, then
+    colour, shape, size word of the first object, and the same of the second,
+    each of which is the last class where there is no such object; then the count."""
+    backgrounds, colours = list(scenes.BACKGROUNDS), list(scenes.COLOURS)
+    relations, sizes = ["", "above", "to the left of"], list(scenes.RADII)
+    rows = []
+    for s in drawn:
+        row = [backgrounds.index(s.background), relations.index(s.relation)]
+        for o in s.objects:
+            row += [colours.index(o.colour), scenes.SHAPES.index(o.shape), sizes.index(o.size)]
+        row += [len(colours), len(scenes.SHAPES), len(sizes)] * (2 - len(s.objects))
+        rows.append(row)
+    return torch.tensor(rows)
+
+
+ATTRIBUTE_CLASSES = (4, 3, 9, 7, 4, 9, 7, 4)
+
+
+def positions(drawn) -> torch.Tensor:
+    """Centre and radius of both objects in [-1, 1], zero where absent: (n, 6)."""
+    rows = [[v for o in s.objects for v in (o.x / 32 - 1, o.y / 32 - 1, o.radius / 16 - 1)] for s in drawn]
+    return torch.tensor([row + [0.0] * (6 - len(row)) for row in rows])
+
+
+class AttributeHeads(nn.Module):
+    """Linear read-outs used in training alone: they make the features know the scene."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.classes = nn.ModuleList(nn.Linear(width, n) for n in ATTRIBUTE_CLASSES)
+        self.places = nn.Linear(width, 6)
+
+    def loss(self, features, labels, places):
+        wrong = sum(F.cross_entropy(head(features), labels[:, i]) for i, head in enumerate(self.classes))
+        return wrong + 4 * F.mse_loss(self.places(features), places)
+
+
+# ---------------------------------------------------------------- networks
+
+def make_tokenizer(folder: Path):
+    """A CLIP byte-pair tokenizer in which every word of the captions is one token."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    words = {"a", "an", "on", "background", "above", "to", "the", "left", "of", "small", "large",
+             *scenes.COLOURS, *scenes.BACKGROUNDS, *scenes.SHAPES}
+    letters = sorted(ByteLevel.alphabet())
+    vocab = letters + [c + "</w>" for c in letters]
+    merges = []
+    for word in sorted(words):
+        pieces = list(word[:-1]) + [word[-1] + "</w>"]
+        left = pieces[0]
+        for piece in pieces[1:]:
+            if f"{left} {piece}" not in merges:
+                merges.append(f"{left} {piece}")
+                vocab.append(left + piece)
+            left += piece
+    vocab = list(dict.fromkeys(vocab)) + ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(vocab)}, ensure_ascii=False),
+                                       encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
+               "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": TOKENS, "do_lower_case": True,
+              "add_prefix_space": False, "errors": "replace", **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def tokenize(tokenizer, captions) -> torch.Tensor:
+    return tokenizer(list(captions), padding="max_length", truncation=True, max_length=TOKENS,
+                     return_tensors="pt").input_ids
+
+
+def make_vae():
+    from diffusers import AutoencoderKL
+    return AutoencoderKL(
+        block_out_channels=(16, 32, 64), layers_per_block=1, latent_channels=4, norm_num_groups=8,
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        mid_block_add_attention=False, sample_size=scenes.SIZE)
+
+
+def make_features():
+    """SqueezeNet 1.1 with 64 outputs: FID reads these, LPIPS the layers below."""
+    from torchvision.models import squeezenet1_1
+    return squeezenet1_1(weights=None, num_classes=64, dropout=0.0)
+
+
+def make_clip(tokenizer):
+    from transformers import CLIPConfig, CLIPModel
+    tower = dict(hidden_size=128, intermediate_size=512, num_attention_heads=4, projection_dim=64)
+    marks = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                 pad_token_id=tokenizer.pad_token_id)
+    text = dict(tower, num_hidden_layers=3, vocab_size=len(tokenizer), max_position_embeddings=TOKENS, **marks)
+    vision = dict(tower, num_hidden_layers=4, image_size=scenes.SIZE, patch_size=8)
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
+
+
+def make_unet():
+    from diffusers import UNet2DConditionModel
+    return UNet2DConditionModel(
+        sample_size=scenes.SIZE // 4, in_channels=4, out_channels=4, layers_per_block=1,
+        block_out_channels=(48, 96, 128), norm_num_groups=4, cross_attention_dim=128, attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"))
+
+
+def make_scheduler():
+    from diffusers import DDIMScheduler
+    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+                         set_alpha_to_one=False, steps_offset=1, prediction_type="epsilon")
+
+
+# ---------------------------------------------------------------- training
+
+def fit(stage: str, work_dir: Path, module: nn.Module, loss_of, device) -> nn.Module:
+    """Train `module` by RECIPE[stage]; returns its averaged weights' module, in eval mode.
+
+    `loss_of(module, rng, batch_size)` gives the loss of one random batch.
+    The checkpoint is rewritten every minute.
+    """
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    steps, batch, peak, decay = RECIPE[stage]
+    path = work_dir / f"{stage}.pt"
+    module.to(device).train()
+    average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
+    warm = steps // 25
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min(1, (s + 1) / warm) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, s / steps)))))
+    parts = dict(module=module, average=average, optimizer=optimizer, scheduler=scheduler)
+    step = 0
+    if path.exists():
+        saved = torch.load(path, map_location=device, weights_only=True)
+        step = saved.pop("step")
+        for name, state in saved.items():
+            parts[name].load_state_dict(state)
+
+    saved_at, shown = time.monotonic(), 0.0
+    bar = tqdm(total=steps, initial=step, desc=stage, mininterval=10)
+    while step < steps:
+        torch.manual_seed(step)
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            loss = loss_of(module, np.random.RandomState(step), batch)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        if step >= warm:
+            average.update_parameters(module)
+        step += 1
+        shown += (loss.item() - shown) / min(step, 50)
+        bar.set_postfix(loss=f"{shown:.4f}", refresh=False)
+        bar.update()
+        if step == steps or time.monotonic() - saved_at > 60:
+            torch.save({"step": step, **{k: v.state_dict() for k, v in parts.items()}}, path.with_suffix(".part"))
+            os.replace(path.with_suffix(".part"), path)
+            saved_at = time.monotonic()
+    return average.module.eval().requires_grad_(False)
+
+
+def train_vae(work_dir, images, device):
+    def loss_of(vae, rng, batch):
+        x = pixels(images[rng.randint(len(images), size=batch)], device).contiguous(memory_format=torch.channels_last)
+        posterior = vae.encode(x).latent_dist
+        error = vae.decode(posterior.sample()).sample.float() - x
+        return error.abs().mean() + 4 * error.square().mean() + 1e-6 * posterior.kl().mean()
+
+    vae = make_vae().to(memory_format=torch.channels_last)
+    return fit("vae", work_dir, vae, loss_of, device)
+
+
+def train_features(work_dir, images, drawn, device):
+    net = nn.ModuleDict({"net": make_features(), "heads": AttributeHeads(64)})
+    labels, places = attributes(drawn).to(device), positions(drawn).to(device)
+
+    def loss_of(net, rng, batch):
+        rows = rng.randint(len(images), size=batch)
+        return net["heads"].loss(net["net"](pixels(images[rows], device)), labels[rows], places[rows])
+
+    return fit("features", work_dir, net, loss_of, device)["net"]
+
+
+def train_clip(work_dir, tokenizer, images, drawn, device):
+    """Contrastive training (Radford et al., 2021); equal captions in a batch are all positives."""
+    captions = [s.caption for s in drawn]
+    ids = tokenize(tokenizer, captions).to(device)
+    _, same = np.unique(captions, return_inverse=True)
+    same = torch.from_numpy(same.reshape(-1)).to(device)
+    labels, places = attributes(drawn).to(device), positions(drawn).to(device)
+    net = nn.ModuleDict({"clip": make_clip(tokenizer), "heads": AttributeHeads(128)})
+
+    def loss_of(net, rng, batch):
+        rows = rng.randint(len(images), size=batch)
+        out = net["clip"](input_ids=ids[rows], pixel_values=pixels(images[rows], device))
+        scale = net["clip"].logit_scale.exp().clamp(max=100)
+        logits = scale * out.text_embeds.float() @ out.image_embeds.float().T
+        target = (same[rows][:, None] == same[rows][None, :]).float()
+        target /= target.sum(1, keepdim=True)
+        contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        return contrast + 0.1 * net["heads"].loss(out.vision_model_output.last_hidden_state[:, 0], labels[rows], places[rows])
+
+    return fit("clip", work_dir, net, loss_of, device)["clip"]
+
+
+@torch.no_grad()
+def encode_images(vae, images, device):
+    """Mean latents (n, 4, 16, 16), unscaled."""
+    return torch.cat([vae.encode(pixels(images[i:i + 64], device)).latent_dist.mean
+                      for i in tqdm(range(0, len(images), 64), desc="latents")])
+
+
+def train_unet(work_dir, tokenizer, text_encoder, vae, images, drawn, device):
+    """Noise prediction with min-SNR-5 weights (Hang et al., 2023), a tenth of the captions dropped."""
+    path = work_dir / "latents.pt"
+    if not path.exists():
+        torch.save(encode_images(vae, images, device).half().cpu(), path)
+    latents = torch.load(path, map_location=device, weights_only=True).float() * vae.config.scaling_factor
+    captions = ["", *sorted({s.caption for s in drawn})]
+    row_of = {c: i for i, c in enumerate(captions)}
+    caption_rows = np.array([row_of[s.caption] for s in drawn])
+    ids = tokenize(tokenizer, captions)
+    with torch.no_grad():
+        states = torch.cat([text_encoder(ids[i:i + 512].to(device)).last_hidden_state.half()
+                            for i in tqdm(range(0, len(ids), 512), desc="captions")])
+    scheduler = make_scheduler()
+    alphas = scheduler.alphas_cumprod.to(device)
+    weight = (alphas / (1 - alphas)).clamp(max=5) / (alphas / (1 - alphas))
+
+    def loss_of(unet, rng, batch):
+        rows = rng.randint(len(latents), size=batch)
+        texts = np.where(rng.rand(batch) < 0.1, 0, caption_rows[rows])
+        t = torch.from_numpy(rng.randint(scheduler.config.num_train_timesteps, size=batch)).to(device)
+        x = latents[rows]
+        noise = torch.randn_like(x)
+        noisy = scheduler.add_noise(x, noise, t).contiguous(memory_format=torch.channels_last)
+        predicted = unet(noisy, t, encoder_hidden_states=states[texts].float()).sample
+        return (weight[t] * (predicted.float() - noise).square().mean((1, 2, 3))).mean()
+
+    unet = make_unet().to(memory_format=torch.channels_last)
+    return fit("unet", work_dir, unet, loss_of, device)
+
+
+# ---------------------------------------------------------------- what is kept
+
+def export(vae, features, clip, unet, tokenizer_dir: Path, folder: Path):
+    """Write the pipeline and the metric networks as fp16 safetensors below `folder`."""
+    from diffusers import StableDiffusionPipeline
+    from safetensors.torch import save_file
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    text_encoder = CLIPTextModel(clip.config.text_config)
+    wanted = set(text_encoder.state_dict())
+    tower = {f"text_model.{k}": v for k, v in clip.text_model.state_dict().items()}
+    tower.update(clip.text_model.state_dict())  # the class keeps its keys with or without the prefix, by version
+    text_encoder.load_state_dict({k: v for k, v in tower.items() if k in wanted})
+    pipeline = StableDiffusionPipeline(
+        vae=vae, text_encoder=text_encoder, tokenizer=CLIPTokenizer.from_pretrained(tokenizer_dir), unet=unet,
+        scheduler=make_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    # A copy: half precision is for the disk, the caller goes on with what it has.
+    copy.deepcopy(pipeline).to(dtype=torch.float16).save_pretrained(folder / "shapes-unet", safe_serialization=True)
+    copy.deepcopy(clip).half().save_pretrained(folder / "clip", safe_serialization=True)
+    for target in (folder / "shapes-unet" / "tokenizer", folder / "clip"):
+        for file in tokenizer_dir.iterdir():  # as every version of transformers reads it
+            shutil.copyfile(file, target / file.name)
+    processor = {"image_processor_type": "CLIPImageProcessor", "do_resize": True, "do_center_crop": True,
+                 "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "rescale_factor": 1 / 255,
+                 "size": {"shortest_edge": scenes.SIZE}, "crop_size": {"height": scenes.SIZE, "width": scenes.SIZE},
+                 "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
+    (folder / "clip" / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+    save_file({k: v.half().contiguous() for k, v in features.state_dict().items()}, folder / "squeezenet.safetensors")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work_dir", type=Path, required=True, help="checkpoints and rendered scenes")
+    parser.add_argument("--output_dir", type=Path, default=HERE, help="where the weights go (default: beside this file)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+
+    images, drawn = load_split(args.work_dir, "train")
+    tokenizer = make_tokenizer(args.work_dir / "tokenizer")
+    vae = train_vae(args.work_dir, images, args.device)
+    features = train_features(args.work_dir, images, drawn, args.device)
+    clip = train_clip(args.work_dir, tokenizer, images, drawn, args.device)
+    latents = encode_images(vae, images[:4096], args.device)
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+    unet = train_unet(args.work_dir, tokenizer, clip.text_model, vae, images, drawn, args.device)
+    export(vae, features, clip, unet, args.work_dir / "tokenizer", args.output_dir)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Sweep one pruning method over the rates 0.1 to 0.9, then draw the graphs.
+#
+#   ./run_pruning_analysis.sh [method] [num_images] [dataset] [flags of pruning/pruning_analysis.py]
+#   ./run_pruning_analysis.sh magnitude 50 coco
+#
+# Defaults: magnitude 32 shapes. The first run makes .venv.
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+
+flags=()
+for name in method num_images dataset; do
+  case "${1:-}" in
+    "" | -*) break ;;
+  esac
+  flags+=("--$name" "$1")
+  shift
+done
+
+REQUIREMENTS="requirements.txt"
+. "$root/pruning/environment.sh"
+exec "$PYTHON" "$root/pruning/pruning_analysis.py" ${flags[@]+"${flags[@]}"} "$@"

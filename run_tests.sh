@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Run the tests; the first run makes .venv.
+#
+#   ./run_tests.sh [--slow] [flags of pytest]
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+
+chosen=(-m "not slow")
+if [ "${1:-}" = "--slow" ]; then
+  chosen=()
+  shift
+fi
+
+REQUIREMENTS="requirements.txt tests/requirements.txt"
+. "$root/pruning/environment.sh"
+cd "$root"
+"$PYTHON" -m ruff check .
+exec "$PYTHON" -m pytest ${chosen[@]+"${chosen[@]}"} "$@"
