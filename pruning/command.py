@@ -24,6 +24,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=Formatter, allow_abbrev=False)
 
     def error(self, message):
+        """Exit with 2 and one line, without the usage that argparse puts before it."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
@@ -39,6 +40,7 @@ def rate(text: str) -> float:
 
 
 def at_least(least: int, text: str) -> int:
+    """A whole number, `least` or more."""
     try:
         value = int(text)
     except ValueError:

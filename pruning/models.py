@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import platform
 import time
+from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import Any, Dict, NamedTuple, Optional
 
 import numpy as np
 
@@ -17,6 +19,8 @@ from pruning import UserError, check_name
 
 
 class Bundled(NamedTuple):
+    """A model of this repository, with the settings it was made for."""
+
     folder: Path
     steps: int
     guidance_scale: float
@@ -25,6 +29,9 @@ class Bundled(NamedTuple):
 MODELS = {
     "shapes-unet": Bundled(Path(__file__).resolve().parent / "shapes" / "shapes-unet", 20, 4.0),
 }
+
+# diffusers' keyword for the dtype to load in: the one name is unknown before 0.40, the other deprecated since.
+DTYPE = "dtype" if tuple(map(int, metadata.version("diffusers").split(".")[:2])) >= (0, 40) else "torch_dtype"
 
 
 def load_pipeline(model: str, device: str = "cpu", dtype: str = "float32"):
@@ -44,7 +51,7 @@ def load_pipeline(model: str, device: str = "cpu", dtype: str = "float32"):
         config = DiffusionPipeline.load_config(source)
         unchecked = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in config else {}
         pipeline = DiffusionPipeline.from_pretrained(
-            source, torch_dtype=getattr(torch, dtype), use_safetensors=True, **unchecked)
+            source, use_safetensors=True, **{DTYPE: getattr(torch, dtype)}, **unchecked)
     except Exception as error:  # the boundary to hub, disk and file formats, each with exceptions of its own
         raise UserError(
             f"cannot load model {model!r}: {_first_line(error)}. Without a network, fetch it where there is one with "
@@ -81,6 +88,16 @@ def denoiser_name(pipeline) -> str:
     raise UserError(f"{type(pipeline).__name__} has neither a unet nor a transformer to prune")
 
 
+def take_denoiser(pipeline):
+    """The dense denoiser, moved to the CPU: points are made from copies of it."""
+    return getattr(pipeline, denoiser_name(pipeline)).to("cpu")
+
+
+def set_denoiser(pipeline, denoiser) -> None:
+    """Make the pipeline use `denoiser`."""
+    setattr(pipeline, denoiser_name(pipeline), denoiser)
+
+
 def default_settings(pipeline, model: str) -> dict:
     """Steps, guidance scale and image size that the model is meant to be used with."""
     call = inspect.signature(type(pipeline).__call__).parameters
@@ -102,6 +119,8 @@ def noise_generator(sample_id: str, seed: int):
 
 
 class Images(NamedTuple):
+    """Generated images, and how long they took."""
+
     pixels: np.ndarray  # uint8 (n, h, w, 3)
     finite: np.ndarray  # bool (n,): False where the pipeline gave NaN or infinity
     seconds_each: float  # synchronised wall time over n
@@ -127,6 +146,11 @@ def generate(pipeline, samples, *, seed: int, steps: int, guidance_scale: float,
         if on_batch:
             on_batch(len(batch))
     return Images(np.concatenate(pixels), np.concatenate(finite), seconds / len(samples))
+
+
+def warm_up(pipeline, samples, *, batch_size: int, **settings) -> None:
+    """One batch of one step, discarded: first calls choose kernels and allocate, and are no measure of speed."""
+    generate(pipeline, samples[:batch_size], batch_size=batch_size, **{**settings, "steps": 1})
 
 
 def _synchronize(device) -> None:
@@ -181,3 +205,34 @@ def pick_device(device: Optional[str]) -> str:
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device {device} was asked for, but torch {torch.__version__} finds no CUDA; use --device cpu")
     return device
+
+
+def label(model: str) -> str:
+    """What a record calls the model: its name or hub id, or a folder's own name."""
+    return Path(model).resolve().name if model not in MODELS and Path(model).is_dir() else model
+
+
+def fingerprint(denoiser) -> str:
+    """Class and a hash of the weights (every tensor's name, shape and some thousand values), to tell models apart."""
+    import torch
+    digest = hashlib.sha256()
+    for name, tensor in denoiser.state_dict().items():
+        flat = tensor.detach().flatten()
+        some = flat[:: max(1, flat.numel() // 4096)].float().cpu()
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(some.contiguous().view(torch.uint8).numpy().tobytes())
+    return f"{type(denoiser).__name__} {digest.hexdigest()[:12]}"
+
+
+def machine(device: str) -> Dict[str, Any]:
+    """What computes, for the record."""
+    import torch
+    if torch.device(device).type == "cuda":
+        return {"device": torch.cuda.get_device_name(device), "threads": torch.get_num_threads()}
+    return {"device": f"cpu ({platform.machine()})", "threads": torch.get_num_threads()}
+
+
+def versions() -> Dict[str, str]:
+    """Versions of what decides the numbers."""
+    packages = ("torch", "diffusers", "transformers", "lpips", "numpy")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}

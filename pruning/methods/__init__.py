@@ -6,14 +6,17 @@ the denoiser in place. This table loads without torch.
 from __future__ import annotations
 
 import importlib
-from typing import NamedTuple, Tuple
+from typing import Any, Dict, NamedTuple
 
 
 class Method(NamedTuple):
+    """What the commands know of a method without loading it."""
+
     help: str
     module: str  # the file in this folder
     unit: str  # what the rate is a share of
-    options: Tuple[str, ...] = ()  # keyword arguments of prune() that the commands offer as flags
+    options: Dict[str, Any]  # keyword arguments of prune() that the commands offer as flags, with their defaults
+    removes: bool = False  # units are taken out and shapes shrink, unless masked
     recovers: bool = False  # needs recorded denoiser calls to train on
 
 
@@ -27,13 +30,13 @@ class Pruned(NamedTuple):
 
 
 METHODS = {
-    "magnitude": Method("zero the weights of lowest |w|", "magnitude", "weights", ("scope",)),
+    "magnitude": Method("zero the weights of lowest |w|", "magnitude", "weights", {"scope": "layer"}),
     "structured": Method("remove feed-forward neurons and ResNet inner channels of lowest L2 norm",
-                         "structured", "neurons and channels", ("mask_only",)),
+                         "structured", "neurons and channels", {"mask_only": False}, removes=True),
     "iterative": Method("magnitude in steps, with self-distillation after each", "iterative", "weights",
-                        ("scope", "recovery_steps"), recovers=True),
+                        {"scope": "layer", "recovery_steps": 100}, recovers=True),
     "attention_heads": Method("remove whole attention heads, ranked over the denoiser",
-                              "attention_heads", "heads", ("mask_only",)),
+                              "attention_heads", "heads", {"mask_only": False}, removes=True),
 }
 
 

@@ -44,6 +44,8 @@ SPLITS = {
 
 
 class Object(NamedTuple):
+    """One coloured shape."""
+
     colour: str
     shape: str
     size: str  # "small", "large", or "" where there are two objects
@@ -53,6 +55,8 @@ class Object(NamedTuple):
 
 
 class Scene(NamedTuple):
+    """What a picture shows, and the caption that says so."""
+
     caption: str
     background: str
     relation: str  # "", "above" or "to the left of"

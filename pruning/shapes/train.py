@@ -25,16 +25,16 @@ from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from pruning.shapes import scenes  # noqa: E402
+from pruning.shapes import scenes
 
 HERE = Path(__file__).resolve().parent
 TOKENS = 20  # the longest caption has 16 with its two marks
-# stage -> steps, batch size, peak learning rate, decay of the averaged weights
+# stage -> steps, batch size, peak learning rate, decay of the averaged weights, running loss that is good enough
 RECIPE = {
-    "vae": (2600, 32, 3e-3, 0.995),
-    "features": (3000, 128, 1e-3, 0.99),
-    "clip": (2600, 192, 1e-3, 0.995),
-    "unet": (6000, 64, 1e-3, 0.998),
+    "vae": (2600, 32, 3e-3, 0.995, 0.0),
+    "features": (3000, 128, 1e-3, 0.99, 0.0),
+    "clip": (2400, 192, 1e-3, 0.995, 0.05),
+    "unet": (4600, 64, 1e-3, 0.998, 0.0),
 }
 
 
@@ -91,6 +91,7 @@ class AttributeHeads(nn.Module):
         self.places = nn.Linear(width, 6)
 
     def loss(self, features, labels, places):
+        """Cross entropy of the attributes plus squared error of the places."""
         wrong = sum(F.cross_entropy(head(features), labels[:, i]) for i, head in enumerate(self.classes))
         return wrong + 4 * F.mse_loss(self.places(features), places)
 
@@ -99,27 +100,23 @@ class AttributeHeads(nn.Module):
 
 def make_tokenizer(folder: Path):
     """A CLIP byte-pair tokenizer in which every word of the captions is one token."""
-    from tokenizers.pre_tokenizers import ByteLevel
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
     words = {"a", "an", "on", "background", "above", "to", "the", "left", "of", "small", "large",
              *scenes.COLOURS, *scenes.BACKGROUNDS, *scenes.SHAPES}
-    letters = sorted(ByteLevel.alphabet())
-    vocab = letters + [c + "</w>" for c in letters]
-    merges = []
-    for word in sorted(words):
-        pieces = list(word[:-1]) + [word[-1] + "</w>"]
-        left = pieces[0]
-        for piece in pieces[1:]:
-            if f"{left} {piece}" not in merges:
-                merges.append(f"{left} {piece}")
-                vocab.append(left + piece)
-            left += piece
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learner.pre_tokenizer = pre_tokenizers.Whitespace()
+    learner.train_from_iterator(sorted(words), trainers.BpeTrainer(
+        vocab_size=10_000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False))
+    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = letters + [c + "</w>" for c in letters] + ["".join(pair) for pair in merges]
     vocab = list(dict.fromkeys(vocab)) + ["<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(vocab)}, ensure_ascii=False),
                                        encoding="utf-8")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n", encoding="utf-8")
     special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
                "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
@@ -183,7 +180,7 @@ def fit(stage: str, work_dir: Path, module: nn.Module, loss_of, device) -> nn.Mo
     """
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-    steps, batch, peak, decay = RECIPE[stage]
+    steps, batch, peak, decay, enough = RECIPE[stage]
     path = work_dir / f"{stage}.pt"
     module.to(device).train()
     average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
@@ -192,16 +189,16 @@ def fit(stage: str, work_dir: Path, module: nn.Module, loss_of, device) -> nn.Mo
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min(1, (s + 1) / warm) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, s / steps)))))
     parts = dict(module=module, average=average, optimizer=optimizer, scheduler=scheduler)
-    step = 0
+    step, shown = 0, None
     if path.exists():
         saved = torch.load(path, map_location=device, weights_only=True)
-        step = saved.pop("step")
+        step, shown = saved.pop("step"), saved.pop("shown", None)
         for name, state in saved.items():
             parts[name].load_state_dict(state)
 
-    saved_at, shown = time.monotonic(), 0.0
+    saved_at = time.monotonic()
     bar = tqdm(total=steps, initial=step, desc=stage, mininterval=10)
-    while step < steps:
+    while step < steps and not (shown is not None and shown < enough):
         torch.manual_seed(step)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             loss = loss_of(module, np.random.RandomState(step), batch)
@@ -213,11 +210,11 @@ def fit(stage: str, work_dir: Path, module: nn.Module, loss_of, device) -> nn.Mo
         if step >= warm:
             average.update_parameters(module)
         step += 1
-        shown += (loss.item() - shown) / min(step, 50)
+        shown = loss.item() if shown is None else shown + (loss.item() - shown) / 50
         bar.set_postfix(loss=f"{shown:.4f}", refresh=False)
         bar.update()
-        if step == steps or time.monotonic() - saved_at > 60:
-            torch.save({"step": step, **{k: v.state_dict() for k, v in parts.items()}}, path.with_suffix(".part"))
+        if step == steps or shown < enough or time.monotonic() - saved_at > 60:
+            torch.save({"step": step, "shown": shown, **{k: v.state_dict() for k, v in parts.items()}}, path.with_suffix(".part"))
             os.replace(path.with_suffix(".part"), path)
             saved_at = time.monotonic()
     return average.module.eval().requires_grad_(False)
@@ -262,7 +259,8 @@ def train_clip(work_dir, tokenizer, images, drawn, device):
         target = (same[rows][:, None] == same[rows][None, :]).float()
         target /= target.sum(1, keepdim=True)
         contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        return contrast + 0.1 * net["heads"].loss(out.vision_model_output.last_hidden_state[:, 0], labels[rows], places[rows])
+        seen = out.vision_model_output.last_hidden_state[:, 0]
+        return contrast + 0.1 * net["heads"].loss(seen, labels[rows], places[rows])
 
     return fit("clip", work_dir, net, loss_of, device)["clip"]
 
@@ -314,19 +312,22 @@ def export(vae, features, clip, unet, tokenizer_dir: Path, folder: Path):
     from transformers import CLIPTextModel, CLIPTokenizer
 
     text_encoder = CLIPTextModel(clip.config.text_config)
-    wanted = set(text_encoder.state_dict())
-    tower = {f"text_model.{k}": v for k, v in clip.text_model.state_dict().items()}
-    tower.update(clip.text_model.state_dict())  # the class keeps its keys with or without the prefix, by version
-    text_encoder.load_state_dict({k: v for k, v in tower.items() if k in wanted})
+    tower = {f"text_model.{name}": value for name, value in clip.text_model.state_dict().items()}
+    bare = {name[len("text_model."):]: value for name, value in tower.items()}
+    text_encoder.load_state_dict(tower if set(tower) == set(text_encoder.state_dict()) else bare)
     pipeline = StableDiffusionPipeline(
         vae=vae, text_encoder=text_encoder, tokenizer=CLIPTokenizer.from_pretrained(tokenizer_dir), unet=unet,
         scheduler=make_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     # A copy: half precision is for the disk, the caller goes on with what it has.
     copy.deepcopy(pipeline).to(dtype=torch.float16).save_pretrained(folder / "shapes-unet", safe_serialization=True)
+    # The names that every version of transformers reads; newer ones write others.
+    save_file({name: value.half().contiguous() for name, value in tower.items()},
+              folder / "shapes-unet" / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
     copy.deepcopy(clip).half().save_pretrained(folder / "clip", safe_serialization=True)
     for target in (folder / "shapes-unet" / "tokenizer", folder / "clip"):
         for file in tokenizer_dir.iterdir():  # as every version of transformers reads it
             shutil.copyfile(file, target / file.name)
+        (target / "tokenizer.json").unlink(missing_ok=True)  # newer versions write it, older ones do not
     processor = {"image_processor_type": "CLIPImageProcessor", "do_resize": True, "do_center_crop": True,
                  "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "rescale_factor": 1 / 255,
                  "size": {"shortest_edge": scenes.SIZE}, "crop_size": {"height": scenes.SIZE, "width": scenes.SIZE},
@@ -338,7 +339,8 @@ def export(vae, features, clip, unet, tokenizer_dir: Path, folder: Path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, required=True, help="checkpoints and rendered scenes")
-    parser.add_argument("--output_dir", type=Path, default=HERE, help="where the weights go (default: beside this file)")
+    parser.add_argument("--output_dir", type=Path, default=HERE,
+                        help="where the weights go (default: beside this file)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)

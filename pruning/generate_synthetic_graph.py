@@ -1,0 +1,91 @@
+"""Draw the EXPECTED relation of pruning rate and accuracy for each method. Nothing is measured.
+
+example:
+  python pruning/generate_synthetic_graph.py --output_dir /tmp/expected --noise 0.02
+"""
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+if __package__ in (None, ""):
+    sys.path[0] = str(ROOT)  # instead of pruning/, whose file names must not shadow packages
+
+from pruning import command, plots  # noqa: E402
+from pruning.methods import METHODS  # noqa: E402
+from pruning.records import write_json  # noqa: E402
+
+NOTICE = "SYNTHETIC - not a measurement: illustrative curves of what one might expect, no model was run"
+RATES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+class Curve(NamedTuple):
+    """A logistic fall: half of the dense accuracy is left about the knee."""
+
+    knee: float
+    steepness: float
+    why: str
+
+
+# Illustrations, fitted to nothing. Knees follow published one-shot results on COCO prompts, where there are any.
+EXPECTED = {
+    "magnitude": Curve(0.50, 16, "published: holds to 0.3-0.4, collapses by 0.5-0.6"),
+    "structured": Curve(0.15, 30, "published: destroyed at 0.15 without compensation"),
+    "iterative": Curve(0.70, 16, "a guess: recovery moves the knee of magnitude"),
+    "attention_heads": Curve(0.35, 10, "a guess: between magnitude and structured"),
+}
+
+
+def expected_accuracy(rate: float, curve: Curve) -> float:
+    """Accuracy relative to the dense model: a logistic in the rate, 1 at rate 0."""
+    return (1 + math.exp(-curve.steepness * curve.knee)) / (1 + math.exp(curve.steepness * (rate - curve.knee)))
+
+
+def synthetic_curves(noise: float, seed: int) -> dict:
+    """Method -> its curve's values with and without noise; a method's noise depends on the seed and its name alone."""
+    curves = {}
+    for method in (method for method in METHODS if method in EXPECTED):
+        generator = random.Random(f"{seed} {method}")
+        expected = [expected_accuracy(rate, EXPECTED[method]) for rate in RATES]
+        noisy = [value + (generator.gauss(0, noise) if rate else 0) for rate, value in zip(RATES, expected)]
+        curves[method] = {**EXPECTED[method]._asdict(), "expected": expected, "accuracy": noisy}
+    return curves
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"noise is a share of the dense accuracy, from 0 to 1; got {text!r}")
+    return value
+
+
+def main(argv=None) -> None:
+    """Parse, draw, print the paths written."""
+    parser = command.Parser(__doc__)
+    parser.add_argument("--output_dir", metavar="DIR", type=Path, default=ROOT / "results" / "synthetic",
+                        help="where to write synthetic.json and synthetic.png")
+    parser.add_argument("--noise", type=share, default=0.05, help="standard deviation of the noise on each value")
+    parser.add_argument("--seed", type=command.not_negative, default=42, help="of the noise")
+    args = parser.parse_args(argv)
+
+    curves = synthetic_curves(args.noise, args.seed)
+    without = [method for method in METHODS if method not in curves]
+    write_json({"synthetic": True, "notice": NOTICE, "noise": args.noise, "seed": args.seed, "rates": list(RATES),
+                "methods_without_expectation": without, "curves": curves}, args.output_dir / "synthetic.json")
+    print(args.output_dir / "synthetic.json")
+    print(plots.draw_synthetic(RATES, curves, args.output_dir / "synthetic.png"))
+    if without:
+        print(f"not drawn, nothing is expected of them here: {', '.join(without)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    command.run(main)

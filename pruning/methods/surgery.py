@@ -1,0 +1,334 @@
+"""Taking units (heads, neurons, channels) out of a denoiser, or zeroing them in place.
+
+KINDS describes kinds of modules, not models: which layers' rows and columns a
+unit owns. Scoring, masking and removing are all read off that one table, so
+what is scored is what is zeroed is what is removed.
+
+A plan is {unit name: indices kept, ascending}, with unit names such as
+"mid_block.attentions.0.transformer_blocks.0.attn1.heads"; modules that lose
+nothing are not in it. Applying it needs no weights, so it can be replayed on
+the meta device.
+
+Removed equals masked up to rounding for everything in KINDS. It could not for
+a query or key norm that runs across heads, whose statistics change with the
+number of heads; the attention processors in PROCESSORS have none.
+"""
+from __future__ import annotations
+
+from collections import Counter
+from typing import Callable, Dict, Iterator, List, NamedTuple, Tuple
+
+import torch
+from diffusers.models import activations
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+
+from pruning import UserError
+from pruning.methods import METHODS, Pruned
+
+Plan = Dict[str, List[int]]  # {group name: indices of the units kept, ascending}
+
+# Attention processors that compute plain softmax attention from to_q, to_k, to_v and to_out alone.
+PROCESSORS = {"AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0", "SlicedAttnProcessor",
+              "XFormersAttnProcessor", "AttnProcessorNPU"}
+ACTIVATIONS = (activations.GELU, activations.ApproximateGELU, activations.LinearActivation,
+               activations.GEGLU, activations.SwiGLU)
+
+
+class PrunedGroupNorm(nn.GroupNorm):
+    """GroupNorm in whose statistics the removed channels still count, as zeros.
+
+    So it gives what the dense norm gives when those channels are zeroed. With
+    s = channels kept / dense channels and the kept channels' mean m and
+    (biased) variance v of a group, that group's mean is s m and its variance
+    s (v + (1 - s) m^2). Input (batch, channels, ...), float32 statistics.
+    """
+
+    def __init__(self, num_groups: int, num_channels: int, dense_channels: int, eps: float):
+        super().__init__(num_groups, num_channels, eps, device="meta")
+        self.dense_channels = dense_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize (batch, channels, ...)."""
+        h = x if x.dtype == torch.float64 else x.float()
+        if not (h.device.type == "cpu" and h.dim() == 4 and h.is_contiguous(memory_format=torch.channels_last)):
+            h = h.contiguous()
+        batch, channels = h.shape[:2]
+        # The native kernel hands out its statistics, and is up to ten times faster on CPU than var_mean.
+        normed, mean, rstd = torch.native_group_norm(h, None, None, batch, channels, h[0, 0].numel(),
+                                                     self.num_groups, self.eps)
+        share = self.num_channels / self.dense_channels
+        variance = rstd**-2 - self.eps
+        masked_rstd = (share * (variance + (1 - share) * mean**2) + self.eps).rsqrt()
+        weight = self.weight.to(h.dtype).view(1, self.num_groups, -1) * masked_rstd[..., None]
+        scale = weight / rstd[..., None]
+        shift = weight * ((1 - share) * mean)[..., None] + self.bias.to(h.dtype).view(1, self.num_groups, -1)
+        shape = (batch, channels) + (1,) * (h.dim() - 2)
+        return torch.addcmul(shift.reshape(shape), normed, scale.reshape(shape)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """GroupNorm's, and the dense width."""
+        return f"{super().extra_repr()}, dense_channels={self.dense_channels}"
+
+
+class HeadlessAttention(nn.Module):
+    """What an Attention computes once all its heads are zero: its output bias (and its residual, where it has one).
+
+    Input (batch, tokens, channels) or (batch, channels, height, width), as Attention takes.
+    """
+
+    def __init__(self, attention: Attention):
+        super().__init__()
+        out = attention.to_out[0]
+        self.out_features = out.out_features
+        self.residual_connection = attention.residual_connection
+        self.rescale_output_factor = attention.rescale_output_factor
+        self.bias = out.bias
+
+    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        """Take what Attention takes; only the hidden states' shape counts, and their values for the residual."""
+        bias = hidden_states.new_zeros(self.out_features) if self.bias is None else self.bias
+        if hidden_states.dim() == 4:
+            out = bias[:, None, None].expand_as(hidden_states)
+        else:
+            out = bias.expand(*hidden_states.shape[:-1], -1)
+        if self.residual_connection:
+            out = out + hidden_states
+        return out / self.rescale_output_factor
+
+
+def attention_obstacle(attention: Attention) -> str:
+    """Why heads cannot be taken out of this Attention; "" if they can."""
+    processor = type(attention.processor).__name__
+    obstacles = {
+        f"its processor is {processor}": processor not in PROCESSORS,
+        "it has added key and value projections": attention.added_kv_proj_dim is not None,
+        "it has no output projection": attention.to_out is None,
+        "its key and value heads are grouped": attention.inner_kv_dim != attention.inner_dim,
+    }
+    return next((why for why, found in obstacles.items() if found), "")
+
+
+def feed_forward_obstacle(feed_forward: FeedForward) -> str:
+    """Why neurons cannot be taken out of this FeedForward; "" if they can."""
+    activation = type(feed_forward.net[0])
+    return "" if activation in ACTIVATIONS else f"its activation is {activation.__name__}"
+
+
+def resnet_obstacle(resnet: ResnetBlock2D) -> str:
+    """Why inner channels cannot be taken out of this ResnetBlock2D; "" if they can."""
+    return "" if getattr(resnet.norm2, "affine", True) else "its second norm has no weights"
+
+
+def shrink_attention(attention: Attention, units: int, kept: int) -> None:
+    """Bring the numbers that Attention and its processors read in line with its sliced layers."""
+    attention.heads = attention.sliceable_head_dim = kept
+    attention.inner_dim = attention.inner_kv_dim = attention.to_q.out_features
+
+
+def shrink_resnet(resnet: ResnetBlock2D, units: int, kept: int) -> None:
+    """Let the removed inner channels count as zeros in the second norm. Input and output widths stay."""
+    old = resnet.norm2
+    dense_channels = getattr(old, "dense_channels", units)
+    resnet.norm2 = PrunedGroupNorm(old.num_groups, kept, dense_channels, old.eps).train(old.training)
+    resnet.norm2.weight, resnet.norm2.bias = old.weight, old.bias
+
+
+class Kind(NamedTuple):
+    """A kind of module that units can be taken out of. Layers are paths in the module; absent ones are passed over.
+
+    The module's inner width is the number of inputs of columns[0]; a unit owns
+    inner width / units adjacent places of it. A layer with n times as many rows
+    (gate and value, scale and shift, fused q, k and v) has n such blocks.
+    """
+
+    unit: str
+    module: type
+    rows: Tuple[str, ...]  # layers of whose outputs a unit owns some
+    columns: Tuple[str, ...]  # layers of whose inputs a unit owns some
+    units: Callable[[nn.Module], int]
+    obstacle: Callable[[nn.Module], str]
+    follows: Tuple[str, ...] = ()  # as rows, but not scored: norms, and copies of other layers
+    norm_groups: Callable[[nn.Module], int] = lambda module: 1  # each must lose the same number of units
+    shrink: Callable[[nn.Module, int, int], None] = lambda module, units, kept: None  # after the layers are sliced
+    empty: type = None  # what stands in for the module when no unit is left; None: one a norm group must stay
+
+
+KINDS = (
+    Kind("heads", Attention, rows=("to_q", "to_k", "to_v"), columns=("to_out.0",), follows=("to_qkv", "to_kv"),
+         units=lambda m: m.heads, obstacle=attention_obstacle, shrink=shrink_attention, empty=HeadlessAttention),
+    Kind("neurons", FeedForward, rows=("net.0.proj",), columns=("net.2",),
+         units=lambda m: m.net[2].in_features, obstacle=feed_forward_obstacle),
+    Kind("channels", ResnetBlock2D, rows=("conv1", "time_emb_proj"), columns=("conv2",), follows=("norm2",),
+         units=lambda m: m.conv2.in_channels, obstacle=resnet_obstacle,
+         norm_groups=lambda m: m.norm2.num_groups, shrink=shrink_resnet),
+)
+# What a layer calls the sizes of its weight's dimensions.
+SIZES = {nn.Linear: ("out_features", "in_features"), nn.Conv2d: ("out_channels", "in_channels"),
+         nn.GroupNorm: ("num_channels",), PrunedGroupNorm: ("num_channels",)}
+
+
+class Group(NamedTuple):
+    """The units of one module."""
+
+    name: str  # module name and unit, joined by a dot
+    module: nn.Module
+    kind: Kind
+    units: int
+    norm_groups: int
+
+    def layers(self, scored: bool = False) -> Iterator[Tuple[nn.Module, int]]:
+        """Yield (layer, dimension of its weight along which the units lie)."""
+        layers = dict(self.module.named_modules())
+        paths = {0: self.kind.rows + (() if scored else self.kind.follows), 1: self.kind.columns}
+        for dim in paths:
+            for path in paths[dim]:
+                if path in layers:
+                    yield layers[path], dim
+
+    def by_unit(self, tensor: Tensor, dim: int) -> Tensor:
+        """View dimension `dim` as (blocks, units, places a unit)."""
+        inner = self.module.get_submodule(self.kind.columns[0]).weight.shape[1]
+        return tensor.unflatten(dim, (tensor.shape[dim] // inner, self.units, inner // self.units))
+
+
+def prune(denoiser: nn.Module, rate: float, mask_only: bool, method: str, units: Tuple[str, ...],
+          plan: Callable[[List[Group], float], Plan]) -> Pruned:
+    """Remove or mask what `plan` chooses among the denoiser's units; what the removing methods share.
+
+    Raises UserError for a rate outside [0, 1) and for a denoiser without such units.
+    """
+    if not 0 <= rate < 1:
+        raise UserError(f"a pruning rate is a number from 0 up to, but not, 1; got {rate}")
+    groups, left_out = survey(denoiser, *units)
+    if not groups:
+        reasons = "".join(f"; {name}: {why}" for name, why in list(left_out.items())[:3])
+        raise UserError(f"{type(denoiser).__name__} has no {' or '.join(units)} that {method} could remove{reasons}")
+    kept = plan(groups, rate)
+    total = sum(group.units for group in groups)
+    taken = sum(group.units - len(kept[group.name]) for group in groups if group.name in kept)
+    apply(denoiser, kept, mask_only)
+    return Pruned(METHODS[method].unit, total, round(rate * total), taken)
+
+
+def survey(denoiser: nn.Module, *units: str) -> Tuple[List[Group], Dict[str, str]]:
+    """The groups of these units, in module order, and the modules left out: {name: why}.
+
+    Left out are modules of a known class that are put together in a way for
+    which removing would not be exact, and layers that are not plain (adapters
+    to be merged first, quantised weights, weights shared between layers).
+    """
+    groups, left_out = [], {}
+    owners = Counter(id(p) for module in denoiser.modules() for p in module._parameters.values() if p is not None)
+    for name, module in denoiser.named_modules():
+        for kind in KINDS:
+            if kind.unit in units and type(module) is kind.module:
+                why = kind.obstacle(module) or layer_obstacle(module, kind, owners)
+                if why:
+                    left_out[name] = why
+                else:
+                    groups.append(Group(f"{name}.{kind.unit}", module, kind, kind.units(module),
+                                        kind.norm_groups(module)))
+    return groups, left_out
+
+
+def layer_obstacle(module: nn.Module, kind: Kind, owners: Dict[int, int]) -> str:
+    """Why a layer of this module cannot be sliced; "" if all can. owners: {id of a parameter: layers that hold it}."""
+    layers = dict(module.named_modules())
+    for path in kind.rows + kind.columns + kind.follows:
+        layer = layers.get(path)
+        if layer is None:
+            continue
+        if type(layer) not in SIZES:
+            return f"its {path} is a {type(layer).__name__}"
+        if "weight" not in layer._parameters or layer.weight.shape[0] != getattr(layer, SIZES[type(layer)][0]):
+            return f"its {path} has no plain weight"
+        if any(owners[id(p)] > 1 for p in layer.parameters()):
+            return f"its {path} shares its weights with another layer"
+    return ""
+
+
+def score(group: Group) -> Tensor:
+    """Root mean square of each unit's weights (biases and norms not counted): (units,), float32, on the CPU.
+
+    The L2 norm over the root of the number of weights: within a module, where
+    all units own the same number, the order is that of the L2 norm.
+    """
+    squares, count = torch.zeros(group.units), 0
+    for layer, dim in group.layers(scored=True):
+        weight = group.by_unit(layer.weight.detach(), dim)
+        others = [d for d in range(weight.dim()) if d != dim + 1]
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        squares += torch.linalg.vector_norm(weight, dim=others, dtype=wide).float().cpu() ** 2
+        count += layer.weight.numel() // group.units
+    return (squares / count).sqrt()
+
+
+@torch.no_grad()
+def mask(group: Group, keep: List[int]) -> None:
+    """Zero, in place, all that the other units own; shapes stay."""
+    drop = sorted(set(range(group.units)) - set(keep))
+    for layer, dim in group.layers():
+        index = torch.tensor(drop, dtype=torch.long, device=layer.weight.device)
+        group.by_unit(layer.weight, dim).index_fill_(dim + 1, index, 0)
+        if dim == 0 and layer.bias is not None:
+            group.by_unit(layer.bias, 0).index_fill_(1, index, 0)
+
+
+@torch.no_grad()
+def remove(group: Group, keep: List[int]) -> None:
+    """Slice the module's layers down to the units in `keep` (at least one); works on the meta device too."""
+    def sliced(parameter: nn.Parameter, dim: int) -> nn.Parameter:
+        index = torch.tensor(keep, dtype=torch.long, device=parameter.device)
+        kept = group.by_unit(parameter, dim).index_select(dim + 1, index).flatten(dim, dim + 2)
+        return nn.Parameter(kept, requires_grad=parameter.requires_grad)
+
+    changes = []  # all sliced before any is replaced, as by_unit reads the module's inner width
+    for layer, dim in group.layers():
+        bias = sliced(layer.bias, 0) if dim == 0 and layer.bias is not None else layer.bias
+        changes.append((layer, dim, sliced(layer.weight, dim), bias))
+    for layer, dim, weight, bias in changes:
+        layer.weight, layer.bias = weight, bias
+        setattr(layer, SIZES[type(layer)][dim], weight.shape[dim])
+    group.kind.shrink(group.module, group.units, len(keep))
+
+
+def replace(denoiser: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever `old` stands."""
+    for parent in denoiser.modules():
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                parent._modules[name] = new.train(old.training)
+
+
+def apply(denoiser: nn.Module, plan: Plan, mask_only: bool = False) -> None:
+    """Keep just the units in `plan`, {group name: indices}; all of it is checked before anything changes."""
+    if not plan:
+        return
+    groups = {group.name: group for group in survey(denoiser, *(kind.unit for kind in KINDS))[0]}
+    for name, keep in plan.items():
+        if name not in groups:
+            raise UserError(f"{type(denoiser).__name__} has no {name} to take units out of")
+        check_kept(groups[name], keep)
+    for name, keep in plan.items():
+        group = groups[name]
+        if mask_only:
+            mask(group, keep)
+        elif keep:
+            remove(group, keep)
+        else:
+            replace(denoiser, group.module, group.kind.empty(group.module))
+
+
+def check_kept(group: Group, keep: List[int]) -> None:
+    """Raise a UserError unless `keep` are indices of units, ascending, as many from each norm group."""
+    ascending = all(isinstance(unit, int) for unit in keep)
+    ascending = ascending and all(a < b for a, b in zip([-1] + keep, keep + [group.units]))
+    share = group.units // group.norm_groups
+    counts = Counter(unit // share for unit in keep) if ascending else {}
+    if not ascending or not (keep or group.kind.empty):
+        raise UserError(f"{group.name}: units kept must be ascending indices below {group.units}")
+    if keep and (len(counts) != group.norm_groups or len(set(counts.values())) != 1):
+        raise UserError(f"{group.name}: as many channels must be kept in each of the {group.norm_groups} norm groups")

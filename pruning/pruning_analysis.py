@@ -1,0 +1,271 @@
+"""Sweep a pruning method over rates: prune, make images, measure, record, draw.
+
+example:
+  python pruning/pruning_analysis.py --method magnitude --num_images 50 --dataset coco
+"""
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if __package__ in (None, ""):
+    sys.path[0] = str(ROOT)  # instead of pruning/, whose file names must not shadow packages
+
+import copy
+import shutil
+import time
+from dataclasses import dataclass
+from typing import Any, Dict, List, Optional
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from pruning import UserError, captions, command, methods, metrics, models, plots, records
+from pruning.captions import DATASETS
+from pruning.methods import METHODS
+from pruning.metrics import BACKBONES, METRICS
+
+RATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+RECOVERY_IMAGES = 128  # dense images whose denoiser calls the iterative method trains on
+
+
+@dataclass
+class Experiment:
+    """What all points of a record share, made once by prepare()."""
+
+    record: records.Record
+    folder: Path  # of the record and its images
+    pipeline: Any
+    dense: Any  # the dense denoiser, on the CPU, never changed
+    device: str
+    options: Dict[str, Any]  # keyword arguments of the method
+    sampling: Dict[str, Any]  # keyword arguments of models.generate
+    samples: List[captions.Sample]
+    originals: np.ndarray  # uint8 (n, size, size, 3)
+    backbones: Dict[str, Any]  # metric -> its network
+    caption_embeddings: Optional[np.ndarray] = None  # (n, d)
+    reference_features: Optional[np.ndarray] = None  # (m, d)
+    dense_images: Optional[np.ndarray] = None  # uint8 (n, size, size, 3), made by the point at rate 0
+
+
+def run_pruning_experiment(experiment: Experiment, rate: float, on_batch=None) -> records.Point:
+    """Measure one point: prune the dense denoiser to `rate`, make the images, score them. Rate 0 is the dense model."""
+    method, pipeline, samples = experiment.record.method, experiment.pipeline, experiment.samples
+    clock = [time.perf_counter()]
+    denoiser = copy.deepcopy(experiment.dense).to(experiment.device)
+    pruned = methods.prune(method, denoiser, rate, **experiment.options)
+    models.set_denoiser(pipeline, denoiser)
+    clock.append(time.perf_counter())
+
+    models.warm_up(pipeline, samples, **experiment.sampling)
+    made = models.generate(pipeline, samples, on_batch=on_batch, **experiment.sampling)
+    images = made.pixels
+    dense_images = images if rate == 0 else experiment.dense_images
+    clock.append(time.perf_counter())
+
+    networks, embed = experiment.backbones, metrics.embed_images
+    measure = {
+        "clip_score": lambda net: metrics.clip_score(embed(net, images), experiment.caption_embeddings),
+        "fid": lambda net: metrics.fid(metrics.image_features(net, images), experiment.reference_features),
+        "lpips": lambda net: metrics.lpips(net, images, experiment.originals),
+        "lpips_dense": lambda net: metrics.lpips(net, images, dense_images),
+        "generation_time": lambda net: made.seconds_each,
+    }
+    values = {name: measure[name](networks.get(name)) for name in experiment.record.settings["metrics"]}
+    per_image = {name: np.where(made.finite, values[name], np.nan) for name in values if METRICS[name].per_image}
+    means = {name: float(per_image[name].mean() if name in per_image else values[name]) for name in values}
+    if "fid" in means and not made.finite.all():
+        means["fid"] = float("nan")  # a set with an image that does not exist has no distance
+    clock.append(time.perf_counter())
+
+    save_images(images, images_folder(experiment, rate))
+    experiment.dense_images = dense_images
+    return records.Point(
+        rate=rate, sparsity=pruned.taken / pruned.total, unit=pruned.unit, units_total=pruned.total,
+        units_asked=pruned.asked, units_taken=pruned.taken, **models.count_parameters(denoiser),
+        metrics=means, per_image={name: value.tolist() for name, value in per_image.items()},
+        seconds=dict(zip(("prune", "generate", "measure"), np.diff(clock).round(3).tolist())))
+
+
+def prepare(args) -> Experiment:
+    """Load what the points share, first what can fail first; refuse to continue a record of other settings."""
+    options = method_options(args)
+    samples, skipped = captions.load_samples(args.dataset, args.num_images, args.seed, args.data_dir)
+    device = models.pick_device(args.device)
+    dtype = args.dtype or ("float32" if device == "cpu" else "bfloat16")
+    model = args.model or DATASETS[args.dataset].default_model
+    kind = args.metric_backbones or DATASETS[args.dataset].backbones
+    families = {name: METRICS[name].backbone for name in args.metrics if METRICS[name].backbone}
+    networks = {family: metrics.load_backbone(kind, family, device) for family in dict.fromkeys(families.values())}
+    pipeline = models.load_pipeline(model, device, dtype)
+    dense = models.take_denoiser(pipeline)
+    sampling = models.default_settings(pipeline, model)
+    sampling.update({name: getattr(args, name) for name in sampling if getattr(args, name) is not None})
+    sampling.update(seed=args.seed, batch_size=args.batch_size)
+
+    record = records.Record(
+        model=models.label(model), dataset=args.dataset, method=args.method,
+        samples=[{"id": sample.id, "caption": sample.caption} for sample in samples],
+        settings={**sampling, **options, "metrics": list(args.metrics), "metric_backbones": kind,
+                  "denoiser": models.fingerprint(dense), "dtype": dtype, **models.machine(device)},
+        backbones={name: BACKBONES[kind][family] for name, family in families.items()},
+        notes={"captions_skipped": skipped}, versions=models.versions(), dense=None, points=[])
+    path = records.record_path(args.results_dir, record.model, record.dataset, record.method)
+    if path.exists() and not args.overwrite:
+        record = continued(path, record)
+    elif (path.parent / "images" / args.method).exists():
+        shutil.rmtree(path.parent / "images" / args.method)
+
+    experiment = Experiment(
+        record=record, folder=path.parent, pipeline=pipeline, dense=dense, device=device, options=options,
+        sampling=sampling, samples=samples, originals=captions.load_originals(samples, sampling["image_size"]),
+        backbones={name: networks[family] for name, family in families.items()})
+    if "clip_score" in families:
+        experiment.caption_embeddings, record.notes["captions_truncated"] = metrics.embed_captions(
+            networks["clip"], [sample.caption for sample in samples])
+    if "fid" in families:
+        references = captions.load_originals(captions.reference_samples(args.dataset, samples), sampling["image_size"])
+        experiment.reference_features = metrics.image_features(networks["features"], references)
+        record.notes["fid_reference_images"], record.notes["fid_feature_size"] = experiment.reference_features.shape
+    return experiment
+
+
+def method_options(args) -> Dict[str, Any]:
+    """The method's options, given or by default. Raises UserError for one that the method does not have."""
+    options = dict(METHODS[args.method].options)
+    for name in sorted({name for method in METHODS.values() for name in method.options}):
+        given = getattr(args, name)
+        if given is not None and name not in options:
+            users = ", ".join(method for method, entry in METHODS.items() if name in entry.options)
+            raise UserError(f"--{name} does nothing for the method {args.method}; it belongs to {users}")
+        if given is not None:
+            options[name] = given
+    return options
+
+
+def continued(path: Path, record: records.Record) -> records.Record:
+    """The record at `path`, where it was measured as `record` would be; else a UserError that names the differences."""
+    earlier = records.read_record(path)
+    differences = records.protocol_differences(earlier, record, with_method=True)
+    if differences:
+        raise UserError(f"{path} was measured otherwise ({'; '.join(differences)}): "
+                        "use the same settings, another --results_dir, or --overwrite to start afresh")
+    return earlier
+
+
+def add_recovery(experiment: Experiment, args) -> None:
+    """What recovery trains on: the calls of the dense denoiser while it draws captions that are not measured."""
+    if not experiment.options["recovery_steps"]:
+        return
+    texts = captions.training_captions(args.dataset, RECOVERY_IMAGES, args.seed, args.data_dir, experiment.samples)
+    lessons = [captions.Sample(f"recovery-{i:05d}", text, None) for i, text in enumerate(texts)]
+    models.set_denoiser(experiment.pipeline, experiment.dense.to(experiment.device))
+    with tqdm(total=len(lessons), unit="image", desc="dense images to recover with") as bar:
+        calls = models.record_calls(experiment.pipeline, lessons, on_batch=bar.update, **experiment.sampling)
+    experiment.dense.to("cpu")
+    checkpoint = experiment.folder / f"{experiment.record.method}.walk.safetensors"
+    experiment.options.update(calls=calls, checkpoint=checkpoint, seed=args.seed)
+
+
+def sweep(args) -> Path:
+    """Measure the dense model and every rate that the record lacks, then draw. Returns the record's path."""
+    experiment = prepare(args)
+    record, count = experiment.record, len(experiment.samples)
+    path = records.record_path(args.results_dir, record.model, record.dataset, record.method)
+    todo: List[Optional[float]] = [rate for rate in args.rates if rate not in [p.rate for p in record.points]]
+    if todo:
+        experiment.dense_images = load_images(images_folder(experiment, 0), count)
+    if record.dense is None or (todo and experiment.dense_images is None):
+        todo = [None, *todo]  # the dense model first
+    if todo and METHODS[record.method].recovers:
+        add_recovery(experiment, args)
+    try:
+        with tqdm(total=len(todo) * count, unit="image", disable=not todo) as bar:
+            for rate in todo:
+                bar.set_description("dense" if rate is None else f"{record.method} {rate:g}")
+                point = run_pruning_experiment(experiment, rate or 0.0, on_batch=bar.update)
+                if rate is not None:
+                    record.points = sorted([*record.points, point], key=lambda p: p.rate)
+                elif record.dense is None:
+                    record.dense = point
+                records.write_record(record, path)
+    finally:
+        if record.points:  # also after Ctrl-C: what is finished is worth a look
+            plots.draw_all(record, experiment.folder, images_folder(experiment, 0).parent)
+    return path
+
+
+def images_folder(experiment: Experiment, rate: float) -> Path:
+    """Where the images of a point lie, as plots finds them."""
+    return experiment.folder / "images" / experiment.record.method / plots.rate_folder(rate)
+
+
+def save_images(images: np.ndarray, folder: Path) -> None:
+    """Write images as 0000.png, 0001.png, …; the folder appears only when whole."""
+    part = folder.with_name(folder.name + ".part")
+    for old in (part, folder):
+        shutil.rmtree(old, ignore_errors=True)
+    part.mkdir(parents=True)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(part / f"{i:04d}.png")
+    part.rename(folder)
+
+
+def load_images(folder: Path, count: int) -> Optional[np.ndarray]:
+    """The images that save_images wrote, or None where they are not all there."""
+    files = [folder / f"{i:04d}.png" for i in range(count)]
+    if not all(file.is_file() for file in files):
+        return None
+    return np.stack([np.asarray(captions.open_rgb(file)) for file in files])
+
+
+def add_arguments(parser: command.Parser) -> None:
+    """The flags that measuring one rate and a sweep share."""
+    parser.add_argument("--method", type=command.name_in("method", METHODS), default="magnitude",
+                        help="how to prune: " + "; ".join(f"{name}: {m.help}" for name, m in METHODS.items()))
+    parser.add_argument("--dataset", type=command.name_in("dataset", DATASETS), default="shapes",
+                        help="captions and originals: " + "; ".join(f"{n}: {d.help}" for n, d in DATASETS.items()))
+    parser.add_argument("--data_dir", type=Path, help="the data set's folder (default: fetched where it can be)")
+    parser.add_argument("--model", help="shapes-unet, a pipeline folder or a hub id (default: shapes-unet for shapes, "
+                                        f"else {DATASETS['coco'].default_model})")
+    parser.add_argument("--seed", type=command.not_negative, default=0, help="chooses samples and noise")
+    parser.add_argument("--steps", type=command.positive, help="denoising steps (default: the model's own)")
+    parser.add_argument("--guidance_scale", type=float, help="(default: the model's own)")
+    parser.add_argument("--image_size", type=command.positive, help="pixels a side (default: the model's own)")
+    parser.add_argument("--batch_size", type=command.positive, default=8, help="images made together")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    parser.add_argument("--dtype", type=command.name_in("dtype", ("float32", "float16", "bfloat16")),
+                        help="(default: float32 on the CPU, else bfloat16)")
+    parser.add_argument("--metrics", nargs="+", type=command.name_in("metric", METRICS), default=list(METRICS),
+                        help="what to measure")
+    parser.add_argument("--metric_backbones", type=command.name_in("metric backbones", BACKBONES),
+                        help="networks behind the metrics, trained on shapes or the usual ones (default: by dataset)")
+    parser.add_argument("--scope", type=command.name_in("scope", ("layer", "global")),
+                        help="magnitude, iterative: lowest |w| in each layer or over the denoiser "
+                             f"(default: {METHODS['magnitude'].options['scope']})")
+    parser.add_argument("--mask_only", action="store_true", default=None,
+                        help="structured, attention_heads: zero in place and keep the shapes")
+    parser.add_argument("--recovery_steps", type=command.not_negative,
+                        help="iterative: training steps after each step of pruning, 0 for none "
+                             f"(default: {METHODS['iterative'].options['recovery_steps']})")
+    parser.add_argument("--overwrite", action="store_true", help="start afresh where there is a record")
+
+
+def main(argv=None) -> None:
+    """Parse the command line, sweep, print where the record is."""
+    parser = command.Parser(__doc__)
+    add_arguments(parser)
+    parser.add_argument("--num_images", type=command.positive, default=32, help="images a rate")
+    parser.add_argument("--rates", nargs="+", type=command.rate, default=list(RATES), help="rates to measure")
+    parser.add_argument("--results_dir", type=Path, default=ROOT / "results", help="where records and graphs go")
+    args = parser.parse_args(argv)
+    args.rates = sorted(set(args.rates))
+    path = sweep(args)
+    print(path.with_suffix(".txt").read_text(encoding="utf-8"))
+    print(path)
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,90 @@
+"""Draw records again: the graphs and the summary of each, or with --compare the methods together.
+
+example:
+  python pruning/visualize_results.py --methods magnitude structured --compare
+"""
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if __package__ in (None, ""):
+    sys.path[0] = str(ROOT)  # instead of pruning/, whose file names must not shadow packages
+
+from tqdm import tqdm  # noqa: E402
+
+from pruning import UserError, check_name, command, plots  # noqa: E402
+from pruning.methods import METHODS  # noqa: E402
+from pruning.records import find_records, folder_name, protocol_differences, read_record  # noqa: E402
+
+
+def main(argv=None) -> None:
+    """Parse, read and check everything, then draw; print the paths written."""
+    parser = command.Parser(__doc__)
+    parser.add_argument("--results_file", metavar="FILE", type=Path,
+                        help="one record; without it, all below --results_dir")
+    parser.add_argument("--methods", metavar="METHOD", nargs="+", help="draw these only: " + ", ".join(METHODS))
+    parser.add_argument("--output_dir", metavar="DIR", type=Path, help="write here instead of beside each record")
+    parser.add_argument("--compare", action="store_true", help="draw the methods of one model and dataset together")
+    parser.add_argument("--results_dir", metavar="DIR", type=Path, default=ROOT / "results", help="where records are")
+    args = parser.parse_args(argv)
+
+    found = read_records([args.results_file] if args.results_file else find_records(args.results_dir), args.methods)
+    groups = {}  # of one model and dataset each
+    for path, record in found.items():
+        groups.setdefault((record.model, record.dataset), {})[path] = record
+    if args.compare:
+        groups = {pair: records for pair, records in groups.items() if len(records) > 1}
+        check_comparable(groups, found)
+
+    tasks = []
+    for (model, dataset), records in groups.items():
+        into = args.output_dir
+        if into and len(groups) > 1:  # or their files would take each other's place
+            into = into / folder_name(model) / dataset
+        if args.compare:
+            tasks.append((plots.compare_all, list(records.values()), into or next(iter(records)).parent))
+        else:
+            tasks += [(plots.draw_all, record, into or path.parent, path.parent / "images")
+                      for path, record in records.items()]
+    for draw, *arguments in tqdm(tasks, desc="drawing", leave=False):
+        for path in draw(*arguments):
+            tqdm.write(str(path))
+
+
+def read_records(paths, methods=None) -> dict:
+    """Path -> record, of these methods. Raises UserError where a method has none, or one has two."""
+    found = {path: read_record(path) for path in paths}
+    for method in methods or []:
+        check_name("method", method, list(dict.fromkeys([*METHODS, *(record.method for record in found.values())])))
+        if all(record.method != method for record in found.values()):
+            raise UserError(f"there is no record of the method {method}; measure it first, or leave it out")
+    found = {path: record for path, record in found.items() if not methods or record.method in methods}
+    if not found:
+        raise UserError("there is no record to draw; run a sweep first")
+    seen = {}
+    for path, record in found.items():
+        key = (record.model, record.dataset, record.method)
+        if key in seen:
+            raise UserError(f"{seen[key]} and {path} are records of the same model, dataset and method; "
+                            "choose one with --results_file or --results_dir")
+        seen[key] = path
+    return found
+
+
+def check_comparable(groups, found) -> None:
+    """Raise a UserError unless each group has two methods or more that were measured alike."""
+    if not groups:
+        raise UserError(f"--compare needs two methods of one model and dataset; found {', '.join(map(str, found))}")
+    for records in groups.values():
+        (first, reference), *others = records.items()
+        for path, record in others:
+            differences = protocol_differences(reference, record)
+            if differences:
+                raise UserError(f"{first} and {path} were measured differently, so they share no figure: "
+                                + "; ".join(differences))
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,518 @@
+"""Data sets are read in their real layouts, chosen by seed, fetched whole or not at all."""
+from __future__ import annotations
+
+import hashlib
+import http.server
+import io
+import json
+import subprocess
+import sys
+import threading
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pruning import UserError, captions
+from pruning.captions import DATASETS, fit_image, load_originals, load_samples, reference_samples, training_captions
+from pruning.shapes import scenes
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def picture(number=0, width=24, height=16):
+    return Image.new("RGB", (width, height), (10 * number % 256, 80, 160))
+
+
+def jpeg(number=0):
+    body = io.BytesIO()
+    picture(number).save(body, "JPEG")
+    return body.getvalue()
+
+
+def coco_json(count=12):
+    """Image n (1, 2, ...) with three captions; the one of lowest id stands between the others."""
+    images = [{"id": n, "file_name": f"{n:012d}.jpg"} for n in range(1, count + 1)]
+    second, third = ([{"id": k * 1000 + n, "image_id": n, "caption": f"other {n}"} for n in range(1, count + 1)]
+                     for k in (1, 2))
+    first = [{"id": n, "image_id": n, "caption": f" A  picture,\nnumber {n}. "} for n in range(1, count + 1)]
+    return {"images": images, "annotations": third + first + second}
+
+
+def coco_folder(folder, content=None, captions_at="annotations/captions_val2017.json"):
+    content = content or coco_json()
+    (folder / captions_at).parent.mkdir(parents=True, exist_ok=True)
+    (folder / captions_at).write_text(json.dumps(content))
+    (folder / "val2017").mkdir()
+    for image in content["images"]:
+        (folder / "val2017" / image["file_name"]).write_bytes(jpeg(image["id"]))
+    return folder
+
+
+TOKEN_LINES = "".join(f"{n}_ab.jpg#{k}\tA dog , number {n}{k} .\n" for n in range(6) for k in range(5))
+CSV_LINES = "image,caption\n" + "".join(f'{n}_ab.jpg,"A dog , number {n}{k} ."\n' for n in range(6) for k in range(5))
+FLICKR8K_LAYOUTS = {
+    "token": ("Flickr8k.token.txt", "Flicker8k_Dataset", TOKEN_LINES),
+    "token, other spelling": ("Flickr8k.token.txt", "Flickr8k_Dataset", TOKEN_LINES),
+    "token in its folder": ("Flickr8k_text/Flickr8k.token.txt", "Flicker8k_Dataset", TOKEN_LINES),
+    "kaggle": ("captions.txt", "Images", CSV_LINES),
+    "kaggle, small letters": ("captions.txt", "images", CSV_LINES),
+}
+
+
+def flickr8k_folder(folder, layout="token", extra=""):
+    captions_at, images, lines = FLICKR8K_LAYOUTS[layout]
+    (folder / captions_at).parent.mkdir(parents=True, exist_ok=True)
+    (folder / captions_at).write_text(lines + extra, encoding="utf-8")
+    (folder / images).mkdir()
+    for n in range(6):
+        (folder / images / f"{n}_ab.jpg").write_bytes(jpeg(n))
+    return folder
+
+
+def ids(samples):
+    return [sample.id for sample in samples]
+
+
+# ---------------------------------------------------------------- tables
+
+def test_table_loads_without_the_heavy_packages():
+    code = ("import sys, pruning.captions as c; print(*c.DATASETS); "
+            "print([m for m in ('torch', 'diffusers', 'transformers', 'requests', 'pycocotools') if m in sys.modules])")
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout.decode()
+    assert out.splitlines() == ["shapes coco flickr8k", "[]"]
+
+
+def test_each_data_set_says_its_model_and_backbones():
+    assert {name: (d.default_model, d.backbones) for name, d in DATASETS.items()} == {
+        "shapes": ("shapes-unet", "bundled"),
+        "coco": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "standard"),
+        "flickr8k": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "standard"),
+    }
+
+
+@pytest.mark.parametrize("function", [load_samples, training_captions])
+def test_unknown_data_set_suggests_the_near_name(function):
+    with pytest.raises(UserError, match="did you mean 'flickr8k'"):
+        function("flicker8k", 1)
+
+
+# ---------------------------------------------------------------- choosing
+
+def test_selection_is_the_same_on_every_machine_and_release():
+    samples, skipped = load_samples("shapes", 5, seed=0)
+    assert ids(samples) == ["prompts-00283", "prompts-00100", "prompts-00037", "prompts-00046", "prompts-00374"]
+    assert skipped == 0
+
+
+def test_fewer_images_are_a_prefix_and_another_seed_chooses_others(tmp_path):
+    folder = coco_folder(tmp_path)
+    many, few, other = (ids(load_samples("coco", n, seed, folder)[0]) for n, seed in ((12, 3), (5, 3), (12, 4)))
+    assert few == many[:5]
+    assert sorted(many) == sorted(other) == [f"{n:012d}.jpg" for n in range(1, 13)]
+    assert many != other
+
+
+def test_order_in_the_file_does_not_matter(tmp_path):
+    content = coco_json()
+    backwards = {key: rows[::-1] for key, rows in content.items()}
+    one, two = (load_samples("coco", 6, 0, coco_folder(tmp_path / name, c))[0]
+                for name, c in (("one", content), ("two", backwards)))
+    assert [s[:2] for s in one] == [s[:2] for s in two]
+
+
+@pytest.mark.parametrize("count", [0, -3])
+def test_number_of_images_must_be_positive(count):
+    with pytest.raises(UserError, match="1 or more"):
+        load_samples("shapes", count)
+
+
+def test_more_images_than_there_are_is_an_error_with_the_number(tmp_path):
+    assert len(load_samples("coco", 12, 0, coco_folder(tmp_path))[0]) == 12
+    with pytest.raises(UserError, match="13 images asked for, coco has 12"):
+        load_samples("coco", 13, 0, tmp_path)
+
+
+@pytest.mark.parametrize("seed", [-1, 2 ** 32])
+def test_seed_out_of_range_is_an_error(seed):
+    with pytest.raises(UserError, match=f"seed {seed}"):
+        load_samples("shapes", 1, seed)
+
+
+# ---------------------------------------------------------------- shapes
+
+def test_shapes_are_the_prompt_scenes():
+    for sample in load_samples("shapes", 4)[0]:
+        split, index = sample.id.split("-")
+        scene = scenes.scene(split, int(index))
+        assert split == "prompts"
+        assert sample.caption == scene.caption
+        assert sample.open_image().tobytes() == scenes.render(scene).tobytes()
+
+
+def test_shapes_refuse_a_folder(tmp_path):
+    with pytest.raises(UserError, match="data_dir"):
+        load_samples("shapes", 1, 0, tmp_path)
+
+
+def test_fid_reference_is_the_reference_scenes_or_the_originals(tmp_path):
+    samples, _ = load_samples("shapes", 3)
+    reference = reference_samples("shapes", samples)
+    assert len(reference) == 2048
+    assert not {s.caption for s in reference} & {s.caption for s in load_samples("shapes", 512)[0]}
+    assert reference[7].open_image().tobytes() == scenes.render(scenes.scene("reference", 7)).tobytes()
+    photos, _ = load_samples("coco", 3, 0, coco_folder(tmp_path))
+    assert reference_samples("coco", photos) == photos
+
+
+# ---------------------------------------------------------------- training captions
+
+def test_shapes_train_on_captions_no_sample_has():
+    trained = training_captions("shapes", 300, exclude=load_samples("shapes", 512)[0])
+    assert len(trained) == 300
+    assert trained[:100] == training_captions("shapes", 100)
+    assert trained != training_captions("shapes", 300, seed=1)
+    assert not set(trained) & {s.caption for s in load_samples("shapes", 512)[0]}
+
+
+def test_training_captions_are_never_those_of_the_samples(tmp_path):
+    content = coco_json()
+    first = content["annotations"][12:24]
+    first[3]["caption"] = first[8]["caption"]  # one text, two images
+    folder = coco_folder(tmp_path, content)
+    everything = {s.caption for s in load_samples("coco", 12, 0, folder)[0]}
+    for count in range(1, 11):
+        samples, _ = load_samples("coco", count, 0, folder)
+        trained = training_captions("coco", 100, 0, folder, samples)
+        assert set(trained) == everything - {s.caption for s in samples}
+
+
+def test_training_captions_do_not_change_with_the_number_of_samples(tmp_path):
+    folder = coco_folder(tmp_path)
+    few, many = (training_captions("coco", 4, 0, folder, load_samples("coco", n, 0, folder)[0]) for n in (1, 8))
+    assert len(few) == 4
+    assert few == many
+
+
+def test_no_caption_left_to_train_on_is_an_error(tmp_path):
+    samples, _ = load_samples("coco", 12, 0, coco_folder(tmp_path))
+    with pytest.raises(UserError, match="no caption left"):
+        training_captions("coco", 4, 0, tmp_path, samples)
+
+
+# ---------------------------------------------------------------- coco
+
+@pytest.mark.parametrize("captions_at", ["annotations/captions_val2017.json", "captions_val2017.json"])
+def test_coco_takes_the_caption_of_lowest_id_with_plain_spaces(tmp_path, capsys, captions_at):
+    samples, skipped = load_samples("coco", 12, 0, coco_folder(tmp_path, captions_at=captions_at))
+    assert {s.id: s.caption for s in samples} == {f"{n:012d}.jpg": f"A picture, number {n}." for n in range(1, 13)}
+    assert skipped == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_coco_images_belong_to_their_captions(tmp_path):
+    for sample in load_samples("coco", 12, 0, coco_folder(tmp_path))[0]:
+        number = int(sample.caption.split()[-1].rstrip("."))
+        assert abs(sample.open_image().getpixel((3, 3))[0] - 10 * number) < 6
+
+
+@pytest.mark.parametrize("name", ["../1.jpg", "/etc/1.jpg", "a/1.jpg", "a\\1.jpg", "..jpg", "C:1.jpg", "1.jpg.1", ""])
+def test_names_that_are_no_plain_image_file_are_skipped_and_counted(tmp_path, name):
+    content = coco_json(4)
+    coco_folder(tmp_path, content)
+    content["images"][1]["file_name"] = name
+    content["annotations"][0]["caption"] = " \n"  # an empty caption of image 1, which has others
+    content["annotations"].append({"id": 9000, "image_id": 77, "caption": "of an image that is not listed"})
+    (tmp_path / captions.COCO_CAPTIONS).write_text(json.dumps(content))
+    samples, skipped = load_samples("coco", 3, 0, tmp_path)
+    assert sorted(ids(samples)) == [f"{n:012d}.jpg" for n in (1, 3, 4)]
+    assert skipped == 3 + 1 + 1
+
+
+@pytest.mark.parametrize("content", [
+    "", "{", "\x00\x01", "[]", "3", "{}", '{"images": [], "annotations": []}', '{"annotations": 3}',
+    '{"images": [{"id": 1}], "annotations": [{"image_id": 1, "id": 1, "bbox": []}]}',
+    '{"images": [{"file_name": "1.jpg"}], "annotations": []}',
+    '{"images": [{"id": 1, "file_name": 5}], "annotations": [{"image_id": 1, "id": 1, "caption": "a"}]}',
+    '{"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 1, "id": 1, "caption": null}]}',
+    '{"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": [1], "id": 1, "caption": "a"}]}',
+])
+def test_broken_coco_captions_are_an_error_that_names_the_file(tmp_path, content):
+    path = coco_folder(tmp_path) / captions.COCO_CAPTIONS
+    path.write_text(content)
+    with pytest.raises(UserError) as error:
+        load_samples("coco", 1, 0, tmp_path)
+    assert str(path) in str(error.value)
+    assert "expected" in str(error.value)
+
+
+def test_missing_coco_parts_are_errors_that_name_them(tmp_path):
+    with pytest.raises(UserError, match="no folder .*nowhere"):
+        load_samples("coco", 1, 0, tmp_path / "nowhere")
+    with pytest.raises(UserError, match="expected annotations/captions_val2017.json or captions_val2017.json"):
+        load_samples("coco", 1, 0, tmp_path)
+    folder = coco_folder(tmp_path / "coco")
+    (folder / "val2017" / "000000000003.jpg").unlink()
+    assert len(training_captions("coco", 12, 0, folder)) == 12  # these need no image
+    with pytest.raises(UserError, match="000000000003.jpg"):
+        load_samples("coco", 12, 0, folder)
+    (folder / "val2017").rename(folder / "train2017")
+    with pytest.raises(UserError, match="expected val2017/"):
+        load_samples("coco", 1, 0, folder)
+
+
+# ---------------------------------------------------------------- flickr8k
+
+@pytest.mark.parametrize("layout", FLICKR8K_LAYOUTS)
+def test_flickr8k_layouts_give_the_same_samples(tmp_path, layout):
+    samples, skipped = load_samples("flickr8k", 6, 0, flickr8k_folder(tmp_path, layout))
+    expected, _ = load_samples("flickr8k", 6, 0, flickr8k_folder(tmp_path / "token"))
+    assert {s.id: s.caption for s in samples} == {f"{n}_ab.jpg": f"A dog , number {n}0 ." for n in range(6)}
+    assert [s[:2] for s in samples] == [s[:2] for s in expected]
+    assert skipped == 0
+    assert all(s.open_image().size == (24, 16) for s in samples)
+
+
+def test_flickr8k_takes_caption_0_wherever_it_stands(tmp_path):
+    folder = flickr8k_folder(tmp_path)
+    path = folder / "Flickr8k.token.txt"
+    path.write_text("\n".join(reversed(path.read_text().split("\n"))))
+    assert all(s.caption.endswith("0 .") for s in load_samples("flickr8k", 6, 0, folder)[0])
+
+
+@pytest.mark.parametrize(("layout", "extra", "count"), [
+    # the malformed key of the original
+    ("token", "".join(f"2258277193_586949ec62.jpg.1#{k}\tSome people .\n" for k in range(5)), 5),
+    ("token", "../../secret.jpg#0\tA dog .\n/etc/x.jpg#0\tA dog .\n..\\x.jpg#0\tA dog .\n", 3),
+    ("token", "no tab\n7.jpg\tno index\n7.jpg#x\tno number\n7.jpg#0\t \n\n\n", 4),
+    ("kaggle", "../../secret.jpg,A dog .\n7.jpg\n7.jpg,A dog , no quotes\n7.jpg,\n,A dog .\n\n", 5),
+])
+def test_flickr8k_malformed_captions_are_skipped_and_counted(tmp_path, layout, extra, count):
+    samples, skipped = load_samples("flickr8k", 6, 0, flickr8k_folder(tmp_path, layout, extra))
+    assert sorted(ids(samples)) == [f"{n}_ab.jpg" for n in range(6)]
+    assert skipped == count
+
+
+@pytest.mark.parametrize(("layout", "content"), [
+    ("token", b""), ("token", b"image,caption\n1.jpg,A dog .\n"), ("token", b"1.jpg#0\t\xff\xfe\n"),
+    ("kaggle", b""), ("kaggle", b"1.jpg,A dog .\n"), ("kaggle", b"image,caption\n"),
+    ("kaggle", b"image,caption\n1.jpg,\xff\xfe\n"), ("kaggle", b'image,caption\n1.jpg,"' + b"x" * 200_000),
+])
+def test_broken_flickr8k_captions_are_an_error_that_names_the_file(tmp_path, layout, content):
+    path = flickr8k_folder(tmp_path, layout) / FLICKR8K_LAYOUTS[layout][0]
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        load_samples("flickr8k", 1, 0, tmp_path)
+    assert str(path) in str(error.value)
+    assert "expected" in str(error.value)
+
+
+def test_missing_flickr8k_parts_are_errors_that_name_them(tmp_path):
+    with pytest.raises(UserError, match="--data_dir"):
+        load_samples("flickr8k", 1)
+    with pytest.raises(UserError, match="no folder .*nowhere"):
+        load_samples("flickr8k", 1, 0, tmp_path / "nowhere")
+    with pytest.raises(UserError, match="Flickr8k.token.txt or .* or captions.txt"):
+        load_samples("flickr8k", 1, 0, tmp_path)
+    folder = flickr8k_folder(tmp_path / "flickr8k")
+    (folder / "Flicker8k_Dataset" / "4_ab.jpg").unlink()
+    with pytest.raises(UserError, match="4_ab.jpg"):
+        load_samples("flickr8k", 6, 0, folder)
+    (folder / "Flicker8k_Dataset").rename(folder / "Pictures")
+    with pytest.raises(UserError, match="Flicker8k_Dataset/ or .*Images/"):
+        load_samples("flickr8k", 1, 0, folder)
+
+
+# ---------------------------------------------------------------- images
+
+@pytest.mark.parametrize(("mode", "suffix"), [
+    ("L", "jpg"), ("CMYK", "jpg"), ("P", "png"), ("1", "png"), ("LA", "png"), ("RGBA", "png"), ("RGB", "jpg")])
+def test_every_kind_of_image_is_opened_as_rgb(tmp_path, mode, suffix):
+    path = tmp_path / f"image.{suffix}"
+    Image.new("RGB", (9, 7), (255, 255, 255)).convert(mode).save(path)
+    image = captions.open_rgb(path)
+    assert image.mode == "RGB"
+    assert image.size == (9, 7)
+    assert min(image.getpixel((4, 4))) > 250
+
+
+def test_exif_orientation_is_honoured(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright: show it turned clockwise
+    stored = Image.new("RGB", (32, 16), (0, 0, 0))
+    stored.paste((255, 255, 255), (0, 0, 16, 16))  # the left half, which is to be the upper
+    stored.save(tmp_path / "turned.jpg", exif=exif)
+    shown = captions.open_rgb(tmp_path / "turned.jpg")
+    assert shown.size == (16, 32)
+    assert min(shown.getpixel((8, 4))) > 250
+    assert max(shown.getpixel((8, 28))) < 5
+
+
+@pytest.mark.parametrize("body", [b"", b"<html>not found</html>", jpeg()[:300], jpeg()[:-40], b"\x89PNG\r\n\x1a\n1234"])
+def test_broken_image_is_an_error_that_names_the_file(tmp_path, body):
+    folder = coco_folder(tmp_path)
+    samples, _ = load_samples("coco", 12, 0, folder)
+    (folder / "val2017" / samples[5].id).write_bytes(body)
+    with pytest.raises(UserError, match=samples[5].id):
+        load_originals(samples, 8)
+
+
+@pytest.mark.parametrize(("width", "height"), [(90, 30), (30, 90), (91, 31)])
+def test_fit_image_keeps_the_centred_square(width, height):
+    image = Image.new("RGB", (width, height), (255, 0, 0))
+    side, left, top = min(width, height), (width - min(width, height)) // 2, (height - min(width, height)) // 2
+    image.paste((0, 0, 255), (left, top, left + side, top + side))
+    fitted = np.asarray(fit_image(image, 16))
+    assert fitted.shape == (16, 16, 3)
+    assert (fitted == (0, 0, 255)).all()
+
+
+def test_fit_image_averages_what_is_finer_than_a_pixel():
+    checks = (np.indices((128, 128)).sum(0) % 2 * 255).astype(np.uint8)
+    fitted = np.asarray(fit_image(Image.fromarray(checks), 16)).astype(int)
+    assert abs(fitted - 127).max() <= 2
+
+
+def test_fit_image_leaves_an_image_of_the_right_size_as_it_is():
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3)).astype(np.uint8))
+    assert fit_image(image, 64).tobytes() == image.tobytes()
+
+
+def test_originals_are_in_the_order_of_the_samples(tmp_path):
+    samples, _ = load_samples("coco", 5, 0, coco_folder(tmp_path))
+    originals = load_originals(samples, 8)
+    assert originals.shape == (5, 8, 8, 3)
+    assert originals.dtype == np.uint8
+    for original, sample in zip(originals, samples):
+        assert (original == np.asarray(fit_image(sample.open_image(), 8))).all()
+
+
+# ---------------------------------------------------------------- fetching
+
+def serve(self):
+    """Answer a GET from server.files; server.faults[path] is a list of what goes wrong, first things first."""
+    server, path = self.server, self.path
+    with server.lock:
+        server.asked.append(path)
+        fault = server.faults[path].pop(0) if server.faults.get(path) else ""
+    body = server.files.get(path)
+    if body is None or fault == "error":
+        self.send_error(500 if body else 404)
+        return
+    self.send_response(200)
+    if fault != "no length":
+        self.send_header("Content-Length", str(len(body)))
+    self.end_headers()
+    self.wfile.write(body[:-40] if fault else body)
+    self.close_connection = True
+
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch):
+    """A mirror of COCO on this machine, with an empty cache to fetch into."""
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as members:
+        members.writestr("annotations/captions_val2017.json", json.dumps(coco_json()))
+        members.writestr("annotations/instances_val2017.json", "{}")
+    handler = type("Handler", (http.server.BaseHTTPRequestHandler,), {"do_GET": serve, "log_message": lambda *_: None})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.lock, server.asked, server.faults = threading.Lock(), [], {}
+    server.archive = "/annotations/annotations_trainval2017.zip"
+    server.files = {server.archive: archive.getvalue(),
+                    **{f"/val2017/{n:012d}.jpg": jpeg(n) for n in range(1, 13)}}
+    server.cache = tmp_path / "cache" / "coco"
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    monkeypatch.setenv("PRUNING_COCO_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("PRUNING_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(captions, "COCO_ARCHIVE_HASH", "md5:" + hashlib.md5(archive.getvalue()).hexdigest())
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def files_in(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_only_what_is_needed_is_fetched_and_only_once(mirror, capfd):
+    samples, _ = load_samples("coco", 4)
+    assert sorted(mirror.asked) == sorted([mirror.archive] + [f"/val2017/{i}" for i in ids(samples)])
+    assert files_in(mirror.cache) == sorted([captions.COCO_CAPTIONS] + [f"val2017/{i}" for i in ids(samples)])
+    mirror.asked.clear()
+    more, _ = load_samples("coco", 6)
+    assert ids(more[:4]) == ids(samples)
+    assert sorted(mirror.asked) == sorted(f"/val2017/{i}" for i in ids(more[4:]))
+    mirror.asked.clear()
+    assert load_originals(load_samples("coco", 6)[0], 8).shape == (6, 8, 8, 3)
+    training_captions("coco", 3, exclude=samples)
+    assert mirror.asked == []
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "COCO images" in err
+    assert "Downloading file" not in err  # no line a file
+    # the cache is a data folder like any other
+    assert [s[:2] for s in load_samples("coco", 6, 0, mirror.cache)[0]] == [s[:2] for s in more]
+
+
+def test_what_fails_once_is_fetched_again(mirror):
+    mirror.faults = {path: [fault] for path, fault in zip(mirror.files, 5 * ["error", "cut", "no length"])}
+    samples, _ = load_samples("coco", 12)
+    assert len(mirror.asked) == 2 * 13
+    for sample in samples:
+        assert (mirror.cache / "val2017" / sample.id).read_bytes() == mirror.files[f"/val2017/{sample.id}"]
+    assert len(files_in(mirror.cache)) == 13
+
+
+@pytest.mark.parametrize("fault", ["error", "cut", "no length"])
+def test_images_that_never_come_whole_leave_nothing_behind(mirror, monkeypatch, fault):
+    monkeypatch.setattr(captions, "RETRIES", 0)
+    mirror.faults = {path: [fault] for path in mirror.files if path != mirror.archive}
+    with pytest.raises(UserError, match="val2017.zip.*--data_dir"):
+        load_samples("coco", 12)
+    assert files_in(mirror.cache) == [captions.COCO_CAPTIONS]
+
+
+def test_a_page_sent_for_an_image_is_no_image(mirror, monkeypatch):
+    monkeypatch.setattr(captions, "RETRIES", 0)
+    bad = load_samples("coco", 3)[0][2].id
+    (mirror.cache / "val2017" / bad).unlink()
+    mirror.files[f"/val2017/{bad}"] = b"<html>please log in</html>"
+    with pytest.raises(UserError, match=f"{bad} sent no whole image"):
+        load_samples("coco", 3)
+    assert f"val2017/{bad}" not in files_in(mirror.cache)
+
+
+@pytest.mark.parametrize("fault", ["error", "cut", "no length", "hash"])
+def test_captions_that_never_come_whole_leave_nothing_behind(mirror, monkeypatch, fault):
+    monkeypatch.setattr(captions, "RETRIES", 0)
+    if fault == "hash":
+        mirror.files[mirror.archive] += b"changed"
+    else:
+        mirror.faults = {mirror.archive: [fault]}
+    with pytest.raises(UserError, match="annotations_trainval2017.zip.*--data_dir"):
+        load_samples("coco", 1)
+    assert mirror.asked == [mirror.archive]
+    assert files_in(mirror.cache) == []
+
+
+def test_offline_error_says_what_to_download_and_where_to_put_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(captions, "RETRIES", 0)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("PRUNING_COCO_URL", "http://127.0.0.1:9/")  # nobody answers there
+    monkeypatch.setenv("PRUNING_CACHE", str(tmp_path))
+    with pytest.raises(UserError) as error:
+        load_samples("coco", 1)
+    for part in ("http://127.0.0.1:9/annotations/annotations_trainval2017.zip", "http://127.0.0.1:9/zips/val2017.zip",
+                 "--data_dir"):
+        assert part in str(error.value)
+    assert files_in(tmp_path) == []
+
+
+def test_cache_that_cannot_be_made_is_an_error_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PRUNING_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="cannot fetch"):
+        load_samples("coco", 1)

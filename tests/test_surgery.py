@@ -1,0 +1,401 @@
+"""The removing methods, on tiny random models of the real classes: removed must equal masked."""
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor, AttnProcessor
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+
+from pruning import UserError
+from pruning.methods import attention_heads, prune, structured, surgery
+
+UNET = dict(sample_size=8, layers_per_block=1, norm_num_groups=8, block_out_channels=(32, 64),
+            cross_attention_dim=24, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+BUILD = {
+    "sd15": lambda: UNet2DConditionModel(**UNET, attention_head_dim=4),
+    "sdxl": lambda: UNet2DConditionModel(**dict(
+        UNET, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 8), transformer_layers_per_block=(1, 2), use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=64)),
+    "scale_shift": lambda: UNet2DConditionModel(**dict(
+        UNET, down_block_types=("AttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "AttnUpBlock2D")), attention_head_dim=8,
+        resnet_time_scale_shift="scale_shift", upcast_attention=True),
+    "pixart": lambda: PixArtTransformer2DModel(
+        num_attention_heads=4, attention_head_dim=8, num_layers=2, cross_attention_dim=32, caption_channels=24,
+        sample_size=8, out_channels=8),
+}
+UNITS = {"structured": ("neurons", "channels"), "attention_heads": ("heads",)}
+PLAN = {"structured": structured.plan, "attention_heads": attention_heads.plan}
+FAMILIES = pytest.mark.parametrize("family", list(BUILD))
+METHODS = pytest.mark.parametrize("method", list(UNITS))
+RATES = pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+
+
+def build(family):
+    """A random model whose biases and norm weights are random too, as fresh ones are zero and one."""
+    torch.manual_seed(0)
+    model = BUILD[family]().eval()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            nn.init.normal_(parameter, mean=float("norm" in name and name.endswith("weight")), std=0.3)
+    return model
+
+
+def run(model, dtype=torch.float32):
+    """The model's output on one fixed input with some tokens of the caption masked out."""
+    generator = torch.Generator().manual_seed(1)
+    def randn(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+    inputs = dict(encoder_hidden_states=randn(2, 5, 24), timestep=torch.tensor([7, 400]),
+                  encoder_attention_mask=torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]))
+    if isinstance(model, PixArtTransformer2DModel):
+        inputs["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
+    elif model.config.addition_embed_type:
+        inputs["added_cond_kwargs"] = {"text_embeds": randn(2, 16), "time_ids": randn(2, 6)}
+    with torch.no_grad():
+        return model(randn(2, 4, 8, 8), **inputs).sample
+
+
+def assert_equal_outputs(one, other, dense=None):
+    one, other = run(one), run(other)
+    assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+    if dense is not None:
+        assert (one - run(dense)).abs().max() > 1e-3 * other.abs().max()
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def groups(model, method):
+    return surgery.survey(model, *UNITS[method])[0]
+
+
+@FAMILIES
+@METHODS
+@RATES
+def test_removed_equals_masked_and_the_count_is_the_asked(family, method, rate):
+    dense = build(family)
+    removed, masked = copy.deepcopy(dense), copy.deepcopy(dense)
+    total = sum(group.units for group in groups(dense, method))
+    before = parameters(dense)
+
+    done = prune(method, removed, rate)
+    assert done == prune(method, masked, rate, mask_only=True)
+    assert (done.total, done.asked) == (total, round(rate * total))
+    assert done.taken == done.asked == total - sum(group.units for group in groups(removed, method))
+    assert_equal_outputs(removed, masked, dense)
+
+    gone = before - parameters(removed)
+    assert gone > 0.5 * rate * sum(layer.weight.numel() for group in groups(dense, method)
+                                   for layer, _ in group.layers())
+    assert parameters(masked) == before
+    zeros = sum(int((p == 0).sum()) for p in masked.parameters())
+    assert zeros == gone  # a mask zeroes what removing takes out, no more and no less
+
+
+@FAMILIES
+@METHODS
+def test_rate_zero_changes_nothing(family, method):
+    dense = build(family)
+    pruned = copy.deepcopy(dense)
+    assert prune(method, pruned, 0.0).taken == 0
+    assert torch.equal(run(pruned), run(dense))
+
+
+@FAMILIES
+@METHODS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_and_runs(family, method, dtype):
+    model = build(family)
+    reference = copy.deepcopy(model).to(dtype).float()
+    done = prune(method, reference, 0.5)
+    model = model.to(dtype)
+    assert prune(method, model, 0.5) == done
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    out = run(model, dtype)
+    assert out.dtype == dtype
+    assert (out.float() - run(reference)).abs().max() < 0.1 * run(reference).abs().max()
+
+
+@FAMILIES
+def test_a_pruned_model_can_be_pruned_again(family):
+    dense = build(family)
+    removed = copy.deepcopy(dense)
+    prune("structured", removed, 0.4)
+    prune("attention_heads", removed, 0.4)
+    masked = copy.deepcopy(removed)
+    for method in UNITS:
+        assert prune(method, removed, 0.5) == prune(method, masked, 0.5, mask_only=True)
+    assert_equal_outputs(removed, masked)
+
+    once = copy.deepcopy(dense)  # channels removed in two steps count as zeros like those removed in one
+    norm_groups = next((g.norm_groups for g in groups(dense, "structured") if g.kind.unit == "channels"), 1)
+    for group in groups(dense, "structured"):
+        if group.kind.unit == "channels":
+            width = group.units // norm_groups
+            firsts = [start + i for start in range(0, group.units, width) for i in range(width // 2)]
+            surgery.apply(once, {group.name: [unit for unit in firsts if unit % width == 0]})
+            surgery.apply(dense, {group.name: firsts})
+            surgery.apply(dense, {group.name: list(range(0, len(firsts), width // 2))})
+    assert_equal_outputs(once, dense)
+
+
+@METHODS
+@pytest.mark.parametrize("family", ["sd15", "pixart"])
+def test_old_attention_processor(method, family):
+    removed = build(family)
+    removed.set_attn_processor(AttnProcessor())
+    masked = copy.deepcopy(removed)
+    prune(method, removed, 0.5)
+    prune(method, masked, 0.5, mask_only=True)
+    assert_equal_outputs(removed, masked)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_fused_projections(family):
+    removed = build(family)
+    removed.fuse_qkv_projections()
+    masked = copy.deepcopy(removed)
+    plan = {group.name: list(range(1, group.units, 2)) for group in groups(removed, "attention_heads")}
+    surgery.apply(removed, plan)
+    surgery.apply(masked, plan, mask_only=True)
+    assert_equal_outputs(removed, masked)
+    unfused = copy.deepcopy(removed)
+    unfused.unfuse_qkv_projections()
+    assert_equal_outputs(unfused, removed)
+
+
+def plant(group, units):
+    """Make these units by far the weakest of the model."""
+    with torch.no_grad():
+        for layer, dim in group.layers(scored=True):
+            group.by_unit(layer.weight, dim).index_fill_(dim + 1, torch.tensor(units, dtype=torch.long), 1e-6)
+
+
+@FAMILIES
+def test_the_heads_of_lowest_weight_go(family):
+    model = build(family)
+    found = groups(model, "attention_heads")
+    planted = {found[0].name: [0], found[-1].name: list(range(found[-1].units))}
+    for group in found:
+        plant(group, planted.get(group.name, []))
+    rate = sum(map(len, planted.values())) / sum(group.units for group in found)
+    kept = attention_heads.plan(found, rate)
+    assert kept == {found[0].name: list(range(1, found[0].units)), found[-1].name: []}
+
+
+@FAMILIES
+def test_the_neurons_and_channels_of_lowest_norm_go_equally_from_every_norm_group(family):
+    model = build(family)
+    planted = {}
+    for group in groups(model, "structured"):
+        width = group.units // group.norm_groups
+        planted[group.name] = [start + width - 1 for start in range(0, group.units, width)]
+        plant(group, planted[group.name])
+    prune("structured", model, 0.5, mask_only=True)
+    for group in groups(model, "structured"):
+        layer, dim = next(iter(group.layers()))
+        dead = group.by_unit(layer.weight, dim).abs().sum((0, 2, *range(3, layer.weight.dim() + 2))) == 0
+        assert dead[planted[group.name]].all()
+        assert dead.view(group.norm_groups, -1).sum(1).unique().numel() == 1
+        assert abs(int(dead.sum()) - group.units / 2) <= max(2, group.norm_groups / 2)
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.17, 0.33, 0.5, 0.875, 0.9, 0.95, 0.99])
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_structured_reaches_the_rate_or_its_limit(family, rate):
+    model = build(family)
+    found = groups(model, "structured")
+    limit = sum(group.units - group.norm_groups for group in found)
+    done = prune("structured", model, rate)
+    assert done.taken == min(done.asked, limit)
+    run(model)
+
+
+@FAMILIES
+def test_heads_can_be_fewer_than_layers(family):
+    removed = build(family)
+    masked = copy.deepcopy(removed)
+    found = groups(removed, "attention_heads")
+    rate = 1 - 1 / sum(group.units for group in found)
+    done = prune("attention_heads", removed, rate)
+    prune("attention_heads", masked, rate, mask_only=True)
+    assert done.total - done.taken == 1 < len(found)
+    assert sum(isinstance(module, surgery.HeadlessAttention) for module in removed.modules()) == len(found) - 1
+    assert_equal_outputs(removed, masked)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(2, 6, 16), (2, 16, 3, 2)])
+def test_attention_without_heads_yields_its_bias(bias, shape):
+    attention = Attention(16, heads=2, dim_head=8, out_bias=bias)
+    x = torch.randn(shape)
+    out = surgery.HeadlessAttention(attention)(x, encoder_hidden_states=torch.randn(2, 3, 16))
+    want = attention.to_out[0].bias if bias else torch.zeros(16)
+    assert torch.equal(out, want.view(-1, *(1,) * (len(shape) - 2)).expand(shape) if len(shape) == 4
+                       else want.expand(shape))
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 16), (2, 16, 3, 2)])
+@pytest.mark.parametrize("kept", [[], [1]])
+def test_attention_with_norm_residual_and_rescaling(shape, kept):
+    attention = Attention(16, heads=2, dim_head=8, bias=True, residual_connection=True, rescale_output_factor=1.7,
+                          norm_num_groups=4, qk_norm="rms_norm")
+    removed, masked = nn.Sequential(attention), nn.Sequential(copy.deepcopy(attention))
+    surgery.apply(removed, {"0.heads": kept})
+    surgery.apply(masked, {"0.heads": kept}, mask_only=True)
+    x = torch.randn(shape)
+    assert torch.allclose(removed(x), masked(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("activation", ["geglu", "gelu", "gelu-approximate", "geglu-approximate", "swiglu",
+                                        "linear-silu"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_every_activation_of_a_feed_forward(activation, bias):
+    removed = nn.Sequential(FeedForward(8, dim_out=6, activation_fn=activation, bias=bias, final_dropout=True)).eval()
+    masked = copy.deepcopy(removed)
+    prune("structured", removed, 0.75)
+    prune("structured", masked, 0.75, mask_only=True)
+    x = torch.randn(2, 3, 8)
+    assert removed[0].net[2].in_features == 8
+    assert torch.allclose(removed(x), masked(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"up": True}, {"down": True}, {"conv_2d_out_channels": 8}, {"groups_out": 2},
+                                     {"skip_time_act": True, "output_scale_factor": 1.4}])
+def test_every_sort_of_resnet_block(options):
+    removed = nn.ModuleList([ResnetBlock2D(in_channels=16, out_channels=32, temb_channels=12, groups=4, **options)])
+    masked = copy.deepcopy(removed)
+    assert prune("structured", removed, 0.5).taken == 16
+    prune("structured", masked, 0.5, mask_only=True)
+    x, temb = torch.randn(2, 16, 4, 4), torch.randn(2, 12)
+    assert torch.allclose(removed[0](x, temb), masked[0](x, temb), atol=1e-5)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(3, 24, 5, 4), (3, 24, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pruned_group_norm_is_the_dense_one_with_zeroed_channels(memory_format, shape, dtype):
+    if len(shape) != 4 and memory_format == torch.channels_last:
+        pytest.skip("channels_last is for images")
+    x = (torch.randn(shape, dtype=dtype) * 2 + 5).to(memory_format=memory_format)
+    for dense_channels in (24, 48):
+        norm = surgery.PrunedGroupNorm(6, 24, dense_channels, 1e-5).to_empty(device="cpu").to(dtype)
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+        padding = torch.zeros(shape[0], 6, (dense_channels - 24) // 6, *shape[2:], dtype=dtype)
+        padded = torch.cat([x.unflatten(1, (6, -1)), padding], 2).flatten(1, 2)
+        want = F.group_norm(padded, 6, None, None, 1e-5).unflatten(1, (6, -1))[:, :, :4].flatten(1, 2)
+        want = want * norm.weight.view(-1, *(1,) * (len(shape) - 2)) + norm.bias.view(-1, *(1,) * (len(shape) - 2))
+        assert torch.allclose(norm(x), want, atol=1e-5 if dtype == torch.float32 else 1e-11)
+
+
+def test_pruned_group_norm_has_gradients():
+    norm = surgery.PrunedGroupNorm(2, 4, 12, 1e-5).to_empty(device="cpu").double()
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(norm, (x,))
+
+
+@FAMILIES
+@METHODS
+def test_a_plan_replayed_on_the_meta_device_takes_the_weights(family, method):
+    pruned = build(family)
+    plan = PLAN[method](groups(pruned, method), 0.8)
+    surgery.apply(pruned, plan)
+    with torch.device("meta"):
+        rebuilt = type(pruned).from_config(pruned.config)
+    surgery.apply(rebuilt, plan)
+    assert all(p.is_meta for p in rebuilt.parameters())
+    for (name, buffer), (_, source) in zip(list(rebuilt.named_buffers()), pruned.named_buffers()):
+        if buffer.is_meta:  # position tables are not in the weights
+            owner = rebuilt.get_submodule(name.rpartition(".")[0])
+            owner.register_buffer(name.rpartition(".")[2], source, persistent=False)
+    rebuilt.load_state_dict(pruned.state_dict(), strict=True, assign=True)
+    assert torch.equal(run(rebuilt.eval()), run(pruned))
+
+
+BAD_PLANS = {"out of range": [0, 1, 8], "repeated": [0, 0, 1], "descending": [1, 0], "negative": [-1, 2],
+             "no number": ["0", "1"]}
+
+
+@pytest.mark.parametrize("keep", list(BAD_PLANS.values()), ids=list(BAD_PLANS))
+def test_a_bad_plan_is_refused_before_anything_changes(keep):
+    model = build("sdxl")
+    before = parameters(model)
+    names = [group.name for group in groups(model, "attention_heads")]
+    with pytest.raises(UserError, match=names[-1].replace(".", r"\.")):
+        surgery.apply(model, {names[0]: [0], names[-1]: keep})
+    with pytest.raises(UserError, match="no such.heads"):
+        surgery.apply(model, {names[0]: [0], "no such.heads": [0]})
+    resnet = next(group for group in groups(model, "structured") if group.kind.unit == "channels")
+    with pytest.raises(UserError, match="norm groups"):
+        surgery.apply(model, {resnet.name: [0, 1]})
+    with pytest.raises(UserError, match="ascending"):
+        surgery.apply(model, {resnet.name: []})
+    assert parameters(model) == before
+
+
+@METHODS
+def test_nothing_to_prune_is_an_error_with_the_class_and_the_method(method):
+    model = nn.TransformerEncoderLayer(8, 2, 16)
+    with pytest.raises(UserError, match=f"TransformerEncoderLayer.*{method}"):
+        prune(method, model, 0.5)
+
+
+@METHODS
+@pytest.mark.parametrize("rate", [-0.1, 1.0, float("nan")])
+def test_rates_outside_the_range_are_refused(method, rate):
+    with pytest.raises(UserError, match="rate"):
+        prune(method, build("pixart"), rate)
+
+
+def test_what_cannot_be_removed_exactly_is_left_out_with_the_reason():
+    plain, added, grouped, tied, wrapped = (
+        Attention(16, heads=2, dim_head=8, **options) for options in (
+            {}, {"added_kv_proj_dim": 8, "processor": AttnAddedKVProcessor()}, {"kv_heads": 1}, {}, {}))
+    tied.to_v.weight = tied.to_k.weight
+    wrapped.to_q = nn.Sequential(wrapped.to_q)
+    model = nn.ModuleDict(dict(plain=plain, added=added, grouped=grouped, tied=tied, wrapped=wrapped))
+    found, left_out = surgery.survey(model, "heads")
+    assert [group.name for group in found] == ["plain.heads"]
+    assert {name: why.split()[-1] for name, why in left_out.items()} == {
+        "added": "AttnAddedKVProcessor", "grouped": "grouped", "tied": "layer", "wrapped": "Sequential"}
+    assert prune("attention_heads", model, 0.5).total == 2
+    del model["plain"]
+    with pytest.raises(UserError, match="AttnAddedKVProcessor"):
+        prune("attention_heads", model, 0.5)
+
+
+@METHODS
+def test_a_module_used_in_two_places_is_pruned_once(method):
+    removed = build("pixart")
+    removed.transformer_blocks[1] = removed.transformer_blocks[0]
+    masked = copy.deepcopy(removed)
+    rate = 0.8 if method == "attention_heads" else 0.5
+    prune(method, removed, rate)
+    prune(method, masked, rate, mask_only=True)
+    assert_equal_outputs(removed, masked)
+
+
+@METHODS
+def test_equal_scores_are_broken_the_same_way_each_time(method):
+    model = build("pixart")
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, 0.1)
+    kept = PLAN[method](groups(model, method), 0.5)
+    assert kept == PLAN[method](groups(copy.deepcopy(model), method), 0.5)
+    for group in groups(model, method):
+        keep = kept.get(group.name, list(range(group.units)))
+        assert keep == list(range(group.units))[group.units - len(keep):]  # the first go

@@ -1,0 +1,69 @@
+"""The synthetic graph: repeatable, falling, and never to be taken for a measurement."""
+import json
+
+import pytest
+from PIL import Image
+
+from pruning import UserError, generate_synthetic_graph
+from pruning.generate_synthetic_graph import EXPECTED, RATES, expected_accuracy, synthetic_curves
+from pruning.methods import METHODS, Method
+from pruning.records import find_records, read_record
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("synthetic")
+    generate_synthetic_graph.main(["--output_dir", str(folder)])
+    return folder
+
+
+def test_the_same_seed_gives_the_same_curves_and_another_seed_others():
+    assert synthetic_curves(0.05, 42) == synthetic_curves(0.05, 42)
+    assert synthetic_curves(0.05, 42) != synthetic_curves(0.05, 43)
+
+
+def test_without_noise_a_curve_is_the_expectation():
+    for curve in synthetic_curves(0, 1).values():
+        assert curve["accuracy"] == curve["expected"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_accuracy_starts_at_the_dense_model_and_falls_through_half_at_the_knee(method):
+    curve = EXPECTED[method]
+    values = [expected_accuracy(rate, curve) for rate in RATES]
+    assert values[0] == pytest.approx(1)
+    assert values == sorted(values, reverse=True)
+    assert expected_accuracy(curve.knee, curve) == pytest.approx(0.5, abs=0.03)
+
+
+def test_picture_and_json_are_written_and_the_json_says_that_it_is_synthetic(drawn):
+    data = json.loads((drawn / "synthetic.json").read_text())
+    assert data["synthetic"] is True
+    assert "not a measurement" in data["notice"]
+    assert set(data["curves"]) == set(METHODS)
+    assert data["seed"] == 42
+    assert data["noise"] == 0.05
+    with Image.open(drawn / "synthetic.png") as image:
+        assert image.width >= 700
+    assert sorted(path.name for path in drawn.iterdir()) == ["synthetic.json", "synthetic.png"]
+
+
+def test_the_synthetic_json_is_no_record(drawn):
+    assert find_records(drawn) == []
+    with pytest.raises(UserError, match="synthetic"):
+        read_record(drawn / "synthetic.json")
+
+
+@pytest.mark.parametrize("arguments", [["--noise", "-0.1"], ["--noise", "nan"], ["--noise", "inf"], ["--noise", "x"],
+                                       ["--seed", "-1"]])
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        generate_synthetic_graph.main(["--output_dir", str(tmp_path / "out"), *arguments])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_method_of_which_nothing_is_expected_is_named_and_not_drawn(monkeypatch):
+    monkeypatch.setitem(METHODS, "a_new_method", Method("new", "new", "weights"))
+    assert "a_new_method" not in synthetic_curves(0.05, 42)
