@@ -296,11 +296,8 @@ def _fetch_coco_images(folder: Path, samples: List[Sample]) -> None:
         except UserError as error:
             raise ValueError(f"{url} sent no whole image") from error  # which pooch retries
 
-    missing = [sample.id for sample in samples if not (folder / sample.id).exists()]
-    if not missing:
-        return
     with _fetching("COCO's images"), ThreadPoolExecutor(8) as pool:
-        jobs = [pool.submit(_fetch, folder, name, None, COCO_IMAGES, download_whole) for name in missing]
+        jobs = [pool.submit(_fetch, folder, sample.id, None, COCO_IMAGES, download_whole) for sample in samples]
         try:
             for job in tqdm(as_completed(jobs), total=len(jobs), desc="COCO images", leave=False):
                 job.result()

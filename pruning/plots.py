@@ -242,7 +242,7 @@ def draw_accuracy(record: Record, path: Path) -> Path:
         figure, record, metrics,
         "Each line is normalised as its name says: higher-is-better ÷ dense, dense ÷ lower-is-better."
         + (" lpips_dense is the distance to the dense model's images, so 1 − it; not clipped."
-           if "lpips_dense" in metrics else ""),
+           if "lpips_dense" in metrics else "") + " A gap: not finite.",
         f"Not drawn, for want of a dense value above 0: {', '.join(undrawn)}." if undrawn else "")
     _label_ends(figure, axes, [(*_end(rates, curves[name]), _formula(name), lines[name]) for name in metrics])
     return _save(figure, path)
@@ -466,9 +466,11 @@ def _quality(record: Record) -> List[str]:
         quality = (f"Quality: within 5 % of dense by clip_score up to rate {good.rate:g}, which has "
                    f"{_share_of_dense(good, record.dense)}"
                    + (f"; the images themselves have moved there by lpips_dense {_number(moved)}." if moved else "."))
-    collapsed = next((p for p in record.points if relative("clip_score", *_clip_scores(p, record.dense)) < COLLAPSED),
-                     None)
-    if collapsed:
+    collapsed = next((point for point in record.points
+                      if not relative("clip_score", *_clip_scores(point, record.dense)) >= COLLAPSED), None)
+    if collapsed and collapsed.metrics["clip_score"] is None:
+        collapse = f"Collapse: clip_score is not finite at rate {collapsed.rate:g}."
+    elif collapsed:
         collapse = (f"Collapse: clip_score first falls below half of dense at rate {collapsed.rate:g}, "
                     f"to {_share_of_dense(collapsed, record.dense)}.")
     else:
@@ -499,8 +501,8 @@ def _gain(record: Record) -> str:
             f"at rate {point.rate:g}, parameters fall from {dense.parameters:,} to {point.parameters:,} "
             f"({_change(point.parameters, dense.parameters)}), weights from {size} to "
             f"{point.weight_bytes / 1e6:,.1f} MB, and {_time(point, dense)}" for point in points) + "."
-    zeroed = "; ".join(f"at rate {point.rate:g}, {100 * saved_share(point, dense):.1f} % of the parameters are zero and "
-                       f"{_time(point, dense)}" for point in points)
+    zeroed = "; ".join(f"at rate {point.rate:g}, {100 * saved_share(point, dense):.1f} % of the parameters are zero "
+                       f"and {_time(point, dense)}" for point in points)
     return (f"Gain: none with dense kernels and files: {zeroed}. The file still holds all {dense.parameters:,} "
             f"parameters ({size} MB): zeros do not shrink it, nor do they make dense kernels faster.")
 

@@ -6,7 +6,7 @@ from PIL import Image
 
 from pruning import UserError, generate_synthetic_graph
 from pruning.generate_synthetic_graph import EXPECTED, RATES, expected_accuracy, synthetic_curves
-from pruning.methods import METHODS, Method
+from pruning.methods import METHODS
 from pruning.records import find_records, read_record
 
 
@@ -64,6 +64,8 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, arguments):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_method_of_which_nothing_is_expected_is_named_and_not_drawn(monkeypatch):
-    monkeypatch.setitem(METHODS, "a_new_method", Method("new", "new", "weights"))
-    assert "a_new_method" not in synthetic_curves(0.05, 42)
+def test_a_method_of_which_nothing_is_expected_is_named_and_not_drawn(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(METHODS, "a_new_method", METHODS["magnitude"])
+    generate_synthetic_graph.main(["--output_dir", str(tmp_path)])
+    assert "a_new_method" in capsys.readouterr().err
+    assert "a_new_method" not in json.loads((tmp_path / "synthetic.json").read_text())["curves"]

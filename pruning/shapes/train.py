@@ -336,13 +336,58 @@ def export(vae, features, clip, unet, tokenizer_dir: Path, folder: Path):
     save_file({k: v.half().contiguous() for k, v in features.state_dict().items()}, folder / "squeezenet.safetensors")
 
 
+@torch.no_grad()
+def evaluate(count: int = 500) -> dict:
+    """The model card's figures, of the weights beside this file, on `count` prompt scenes."""
+    from pruning import captions, metrics, models
+
+    samples = captions.load_samples("shapes", count)[0]
+    texts = np.array([sample.caption for sample in samples])
+    originals = captions.load_originals(samples, scenes.SIZE)
+    pipeline = models.load_pipeline("shapes-unet")
+    settings = dict(models.default_settings(pipeline, "shapes-unet"), seed=0, batch_size=25)
+    with tqdm(total=count, unit="image", desc="dense images") as bar:
+        made = models.generate(pipeline, samples, on_batch=bar.update, **settings).pixels
+
+    x = pixels(originals, "cpu")
+    errors = [(pipeline.vae.decode(pipeline.vae.encode(part).latent_dist.mean).sample.clamp(-1, 1) - part)
+              .square().mean((1, 2, 3)) for part in x.split(50)]
+    clip = metrics.load_backbone("bundled", "clip")
+    embedded, _ = metrics.embed_captions(clip, list(texts))
+    scores, found = {}, {}
+    for name, images in (("real", originals), ("dense", made)):
+        seen = metrics.embed_images(clip, images)
+        scores[name] = float(metrics.clip_score(seen, embedded).mean())
+        found[name] = float((texts[(seen @ embedded.T).argmax(1)] == texts).mean())
+    features = metrics.load_backbone("bundled", "features")
+    reference = metrics.image_features(features, captions.load_originals(
+        captions.reference_samples("shapes", []), scenes.SIZE))
+    return {
+        "scenes": count,
+        "vae_psnr_db": float((10 * torch.log10(4 / torch.cat(errors))).mean()),
+        "clip_score_real": scores["real"], "clip_score_dense": scores["dense"],
+        "clip_score_dense_over_real": scores["dense"] / scores["real"],
+        "retrieval_real": found["real"], "retrieval_dense": found["dense"],
+        "retrieval_dense_over_real": found["dense"] / found["real"],
+        "fid_dense": metrics.fid(metrics.image_features(features, made), reference),
+        "fid_real": metrics.fid(metrics.image_features(features, originals), reference),
+    }
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work_dir", type=Path, required=True, help="checkpoints and rendered scenes")
+    parser.add_argument("--work_dir", type=Path, default=Path("shapes_training"),
+                        help="checkpoints and rendered scenes (default: shapes_training)")
     parser.add_argument("--output_dir", type=Path, default=HERE,
                         help="where the weights go (default: beside this file)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--evaluate", action="store_true", help="only measure the weights that are there")
     args = parser.parse_args()
+    if args.evaluate:
+        figures = json.dumps({name: round(value, 4) for name, value in evaluate().items()}, indent=2)
+        (HERE / "figures.json").write_text(figures + "\n")
+        print(figures)
+        return
     args.work_dir.mkdir(parents=True, exist_ok=True)
 
     images, drawn = load_split(args.work_dir, "train")
