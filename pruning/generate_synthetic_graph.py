@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):
     sys.path[0] = str(ROOT)  # instead of pruning/, whose file names must not shadow packages
 
-from pruning import command, plots  # noqa: E402
-from pruning.methods import METHODS  # noqa: E402
-from pruning.records import write_json  # noqa: E402
+from pruning import command, plots
+from pruning.methods import METHODS
+from pruning.records import write_json
 
 NOTICE = "SYNTHETIC - not a measurement: illustrative curves of what one might expect, no model was run"
 RATES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

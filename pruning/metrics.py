@@ -113,6 +113,7 @@ def load_clip(source, revision: str = "main") -> Clip:
                   f"models--{str(source).replace('/', '--')} from its cache into {HF_HUB_CACHE}")
     # From transformers 5 on, the plain name resizes with torchvision. PIL at all versions gives the same pixels.
     processor = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
+    transformers.utils.logging.disable_progress_bar()
     with _loading(f"CLIP from {source}", remedy):
         model = transformers.CLIPModel.from_pretrained(source, revision=revision)
         return Clip(model.float().eval().requires_grad_(False),

@@ -42,10 +42,12 @@ def load_pipeline(model: str, device: str = "cpu", dtype: str = "float32"):
     import torch
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
     source = model_source(model)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    disable_progress_bar()  # of transformers, for the text encoder
     try:
         # A safety checker blackens pictures, which a metric would take for damage.
         config = DiffusionPipeline.load_config(source)

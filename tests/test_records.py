@@ -199,10 +199,12 @@ def test_only_records_are_found(tmp_path):
     paths = [record_path(tmp_path, "org/b", "shapes", "magnitude"), record_path(tmp_path, "a", "coco", "magnitude")]
     for path in paths:
         write_record(record, path)
-    (tmp_path / "synthetic.json").write_text('{"synthetic": true}')
-    (tmp_path / "other.json").write_text("{}")
-    (tmp_path / "half.json").write_text(f'{{"schema_version": {SCHEMA_VERSION}, "mod')
-    assert find_records(tmp_path) == sorted([*paths, tmp_path / "half.json"])  # a torn record is not passed over
+    folder = paths[1].parent
+    (folder / "synthetic.json").write_text('{"synthetic": true}')
+    (folder / "other.json").write_text("{}")
+    (folder / "half.json").write_text(f'{{"schema_version": {SCHEMA_VERSION}, "mod')
+    write_record(record, record_path(tmp_path / "single_rate", "a", "coco", "magnitude"))  # a results folder of its own
+    assert find_records(tmp_path) == sorted([*paths, folder / "half.json"])  # a torn record is not passed over
     with pytest.raises(UserError, match="no folder"):
         find_records(tmp_path / "none")
 

@@ -214,7 +214,8 @@ def fit(stage: str, work_dir: Path, module: nn.Module, loss_of, device) -> nn.Mo
         bar.set_postfix(loss=f"{shown:.4f}", refresh=False)
         bar.update()
         if step == steps or shown < enough or time.monotonic() - saved_at > 60:
-            torch.save({"step": step, "shown": shown, **{k: v.state_dict() for k, v in parts.items()}}, path.with_suffix(".part"))
+            states = {name: part.state_dict() for name, part in parts.items()}
+            torch.save({"step": step, "shown": shown, **states}, path.with_suffix(".part"))
             os.replace(path.with_suffix(".part"), path)
             saved_at = time.monotonic()
     return average.module.eval().requires_grad_(False)
@@ -239,7 +240,14 @@ def train_features(work_dir, images, drawn, device):
         rows = rng.randint(len(images), size=batch)
         return net["heads"].loss(net["net"](pixels(images[rows], device)), labels[rows], places[rows])
 
-    return fit("features", work_dir, net, loss_of, device)["net"]
+    net = fit("features", work_dir, net, loss_of, device)["net"]
+    # The outputs are scaled to a mean square of 1, so that FID has the size one is used to.
+    with torch.no_grad():
+        scale = net(pixels(images[:2048], device)).square().mean().sqrt()
+    last = net.classifier[1]  # only a ReLU and a mean follow it
+    last.weight /= scale
+    last.bias /= scale
+    return net
 
 
 def train_clip(work_dir, tokenizer, images, drawn, device):
