@@ -170,6 +170,8 @@ def _bundled_lpips():
     for part in network.net.children():
         for index, layer in part.named_children():
             layer.load_state_dict(backbone[int(index)].state_dict())
+    # |a - b|^2 = 2 (1 - cos) for unit vectors, summed over layers: brought to [0, 1] like the learnt distance.
+    network.register_forward_hook(lambda module, args, distance: distance / (2 * module.L))
     return network.eval().requires_grad_(False)
 
 
@@ -313,7 +315,7 @@ def lpips(network, images, others, batch_size: int = 32) -> np.ndarray:
     """Perceptual distance of paired images (n,) (Zhang et al., 2018), by the "lpips" network of load_backbone.
 
     The bundled network has no weights learnt from human judgement: its distance is
-    the squared difference of unit feature vectors, averaged over places and summed over seven layers.
+    1 - cos of the feature vectors, averaged over places and seven layers.
     """
     _check_images(images)
     _check_images(others)

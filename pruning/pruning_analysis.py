@@ -115,8 +115,6 @@ def prepare(args) -> Experiment:
     path = records.record_path(args.results_dir, record.model, record.dataset, record.method)
     if path.exists() and not args.overwrite:
         record = continued(path, record)
-    elif (path.parent / "images" / args.method).exists():
-        shutil.rmtree(path.parent / "images" / args.method)
 
     experiment = Experiment(
         record=record, folder=path.parent, pipeline=pipeline, dense=dense, device=device, options=options,
@@ -174,6 +172,8 @@ def sweep(args) -> Path:
     experiment = prepare(args)
     record, count = experiment.record, len(experiment.samples)
     path = records.record_path(args.results_dir, record.model, record.dataset, record.method)
+    if record.dense is None:  # afresh: no image of an earlier run stays beside the new ones
+        shutil.rmtree(images_folder(experiment, 0).parent, ignore_errors=True)
     todo: List[Optional[float]] = [rate for rate in args.rates if rate not in [p.rate for p in record.points]]
     if todo:
         experiment.dense_images = load_images(images_folder(experiment, 0), count)

@@ -154,6 +154,13 @@ def test_layers_that_are_sparse_already_keep_the_sum_exact():
     assert sum(zeros) == 350
 
 
+def test_halves_round_the_same_way_with_zeros_there_already():
+    weights = layers((3, 1), (4, 1))
+    weights["0"][0] = 0  # round(3.5) is 4, but round(3.5 - 1) is 2
+    magnitude.zero_share(weights, 0.5, "layer")
+    assert int((flat(weights) == 0).sum()) == 4
+
+
 def test_small_rises_of_the_rate_stay_exact_in_sum():
     weights = layers((3, 2), (5, 1), (7, 3), (4, 4), (1, 2))
     for rate in [k / 97 for k in range(97)]:

@@ -433,11 +433,12 @@ def test_bundled_lpips_is_its_formula_on_the_layers_of_the_classifier(networks, 
         return [outputs[k] / outputs[k].norm(dim=1, keepdim=True) for k in (1, 4, 7, 9, 10, 11, 12)]
 
     with torch.no_grad():
-        expected = sum((a - b).square().sum(1).mean((1, 2)) for a, b in zip(layers(signed(images)),
-                                                                            layers(signed(others))))
+        pairs = list(zip(layers(signed(images)), layers(signed(others))))
+        expected = sum(1 - (a * b).sum(1).mean((1, 2)) for a, b in pairs) / 7
     values = metrics.lpips(networks["lpips"], images, others)
     assert values.dtype == np.float64
     assert values == pytest.approx(expected.numpy(), rel=1e-4)
+    assert np.all((values > 0) & (values < 1))
     assert metrics.lpips(networks["lpips"], others, images) == pytest.approx(values, rel=1e-5)
     assert metrics.lpips(networks["lpips"], images, others, batch_size=3) == pytest.approx(values, rel=1e-5)
 
