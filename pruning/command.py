@@ -4,8 +4,11 @@ from __future__ import annotations
 import argparse
 import sys
 from functools import partial
+from pathlib import Path
 
 from pruning import UserError, check_name
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -14,6 +17,10 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
     def _get_help_string(self, action):
         if action.default in (None, False) or action.default is argparse.SUPPRESS:
             return action.help
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
+        if isinstance(action.default, Path) and ROOT in action.default.parents:
+            return f"{action.help} (default: {action.default.relative_to(ROOT)} in the repository)"
         return super()._get_help_string(action)
 
 

@@ -57,7 +57,7 @@ def load_pipeline(model: str, device: str = "cpu", dtype: str = "float32"):
     except Exception as error:  # the boundary to hub, disk and file formats, each with exceptions of its own
         raise UserError(
             f"cannot load model {model!r}: {_first_line(error)}. Without a network, fetch it where there is one with "
-            f"`huggingface-cli download {model}` and give the folder: --model path/to/folder") from error
+            f"`hf download {model} --local-dir FOLDER` and give that: --model FOLDER") from error
     denoiser_name(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)

@@ -163,8 +163,12 @@ def add_recovery(experiment: Experiment, args) -> None:
     with tqdm(total=len(lessons), unit="image", desc="dense images to recover with") as bar:
         calls = models.record_calls(experiment.pipeline, lessons, on_batch=bar.update, **experiment.sampling)
     experiment.dense.to("cpu")
-    checkpoint = experiment.folder / f"{experiment.record.method}.walk.safetensors"
-    experiment.options.update(calls=calls, checkpoint=checkpoint, seed=args.seed)
+    experiment.options.update(calls=calls, checkpoint=walk_file(experiment), seed=args.seed)
+
+
+def walk_file(experiment: Experiment) -> Path:
+    """Where a recovering method keeps its last denoiser until the sweep is finished."""
+    return experiment.folder / f"{experiment.record.method}.walk.safetensors"
 
 
 def sweep(args) -> Path:
@@ -191,6 +195,8 @@ def sweep(args) -> Path:
                 elif record.dense is None:
                     record.dense = point
                 records.write_record(record, path)
+        if walk_file(experiment).exists():
+            walk_file(experiment).unlink()
     finally:
         if record.points:  # also after Ctrl-C: what is finished is worth a look
             plots.draw_all(record, experiment.folder, experiment.folder / "images")

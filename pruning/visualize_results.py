@@ -49,8 +49,12 @@ def main(argv=None) -> None:
             tasks += [(plots.draw_all, record, into or path.parent, path.parent / "images")
                       for path, record in records.items()]
     for draw, *arguments in tqdm(tasks, desc="drawing", leave=False):
-        for path in draw(*arguments):
+        written = draw(*arguments)
+        for path in written:
             tqdm.write(str(path))
+        if draw is plots.draw_all and not any(path.name.endswith("_images.png") for path in written):
+            tqdm.write(f"no figure of the images of {arguments[0].method}: {arguments[2]} does not hold them",
+                       file=sys.stderr)
 
 
 def read_records(paths, methods=None) -> dict:

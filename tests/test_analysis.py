@@ -1,5 +1,6 @@
 """The commands end to end on the bundled model, with few images and steps."""
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -81,8 +82,7 @@ def test_every_promised_file_is_there_and_no_other(measured):
     record, folder = measured
     own = folder / record.model / record.dataset
     promised = {f"{record.method}{end}" for end in (".json", ".png", "_metrics.png", "_images.png", ".txt")}
-    kept = {f"{record.method}.walk.safetensors"} if record.method == "iterative" else set()
-    assert {path.name for path in own.iterdir() if path.is_file()} == promised | kept
+    assert {path.name for path in own.iterdir() if path.is_file()} == promised
     assert not list(folder.rglob("*.part"))
     for path in own.glob("*.png"):
         Image.open(path).verify()
@@ -241,6 +241,16 @@ def test_help_runs_from_anywhere_with_an_example_and_without_torch(script, tmp_p
     assert done.returncode == 0, done.stderr
     assert "example:" in done.stdout
     assert "default: " in done.stdout
+
+
+def test_the_shell_driver_passes_positions_and_flags_on(tmp_path):
+    command_line = ["bash", str(ROOT / "run_pruning_analysis.sh"), "structured", "3", "shapes", "--rates", "0.5",
+                    "--steps", "2", "--results_dir", str(tmp_path)]
+    subprocess.run(command_line, check=True, capture_output=True, cwd=str(tmp_path),
+                   env={**os.environ, "PYTHON": sys.executable})
+    record = read_record(tmp_path / "shapes-unet" / "shapes" / "structured.json")
+    assert (record.method, len(record.samples), record.dataset) == ("structured", 3, "shapes")
+    assert [point.rate for point in record.points] == [0.5]
 
 
 def test_the_readmes_metric_takes_one_entry_and_one_line(tmp_path):
