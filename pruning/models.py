@@ -150,9 +150,27 @@ def generate(pipeline, samples, *, seed: int, steps: int, guidance_scale: float,
     return Images(np.concatenate(pixels), np.concatenate(finite), seconds / len(samples))
 
 
-def warm_up(pipeline, samples, *, batch_size: int, **settings) -> None:
-    """One batch of one step, discarded: first calls choose kernels and allocate, and are no measure of speed."""
-    generate(pipeline, samples[:batch_size], batch_size=batch_size, **{**settings, "steps": 1})
+def warm_up(pipeline, samples, *, batch_size: int, **settings) -> dict:
+    """One batch of one step: first calls choose kernels and allocate, and are no measure of speed.
+
+    Returns the keyword arguments of its first denoiser call.
+    """
+    return record_calls(pipeline, samples[:batch_size], batch_size=batch_size, **{**settings, "steps": 1})[0][0]
+
+
+def denoiser_seconds(denoisers, call: dict, rounds: int = 7) -> list:
+    """Median seconds of a call of each denoiser, timed in turn so that the machine's drift meets all alike."""
+    import torch
+    seconds = [[] for _ in denoisers]
+    with torch.inference_mode():
+        for _ in range(rounds):
+            for denoiser, own in zip(denoisers, seconds):
+                _synchronize(denoiser.device)
+                started = time.perf_counter()
+                denoiser(**call)
+                _synchronize(denoiser.device)
+                own.append(time.perf_counter() - started)
+    return [float(np.median(own)) for own in seconds]
 
 
 def _synchronize(device) -> None:

@@ -28,6 +28,7 @@ from pruning.methods import METHODS
 from pruning.metrics import BACKBONES, METRICS
 
 RATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+STAGES = ("prune", "generate", "time", "measure")  # of a point, in this order
 RECOVERY_IMAGES = 128  # dense images whose denoiser calls the iterative method trains on
 
 
@@ -59,10 +60,14 @@ def run_pruning_experiment(experiment: Experiment, rate: float, on_batch=None) -
     models.set_denoiser(pipeline, denoiser)
     clock.append(time.perf_counter())
 
-    models.warm_up(pipeline, samples, **experiment.sampling)
+    call = models.warm_up(pipeline, samples, **experiment.sampling)
     made = models.generate(pipeline, samples, on_batch=on_batch, **experiment.sampling)
     images = made.pixels
     dense_images = images if rate == 0 else experiment.dense_images
+    clock.append(time.perf_counter())
+
+    dense_seconds, seconds = models.denoiser_seconds([experiment.dense.to(experiment.device), denoiser], call)
+    experiment.dense.to("cpu")
     clock.append(time.perf_counter())
 
     networks, embed = experiment.backbones, metrics.embed_images
@@ -85,8 +90,9 @@ def run_pruning_experiment(experiment: Experiment, rate: float, on_batch=None) -
     return records.Point(
         rate=rate, sparsity=pruned.taken / pruned.total, unit=pruned.unit, units_total=pruned.total,
         units_asked=pruned.asked, units_taken=pruned.taken, **models.count_parameters(denoiser),
+        denoiser_seconds=seconds, dense_denoiser_seconds=dense_seconds,
         metrics=means, per_image={name: value.tolist() for name, value in per_image.items()},
-        seconds=dict(zip(("prune", "generate", "measure"), np.diff(clock).round(3).tolist())))
+        seconds=dict(zip(STAGES, np.diff(clock).round(3).tolist())))
 
 
 def prepare(args) -> Experiment:

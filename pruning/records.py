@@ -63,6 +63,10 @@ def _count():
     return _field("a whole number, 0 or more", _is_count)
 
 
+def _seconds():
+    return _field("a number above 0", lambda value: _is_number(value) and value > 0)
+
+
 def _text():
     return _field("text", _is_text)
 
@@ -89,6 +93,8 @@ class Point:
     parameters: int = _count()  # of the denoiser
     nonzero_parameters: int = _count()
     weight_bytes: int = _count()
+    denoiser_seconds: float = _seconds()  # of one call; its median and that of dense, timed in turn
+    dense_denoiser_seconds: float = _seconds()
     metrics: Dict[str, float | None] = _object("numbers or null", _is_number_or_null)
     per_image: Dict[str, List[float | None]] = _object("lists of numbers or null", _is_list(_is_number_or_null))
     seconds: Dict[str, float] = _object("numbers", _is_number)  # wall time of the stages
