@@ -158,7 +158,7 @@ def warm_up(pipeline, samples, *, batch_size: int, **settings) -> dict:
     return record_calls(pipeline, samples[:batch_size], batch_size=batch_size, **{**settings, "steps": 1})[0][0]
 
 
-def denoiser_seconds(denoisers, call: dict, rounds: int = 7) -> list:
+def denoiser_seconds(denoisers, call: dict, rounds: int = 5) -> list:
     """Median seconds of a call of each denoiser, timed in turn so that the machine's drift meets all alike."""
     import torch
     seconds = [[] for _ in denoisers]

@@ -34,7 +34,7 @@ METHODS = {
     "structured": Method("remove feed-forward neurons and ResNet inner channels of lowest L2 norm",
                          "structured", "neurons and channels", {"mask_only": False}, removes=True),
     "iterative": Method("magnitude in steps, with self-distillation after each", "iterative", "weights",
-                        {"scope": "layer", "recovery_steps": 100}, recovers=True),
+                        {"scope": "layer", "recovery_steps": 60}, recovers=True),
     "attention_heads": Method("remove whole attention heads, ranked over the denoiser",
                               "attention_heads", "heads", {"mask_only": False}, removes=True),
 }

@@ -21,12 +21,12 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from pruning import UserError
-from pruning.methods import Pruned, magnitude
+from pruning.methods import METHODS, Pruned, magnitude
 
 Call = Tuple[dict, Tensor]  # the keyword arguments of a denoiser call, and the sample that it answered
 
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-RECOVERY_STEPS = 100  # a rate of the walk
+RECOVERY_STEPS = METHODS["iterative"].options["recovery_steps"]  # at each rate of the walk
 CALLS_PER_STEP = 4
 LEARNING_RATE = 3e-4
 WARMUP_STEPS = 10
