@@ -12,6 +12,6 @@ def check_name(what: str, name: str, names) -> str:
     """Return `name` if it is one of `names`; else raise a UserError that suggests the nearest."""
     if name in names:
         return name
-    near = difflib.get_close_matches(name, list(names), n=1)
+    near = [known for known in names if name and known.startswith(name)] or difflib.get_close_matches(name, list(names))
     hint = f", did you mean {near[0]!r}?" if near else ""
     raise UserError(f"unknown {what} {name!r}{hint} (one of: {', '.join(names)})")

@@ -9,9 +9,10 @@ import hashlib
 import inspect
 import platform
 import time
+import warnings
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Dict, NamedTuple, Optional
+from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 import numpy as np
 
@@ -30,8 +31,14 @@ MODELS = {
     "shapes-unet": Bundled(Path(__file__).resolve().parent / "shapes" / "shapes-unet", 20, 4.0),
 }
 
+
+def release(package: str) -> Tuple[int, ...]:
+    """Major and minor version of an installed package."""
+    return tuple(map(int, metadata.version(package).split(".")[:2]))
+
+
 # diffusers' keyword for the dtype to load in: the one name is unknown before 0.40, the other deprecated since.
-DTYPE = "dtype" if tuple(map(int, metadata.version("diffusers").split(".")[:2])) >= (0, 40) else "torch_dtype"
+DTYPE = "dtype" if release("diffusers") >= (0, 40) else "torch_dtype"
 
 
 def load_pipeline(model: str, device: str = "cpu", dtype: str = "float32"):
@@ -49,8 +56,10 @@ def load_pipeline(model: str, device: str = "cpu", dtype: str = "float32"):
     logging.disable_progress_bar()
     disable_progress_bar()  # of transformers, for the text encoder
     try:
+        with warnings.catch_warnings():  # of the hub about its own arguments
+            warnings.simplefilter("ignore")
+            config = DiffusionPipeline.load_config(source)
         # A safety checker blackens pictures, which a metric would take for damage.
-        config = DiffusionPipeline.load_config(source)
         unchecked = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in config else {}
         pipeline = DiffusionPipeline.from_pretrained(
             source, use_safetensors=True, **{DTYPE: getattr(torch, dtype)}, **unchecked)
@@ -58,7 +67,10 @@ def load_pipeline(model: str, device: str = "cpu", dtype: str = "float32"):
         raise UserError(
             f"cannot load model {model!r}: {_first_line(error)}. Without a network, fetch it where there is one with "
             f"`hf download {model} --local-dir FOLDER` and give that: --model FOLDER") from error
-    denoiser_name(pipeline)
+    denoiser = getattr(pipeline, denoiser_name(pipeline))
+    if type(denoiser).__name__.startswith("Flux") and release("torch") < (2, 5):
+        raise UserError(f"diffusers runs {type(denoiser).__name__} with torch 2.5 or later, which needs Python 3.9 or "
+                        f"later; this is torch {torch.__version__}")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -79,7 +91,7 @@ def model_source(model: str) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def denoiser_name(pipeline) -> str:

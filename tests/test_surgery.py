@@ -6,18 +6,35 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
+from accelerate import init_empty_weights
+from diffusers import (
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor, AttnProcessor
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from torch import nn
 
 from pruning import UserError
 from pruning.methods import attention_heads, prune, structured, surgery
+from pruning.models import release
 
 UNET = dict(sample_size=8, layers_per_block=1, norm_num_groups=8, block_out_channels=(32, 64),
             cross_attention_dim=24, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+SD3 = dict(sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=8,
+           num_attention_heads=4, joint_attention_dim=24, caption_projection_dim=32, pooled_projection_dim=16,
+           pos_embed_max_size=4)
+FLUX = dict(patch_size=1, in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=16,
+            num_attention_heads=4, joint_attention_dim=24, pooled_projection_dim=16, axes_dims_rope=(4, 4, 8))
+SANA = dict(in_channels=4, out_channels=4, num_attention_heads=4, attention_head_dim=8, num_layers=2,
+            num_cross_attention_heads=2, cross_attention_head_dim=16, cross_attention_dim=32, caption_channels=24,
+            sample_size=8)
 BUILD = {
     "sd15": lambda: UNet2DConditionModel(**UNET, attention_head_dim=4),
     "sdxl": lambda: UNet2DConditionModel(**dict(
@@ -32,10 +49,17 @@ BUILD = {
     "pixart": lambda: PixArtTransformer2DModel(
         num_attention_heads=4, attention_head_dim=8, num_layers=2, cross_attention_dim=32, caption_channels=24,
         sample_size=8, out_channels=8),
+    "sd3": lambda: SD3Transformer2DModel(**SD3),
+    "sd35": lambda: SD3Transformer2DModel(**SD3, dual_attention_layers=(0, 1), qk_norm="rms_norm"),
+    "flux_dev": lambda: FluxTransformer2DModel(**FLUX, guidance_embeds=True),
+    "flux_schnell": lambda: FluxTransformer2DModel(**FLUX, guidance_embeds=False),
+    "sana": lambda: SanaTransformer2DModel(**SANA),
 }
 UNITS = {"structured": ("neurons", "channels"), "attention_heads": ("heads",)}
 PLAN = {"structured": structured.plan, "attention_heads": attention_heads.plan}
-FAMILIES = pytest.mark.parametrize("family", list(BUILD))
+NEEDS_TORCH_25 = pytest.mark.skipif(release("torch") < (2, 5), reason="diffusers' Flux needs torch 2.5")
+FAMILIES = pytest.mark.parametrize("family", [
+    pytest.param(name, marks=NEEDS_TORCH_25) if name.startswith("flux") else name for name in BUILD])
 METHODS = pytest.mark.parametrize("method", list(UNITS))
 RATES = pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 
@@ -51,18 +75,32 @@ def build(family):
 
 
 def run(model, dtype=torch.float32):
-    """The model's output on one fixed input with some tokens of the caption masked out."""
+    """The model's output on one fixed input, with some tokens of the caption masked out where it takes a mask."""
     generator = torch.Generator().manual_seed(1)
+
     def randn(*shape):
         return torch.randn(shape, generator=generator).to(dtype)
-    inputs = dict(encoder_hidden_states=randn(2, 5, 24), timestep=torch.tensor([7, 400]),
-                  encoder_attention_mask=torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]))
+
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    inputs = dict(encoder_hidden_states=randn(2, 5, 24), timestep=torch.tensor([7, 400]))
+    x, pooled = randn(2, 4, 8, 8), randn(2, 16)
+    if isinstance(model, SD3Transformer2DModel):
+        inputs["pooled_projections"] = pooled
+    elif isinstance(model, FluxTransformer2DModel):
+        x = x.flatten(2).transpose(1, 2)
+        rows, columns = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
+        places = torch.stack([torch.zeros(64), rows.flatten(), columns.flatten()], 1)
+        inputs.update(pooled_projections=pooled, timestep=torch.tensor([0.007, 0.4], dtype=dtype),
+                      img_ids=places, txt_ids=torch.zeros(5, 3),
+                      guidance=torch.tensor([3.5, 3.5]) if model.config.guidance_embeds else None)
+    else:
+        inputs["encoder_attention_mask"] = mask
     if isinstance(model, PixArtTransformer2DModel):
         inputs["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
-    elif model.config.addition_embed_type:
-        inputs["added_cond_kwargs"] = {"text_embeds": randn(2, 16), "time_ids": randn(2, 6)}
+    elif getattr(model.config, "addition_embed_type", None):
+        inputs["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": randn(2, 6)}
     with torch.no_grad():
-        return model(randn(2, 4, 8, 8), **inputs).sample
+        return model(x, **inputs).sample
 
 
 def assert_equal_outputs(one, other, dense=None):
@@ -99,8 +137,11 @@ def test_removed_equals_masked_and_the_count_is_the_asked(family, method, rate):
     assert gone > 0.5 * rate * sum(layer.weight.numel() for group in groups(dense, method)
                                    for layer, _ in group.layers())
     assert parameters(masked) == before
-    zeros = sum(int((p == 0).sum()) for p in masked.parameters())
-    assert zeros == gone  # a mask zeroes what removing takes out, no more and no less
+    # A mask zeroes what removing takes out, but for the norms inside an attention that has no head left.
+    left = {name for name, _ in removed.named_parameters()}
+    zeros = sum(p.numel() if ".norm" in name and "attn" in name and name not in left else int((p == 0).sum())
+                for name, p in masked.named_parameters())
+    assert zeros == gone
 
 
 @FAMILIES
@@ -313,14 +354,10 @@ def test_a_plan_replayed_on_the_meta_device_takes_the_weights(family, method):
     pruned = build(family)
     plan = PLAN[method](groups(pruned, method), 0.8)
     surgery.apply(pruned, plan)
-    with torch.device("meta"):
+    with init_empty_weights():  # parameters alone: position tables are computed, not loaded
         rebuilt = type(pruned).from_config(pruned.config)
     surgery.apply(rebuilt, plan)
     assert all(p.is_meta for p in rebuilt.parameters())
-    for (name, buffer), (_, source) in zip(list(rebuilt.named_buffers()), pruned.named_buffers()):
-        if buffer.is_meta:  # position tables are not in the weights
-            owner = rebuilt.get_submodule(name.rpartition(".")[0])
-            owner.register_buffer(name.rpartition(".")[2], source, persistent=False)
     rebuilt.load_state_dict(pruned.state_dict(), strict=True, assign=True)
     assert torch.equal(run(rebuilt.eval()), run(pruned))
 
@@ -344,6 +381,48 @@ def test_a_bad_plan_is_refused_before_anything_changes(keep):
     with pytest.raises(UserError, match="ascending"):
         surgery.apply(model, {resnet.name: []})
     assert parameters(model) == before
+
+
+@pytest.mark.parametrize("norm", ["rms_norm_across_heads", "layer_norm_across_heads"])
+def test_a_norm_across_heads_takes_its_statistics_over_the_heads_left(norm):
+    """The one case in which removed is not masked: it is an attention built with fewer heads."""
+    dense = Attention(16, heads=4, kv_heads=4, dim_head=8, qk_norm=norm, processor=SanaAttnProcessor2_0())
+    for parameter in dense.parameters():
+        nn.init.normal_(parameter)
+    keep, places = [1, 2], slice(8, 24)
+    removed, masked = nn.Sequential(copy.deepcopy(dense)), nn.Sequential(copy.deepcopy(dense))
+    surgery.apply(removed, {"0.heads": keep})
+    surgery.apply(masked, {"0.heads": keep}, mask_only=True)
+    fewer = Attention(16, heads=2, kv_heads=2, dim_head=8, qk_norm=norm, processor=SanaAttnProcessor2_0())
+    fewer.load_state_dict({name: value if name == "to_out.0.bias" else value[:, places] if name == "to_out.0.weight"
+                           else value[places] for name, value in dense.state_dict().items()})
+    x = torch.randn(2, 6, 16)
+    assert torch.allclose(removed(x), fewer(x), atol=1e-6)
+    assert not torch.allclose(removed(x), masked(x), atol=1e-3)
+
+
+def test_sana_with_a_norm_across_heads_loses_neurons_exactly_and_heads_as_if_built_with_fewer():
+    torch.manual_seed(0)
+    dense = SanaTransformer2DModel(**SANA, qk_norm="rms_norm_across_heads").eval()
+    for method, equal in (("structured", True), ("attention_heads", False)):
+        removed, masked = copy.deepcopy(dense), copy.deepcopy(dense)
+        assert prune(method, removed, 0.5) == prune(method, masked, 0.5, mask_only=True)
+        assert torch.allclose(run(removed), run(masked), rtol=0, atol=1e-5) is equal
+
+
+@NEEDS_TORCH_25
+def test_a_block_whose_attention_shares_its_output_keeps_its_neurons_when_it_loses_all_heads():
+    removed = build("flux_dev")
+    masked = copy.deepcopy(removed)
+    plan = {"single_transformer_blocks.0.heads": [], "single_transformer_blocks.1.heads": [3]}
+    surgery.apply(removed, plan)
+    surgery.apply(masked, plan, mask_only=True)
+    assert_equal_outputs(removed, masked)
+    assert removed.single_transformer_blocks[0].proj_out.in_features == 256
+    assert not any(group.name.startswith("single_transformer_blocks.0") for group in groups(removed, "attention_heads"))
+    for model, mask_only in ((removed, False), (masked, True)):
+        surgery.apply(model, {"single_transformer_blocks.0.neurons": [0, 9, 255]}, mask_only)
+    assert_equal_outputs(removed, masked)
 
 
 @METHODS
