@@ -17,6 +17,7 @@ from typing import Any, Dict, NamedTuple, Optional, Tuple
 import numpy as np
 
 from pruning import UserError, check_name
+from pruning.costs import synchronize
 
 
 class Bundled(NamedTuple):
@@ -147,12 +148,12 @@ def generate(pipeline, samples, *, seed: int, steps: int, guidance_scale: float,
     for start in range(0, len(samples), batch_size):
         batch = samples[start:start + batch_size]
         generators = [noise_generator(sample.id, seed) for sample in batch]
-        _synchronize(pipeline.device)
+        synchronize(pipeline.device)
         started = time.perf_counter()
         made = pipeline(
             prompt=[sample.caption for sample in batch], generator=generators, num_inference_steps=steps,
             guidance_scale=guidance_scale, height=image_size, width=image_size, output_type="np").images
-        _synchronize(pipeline.device)
+        synchronize(pipeline.device)
         seconds += time.perf_counter() - started
         good = np.isfinite(made).all(axis=(1, 2, 3))
         pixels.append((np.nan_to_num(made, posinf=1.0, neginf=0.0).clip(0, 1) * 255).round().astype(np.uint8))
@@ -162,33 +163,12 @@ def generate(pipeline, samples, *, seed: int, steps: int, guidance_scale: float,
     return Images(np.concatenate(pixels), np.concatenate(finite), seconds / len(samples))
 
 
-def warm_up(pipeline, samples, *, batch_size: int, **settings) -> dict:
-    """One batch of one step: first calls choose kernels and allocate, and are no measure of speed.
+def first_call(pipeline, samples, **settings) -> dict:
+    """The keyword arguments of the denoiser's call when images of `samples` are made in one step.
 
-    Returns the keyword arguments of its first denoiser call.
+    Also a warm-up: first calls choose kernels and allocate, and are no measure of speed.
     """
-    return record_calls(pipeline, samples[:batch_size], batch_size=batch_size, **{**settings, "steps": 1})[0][0]
-
-
-def denoiser_seconds(denoisers, call: dict, rounds: int = 5) -> list:
-    """Median seconds of a call of each denoiser, timed in turn so that the machine's drift meets all alike."""
-    import torch
-    seconds = [[] for _ in denoisers]
-    with torch.inference_mode():
-        for _ in range(rounds):
-            for denoiser, own in zip(denoisers, seconds):
-                _synchronize(denoiser.device)
-                started = time.perf_counter()
-                denoiser(**call)
-                _synchronize(denoiser.device)
-                own.append(time.perf_counter() - started)
-    return [float(np.median(own)) for own in seconds]
-
-
-def _synchronize(device) -> None:
-    import torch
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return record_calls(pipeline, samples, **{**settings, "steps": 1})[0][0]
 
 
 def record_calls(pipeline, samples, *, seed: int, steps: int, guidance_scale: float, image_size: int, batch_size: int,
@@ -213,16 +193,6 @@ def record_calls(pipeline, samples, *, seed: int, steps: int, guidance_scale: fl
     finally:
         hook.remove()
     return calls
-
-
-def count_parameters(module) -> dict:
-    """Parameters, how many are not zero, and their bytes at the module's dtype."""
-    parameters = list(module.parameters())
-    return {
-        "parameters": sum(p.numel() for p in parameters),
-        "nonzero_parameters": sum(int(p.count_nonzero()) for p in parameters),
-        "weight_bytes": sum(p.numel() * p.element_size() for p in parameters),
-    }
 
 
 def pick_device(device: Optional[str]) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from pruning import UserError, captions, command, methods, metrics, models, plots, records
+from pruning import UserError, captions, command, costs, methods, metrics, models, plots, records
 from pruning.captions import DATASETS
 from pruning.methods import METHODS
 from pruning.metrics import BACKBONES, METRICS
@@ -60,14 +60,13 @@ def run_pruning_experiment(experiment: Experiment, rate: float, on_batch=None) -
     models.set_denoiser(pipeline, denoiser)
     clock.append(time.perf_counter())
 
-    call = models.warm_up(pipeline, samples, **experiment.sampling)
+    call = models.first_call(pipeline, samples[:experiment.sampling["batch_size"]], **experiment.sampling)
     made = models.generate(pipeline, samples, on_batch=on_batch, **experiment.sampling)
     images = made.pixels
     dense_images = images if rate == 0 else experiment.dense_images
     clock.append(time.perf_counter())
 
-    dense_seconds, seconds = models.denoiser_seconds([experiment.dense.to(experiment.device), denoiser], call)
-    experiment.dense.to("cpu")
+    cost = measure_costs(experiment, denoiser, call)
     clock.append(time.perf_counter())
 
     networks, embed = experiment.backbones, metrics.embed_images
@@ -89,10 +88,25 @@ def run_pruning_experiment(experiment: Experiment, rate: float, on_batch=None) -
     experiment.dense_images = dense_images
     return records.Point(
         rate=rate, sparsity=pruned.taken / pruned.total, unit=pruned.unit, units_total=pruned.total,
-        units_asked=pruned.asked, units_taken=pruned.taken, **models.count_parameters(denoiser),
-        denoiser_seconds=seconds, dense_denoiser_seconds=dense_seconds,
+        units_asked=pruned.asked, units_taken=pruned.taken, **costs.count_parameters(denoiser), **cost,
+        image_seconds=made.seconds_each,
         metrics=means, per_image={name: value.tolist() for name, value in per_image.items()},
         seconds=dict(zip(STAGES, np.diff(clock).round(3).tolist())))
+
+
+def measure_costs(experiment: Experiment, denoiser, call: dict) -> Dict[str, float]:
+    """What a call of the pruned denoiser costs, with its times and an image's beside those of dense, taken in turn."""
+    pipeline, sampling = experiment.pipeline, experiment.sampling
+    one = models.first_call(pipeline, experiment.samples[:1], **sampling)
+    dense = experiment.dense.to(experiment.device)
+    dense_seconds, seconds = costs.denoiser_seconds([dense, denoiser], call)
+    models.set_denoiser(pipeline, dense)
+    dense_images = models.generate(pipeline, experiment.samples[:sampling["batch_size"]], **sampling)
+    models.set_denoiser(pipeline, denoiser)
+    dense.to("cpu")
+    return {"macs": costs.count_macs(denoiser, one), "peak_bytes": costs.peak_bytes(denoiser, one),
+            "denoiser_seconds": seconds, "dense_denoiser_seconds": dense_seconds,
+            "dense_image_seconds": dense_images.seconds_each}
 
 
 def prepare(args) -> Experiment:

@@ -18,7 +18,7 @@ from typing import Any, Dict, List
 from pruning import UserError
 from pruning.methods import METHODS
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 # What a value of the JSON may be: each kind of field says so in words for the error, and tests it.
@@ -93,8 +93,12 @@ class Point:
     parameters: int = _count()  # of the denoiser
     nonzero_parameters: int = _count()
     weight_bytes: int = _count()
-    denoiser_seconds: float = _seconds()  # of one call; its median and that of dense, timed in turn
+    macs: int = _count()  # multiply-accumulates of a denoiser call, for one latent
+    peak_bytes: int = _count()  # the denoiser's weights and the most that a call for one image holds besides
+    denoiser_seconds: float = _seconds()  # of a call for a batch; its median and that of dense, timed in turn
     dense_denoiser_seconds: float = _seconds()
+    image_seconds: float = _seconds()  # mean of all images; that of dense is of one batch right after
+    dense_image_seconds: float = _seconds()
     metrics: Dict[str, float | None] = _object("numbers or null", _is_number_or_null)
     per_image: Dict[str, List[float | None]] = _object("lists of numbers or null", _is_list(_is_number_or_null))
     seconds: Dict[str, float] = _object("numbers", _is_number)  # wall time of the stages

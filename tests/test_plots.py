@@ -42,6 +42,8 @@ def make_record(method="magnitude", rates=RATES, clip=None, images=32, model="sh
             units_total=4_800_000, units_asked=taken, units_taken=taken,
             parameters=kept, nonzero_parameters=kept - (taken if method in MASKS else 0), weight_bytes=4 * kept,
             denoiser_seconds=0.02 * (kept / 5_300_628) ** 0.5, dense_denoiser_seconds=0.02,
+            image_seconds=0.1 * (kept / 5_300_628) ** 0.3, dense_image_seconds=0.1,
+            macs=round(4e8 * (kept / 5_300_628) ** 0.8), peak_bytes=4 * kept + 2_000_000,
             metrics=metrics, seconds={"prune": 0.1, "generate": 5.5, "measure": 0.8},
             per_image={name: [None if metrics[name] is None else metrics[name] + x * scale for x in noise]
                        for name, scale in (("clip_score", 1.0), ("lpips", 0.01), ("lpips_dense", 0.01 * (rate > 0)))})

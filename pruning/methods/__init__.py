@@ -27,6 +27,7 @@ class Pruned(NamedTuple):
     total: int
     asked: int
     taken: int
+    left_out: Dict[str, str] = {}  # modules that it might be thought to prune and does not: name -> why
 
 
 METHODS = {

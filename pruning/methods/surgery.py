@@ -289,7 +289,7 @@ def prune(denoiser: nn.Module, rate: float, mask_only: bool, method: str, units:
     total = sum(group.units for group in groups)
     taken = sum(group.units - len(kept[group.name]) for group in groups if group.name in kept)
     apply(denoiser, kept, mask_only)
-    return Pruned(METHODS[method].unit, total, round(rate * total), taken)
+    return Pruned(METHODS[method].unit, total, round(rate * total), taken, left_out)
 
 
 def survey(denoiser: nn.Module, *units: str) -> Tuple[List[Group], Dict[str, str]]:
@@ -400,7 +400,11 @@ def replace(denoiser: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def apply(denoiser: nn.Module, plan: Plan, mask_only: bool = False) -> None:
-    """Keep just the units in `plan`, {group name: indices}; all of it is checked before anything changes."""
+    """Keep just the units in `plan`, {group name: indices}; all of it is checked before anything changes.
+
+    What is removed is noted in `denoiser.removals`, a list of plans: applied in turn to a dense denoiser
+    they give one of the same shapes.
+    """
     if not plan:
         return
     groups = {group.name: group for group in survey(denoiser, *(kind.unit for kind in KINDS))[0]}
@@ -416,6 +420,8 @@ def apply(denoiser: nn.Module, plan: Plan, mask_only: bool = False) -> None:
             remove(group, keep)
         else:
             replace(denoiser, group.module, group.kind.empty(group.module))
+    if not mask_only:
+        denoiser.removals = [*getattr(denoiser, "removals", []), plan]
 
 
 def check_kept(group: Group, keep: List[int]) -> None:
