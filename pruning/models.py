@@ -16,7 +16,7 @@ from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 import numpy as np
 
-from pruning import UserError, check_name
+from pruning import UserError, check_name, saving
 from pruning.costs import synchronize
 
 
@@ -43,7 +43,7 @@ DTYPE = "dtype" if release("diffusers") >= (0, 40) else "torch_dtype"
 
 
 def load_pipeline(model: str, device: str = "cpu", dtype: str = "float32"):
-    """Load a text-to-image pipeline from safetensors: a bundled name, a folder or a hub id.
+    """Load a text-to-image pipeline from safetensors: a bundled name, a folder (also of a pruned one) or a hub id.
 
     Raises UserError where it cannot be had.
     """
@@ -56,20 +56,27 @@ def load_pipeline(model: str, device: str = "cpu", dtype: str = "float32"):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     disable_progress_bar()  # of transformers, for the text encoder
+    manifest = saving.read_manifest(Path(source)) if Path(source).is_dir() else None
+    pruned = {manifest["component"]: saving.load_denoiser(Path(source), manifest, dtype)} if manifest else {}
     try:
         with warnings.catch_warnings():  # of the hub about its own arguments
             warnings.simplefilter("ignore")
             config = DiffusionPipeline.load_config(source)
         # A safety checker blackens pictures, which a metric would take for damage.
         unchecked = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in config else {}
+        # What the folder has none of must be named, or diffusers misses it: Stable Diffusion 3 without its T5.
+        absent = {name: None for name, value in config.items() if value == [None, None]}
         pipeline = DiffusionPipeline.from_pretrained(
-            source, use_safetensors=True, **{DTYPE: getattr(torch, dtype)}, **unchecked)
+            source, use_safetensors=True, **{DTYPE: getattr(torch, dtype)}, **{**absent, **unchecked, **pruned})
     except Exception as error:  # the boundary to hub, disk and file formats, each with exceptions of its own
-        raise UserError(
-            f"cannot load model {model!r}: {_first_line(error)}. Without a network, fetch it where there is one with "
-            f"`hf download {model} --local-dir FOLDER` and give that: --model FOLDER") from error
+        hint = "" if Path(source).is_dir() else (
+            ". Without a network, fetch it where there is one with "
+            f"`hf download {model} --local-dir FOLDER` and give that: --model FOLDER")
+        raise UserError(f"cannot load model {model!r}: {_first_line(error)}{hint}") from error
     denoiser = getattr(pipeline, denoiser_name(pipeline))
-    if type(denoiser).__name__.startswith("Flux") and release("torch") < (2, 5):
+    # Flux's attention passes an argument, and Sana's pipeline without CUDA names an error, that older ones lack.
+    newer = ("Flux",) if torch.cuda.is_available() else ("Flux", "Sana")
+    if type(denoiser).__name__.startswith(newer) and release("torch") < (2, 5):
         raise UserError(f"diffusers runs {type(denoiser).__name__} with torch 2.5 or later, which needs Python 3.9 or "
                         f"later; this is torch {torch.__version__}")
     pipeline.set_progress_bar_config(disable=True)
@@ -97,7 +104,7 @@ def _first_line(error: Exception) -> str:
 
 def denoiser_name(pipeline) -> str:
     """The pipeline's attribute that is pruned. Raises UserError where there is none."""
-    for name in ("unet", "transformer"):
+    for name in saving.DENOISERS:
         if getattr(pipeline, name, None) is not None:
             return name
     raise UserError(f"{type(pipeline).__name__} has neither a unet nor a transformer to prune")
@@ -115,13 +122,17 @@ def set_denoiser(pipeline, denoiser) -> None:
 
 def default_settings(pipeline, model: str) -> dict:
     """Steps, guidance scale and image size that the model is meant to be used with."""
+    manifest = saving.read_manifest(Path(model)) if model not in MODELS and Path(model).is_dir() else None
+    if manifest:
+        return manifest["sampling"]
     call = inspect.signature(type(pipeline).__call__).parameters
+    guidance = getattr(call.get("guidance_scale"), "default", None)  # absent or None where the model has no use for it
     size = getattr(pipeline, "default_sample_size", None)
     size = size or getattr(pipeline, denoiser_name(pipeline)).config.sample_size
     own = MODELS.get(model)
     return {
         "steps": own.steps if own else call["num_inference_steps"].default,
-        "guidance_scale": own.guidance_scale if own else float(call["guidance_scale"].default),
+        "guidance_scale": own.guidance_scale if own else float(guidance or 1),
         "image_size": size * pipeline.vae_scale_factor,
     }
 
@@ -144,17 +155,27 @@ class Images(NamedTuple):
 def generate(pipeline, samples, *, seed: int, steps: int, guidance_scale: float, image_size: int, batch_size: int,
              on_batch=None) -> Images:
     """Make one image a sample. `on_batch(count)` is told of every finished batch."""
+    # Without binning the size asked for is the size that is sampled; not every pipeline has it, or guidance.
+    options = {"guidance_scale": guidance_scale, "use_resolution_binning": False}
+    takes = inspect.signature(type(pipeline).__call__).parameters
+    options = {name: value for name, value in options.items() if name in takes}
     pixels, finite, seconds = [], [], 0.0
     for start in range(0, len(samples), batch_size):
         batch = samples[start:start + batch_size]
         generators = [noise_generator(sample.id, seed) for sample in batch]
         synchronize(pipeline.device)
         started = time.perf_counter()
-        made = pipeline(
-            prompt=[sample.caption for sample in batch], generator=generators, num_inference_steps=steps,
-            guidance_scale=guidance_scale, height=image_size, width=image_size, output_type="np").images
+        try:
+            made = pipeline(
+                prompt=[sample.caption for sample in batch], generator=generators, num_inference_steps=steps,
+                height=image_size, width=image_size, output_type="np", **options).images
+        except ValueError as error:  # how pipelines refuse what they are given, an image size above all
+            raise UserError(f"{type(pipeline).__name__} cannot make these images: {_first_line(error)}") from error
         synchronize(pipeline.device)
         seconds += time.perf_counter() - started
+        if made.shape[1:3] != (image_size, image_size):
+            raise UserError(f"{type(pipeline).__name__} makes images of {made.shape[2]} x {made.shape[1]} pixels where "
+                            f"{image_size} a side are asked for; give another --image_size")
         good = np.isfinite(made).all(axis=(1, 2, 3))
         pixels.append((np.nan_to_num(made, posinf=1.0, neginf=0.0).clip(0, 1) * 255).round().astype(np.uint8))
         finite.append(good)

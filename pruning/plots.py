@@ -32,6 +32,25 @@ STYLE = {
 }
 
 
+class Cost(NamedTuple):
+    """How a figure of what a denoiser costs is shown: a field of Point, and the one with dense's value beside it."""
+
+    title: str
+    unit: str
+    scale: float
+    dense: str  # of the same point for a time, as both were taken in turn; else of the dense point
+
+
+COSTS = {
+    "parameters": Cost("parameters", "million", 1e-6, ""),
+    "weight_bytes": Cost("weights on disk", "MB", 1e-6, ""),
+    "peak_bytes": Cost("peak memory, one image", "MB", 1e-6, ""),
+    "macs": Cost("multiply-accumulates a call", "billion, one latent", 1e-9, ""),
+    "denoiser_seconds": Cost("time of a denoiser call", "ms, a batch", 1e3, "dense_denoiser_seconds"),
+    "image_seconds": Cost("time of an image", "s", 1, "dense_image_seconds"),
+}
+
+
 class Line(NamedTuple):
     """How a method or metric is drawn."""
 
@@ -288,6 +307,44 @@ def _metric_axis(axes, metric: str, values) -> None:
 
 
 @rc_context(STYLE)
+def draw_cost(record: Record, path: Path) -> Path:
+    """A panel a cost in its own unit, lower is better, with the dense model's beside it."""
+    points = _all_points(record)
+    rates = [point.rate for point in points]
+    line = _lines([record.method], METHODS)[record.method]
+    figure = Figure(figsize=(11, 6.8), layout="constrained")
+    for i, (name, cost) in enumerate(COSTS.items()):
+        axes = figure.add_subplot(2, 3, i + 1)
+        values = cost.scale * np.array([getattr(point, name) for point in points])
+        dense = cost.scale * np.array([dense_cost(name, point, record.dense) for point in points])
+        axes.plot(rates, dense, color="0.4", linestyle=":", linewidth=1.2, marker="." if cost.dense else None, zorder=1)
+        _plot(axes, rates, values, line)
+        if name == "parameters" and not removes(record):
+            kept = cost.scale * np.array([point.nonzero_parameters for point in points])
+            _plot(axes, rates, kept, line._replace(colour="0.55", marker="v", dashes="--"))
+            axes.text(rates[-1], kept[-1], "not zero ", ha="right", va="top", fontsize=9, color="0.35")
+        if cost.dense and not removes(record):
+            axes.text(0.5, 0.4, "no speed-up on dense kernels", transform=axes.transAxes, ha="center", color="0.35")
+        axes.set_ylim(0, 1.15 * max([*values, *dense]) or 1)
+        _rate_axis(axes, rates)
+        axes.set_title(f"{cost.title}  ↓ lower is better")
+        axes.set_ylabel(cost.unit)
+    figure.suptitle(f"What {record.method} pruning of {record.model} saves")
+    _small_print(figure, [
+        f"{record.model} on {record.settings['device']}, {_protocol(record)}, "
+        f"batches of {record.settings.get('batch_size', '?')}",
+        f"x: pruning rate, share of {record.dense.unit} asked for. Dotted: the dense model; its times were taken in "
+        "turn with the pruned one's at each rate (denoiser call: median; image: mean). Peak memory: weights and the "
+        "most that a call holds besides."])
+    return _save(figure, path)
+
+
+def dense_cost(name: str, point: Point, dense: Point) -> float:
+    """What the dense model costs where `point` costs getattr(point, name)."""
+    return getattr(point, COSTS[name].dense) if COSTS[name].dense else getattr(dense, name)
+
+
+@rc_context(STYLE)
 def draw_images(record: Record, images_folder, path: Path) -> Path | None:
     """The same captions down the page and rates across; None where the folder has no image of the record.
 
@@ -420,8 +477,8 @@ def summary(record: Record) -> str:
     units = ["", "", "", "", *(METRICS[name].unit for name in metrics)]
     rows = [[rate_folder(p.rate), f"{p.sparsity:.3f}", f"{p.parameters:,}", f"{p.nonzero_parameters:,}",
              *(_number(p.metrics[name]) for name in metrics)] for p in _all_points(record)]
-    parts = [_header(record), _table([header, units, *rows]), _legend(record, metrics),
-             "\n".join(_wrap(sentence) for sentence in _sentences(record))]
+    parts = [_header(record), _table([header, units, *rows]), _legend(record, metrics), _cost_table(record),
+             "\n".join(_wrap(sentence) for sentence in _sentences(record)), _wrap(left_out(record))]
     if "fid" in metrics:
         parts.append(_wrap(_fid_note(record)))
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -435,6 +492,31 @@ def _header(record: Record) -> str:
         _wrap(f"{_counted(len(record.samples), 'image')} of {record.dataset} at every rate, {_protocol(record)}, "
               f"on {record.settings['device']}; {versions}"),
         f"A rate is the share of {record.dense.unit} asked for, sparsity the share reached."])
+
+
+def _cost_table(record: Record) -> str:
+    """What a denoiser costs at each rate, times as shares of dense's, which were taken in turn with them."""
+    rows = [["rate", "parameters", "weights", "peak memory", "MACs", "call", "image"],
+            ["", "million", "MB", "MB", "billion", "÷ dense", "÷ dense"]]
+    for point in _all_points(record):
+        row = [rate_folder(point.rate)]
+        for name, cost in COSTS.items():
+            value = getattr(point, name)
+            row.append(f"{value / dense_cost(name, point, record.dense):.2f}" if cost.dense
+                       else _number(cost.scale * value))
+        rows.append(row)
+    return "What it costs (MACs: one latent; peak memory: one image; call: of the denoiser, a batch)\n" + _table(rows)
+
+
+def left_out(record: Record) -> str:
+    """A sentence on the modules that the method did not know how to prune, "" if there are none."""
+    modules = record.notes.get("left_out") or {}
+    reasons: Dict[str, List[str]] = {}
+    for name, why in modules.items():
+        reasons.setdefault(why, []).append(name)
+    parts = [f"{_counted(len(names), 'module')} ({names[0]}{', …' if len(names) > 1 else ''}), as {why}"
+             for why, names in reasons.items()]
+    return f"Left out: {'; '.join(parts)}." if parts else ""
 
 
 def _legend(record: Record, metrics) -> str:
@@ -500,7 +582,8 @@ def _gain(record: Record) -> str:
         return "Gain: " + "; ".join(
             f"at rate {point.rate:g}, parameters fall from {dense.parameters:,} to {point.parameters:,} "
             f"({_change(point.parameters, dense.parameters)}), weights from {size} to "
-            f"{point.weight_bytes / 1e6:,.1f} MB, and {_time(point)}" for point in points) + "."
+            f"{point.weight_bytes / 1e6:,.1f} MB, multiply-accumulates by {_change(point.macs, dense.macs)}, "
+            f"and {_time(point)}" for point in points) + "."
     zeroed = "; ".join(f"at rate {point.rate:g}, {100 * saved_share(point, dense):.1f} % of the parameters are zero "
                        f"and {_time(point)}" for point in points)
     return (f"Gain: none with dense kernels and files: {zeroed}. The file still holds all {dense.parameters:,} "
@@ -514,7 +597,9 @@ def _change(value: float, dense: float) -> str:
 def _time(point: Point) -> str:
     """Timed in turn with dense, so that a busy machine slows both; generation_time is of one run after another."""
     now, before = 1000 * point.denoiser_seconds, 1000 * point.dense_denoiser_seconds
-    return f"a denoiser call takes {now / before:.2f} times as long as dense ({_number(now)} and {_number(before)} ms)"
+    image = point.image_seconds / point.dense_image_seconds
+    return (f"a denoiser call takes {now / before:.2f} times as long as dense ({_number(now)} and {_number(before)} "
+            f"ms), an image {image:.2f} times")
 
 
 def comparison_summary(records: Sequence[Record]) -> str:
@@ -610,6 +695,7 @@ def draw_all(record: Record, folder, images_folder) -> List[Path]:
         draw_images(record, images_folder, folder / f"{record.method}_images.png"),
         draw_accuracy(record, folder / f"{record.method}.png"),
         draw_metrics(record, folder / f"{record.method}_metrics.png"),
+        draw_cost(record, folder / f"{record.method}_cost.png"),
         _write_text(text, folder / f"{record.method}.txt"),
     ]
     return [path for path in written if path]

@@ -15,14 +15,14 @@ if __package__ in (None, ""):
 import copy
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Dict, List, Optional
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from pruning import UserError, captions, command, costs, methods, metrics, models, plots, records
+from pruning import UserError, captions, command, costs, methods, metrics, models, plots, records, saving
 from pruning.captions import DATASETS
 from pruning.methods import METHODS
 from pruning.metrics import BACKBONES, METRICS
@@ -53,11 +53,11 @@ class Experiment:
 
 def run_pruning_experiment(experiment: Experiment, rate: float, on_batch=None) -> records.Point:
     """Measure one point: prune the dense denoiser to `rate`, make the images, score them. Rate 0 is the dense model."""
-    method, pipeline, samples = experiment.record.method, experiment.pipeline, experiment.samples
+    pipeline, samples = experiment.pipeline, experiment.samples
     clock = [time.perf_counter()]
-    denoiser = copy.deepcopy(experiment.dense).to(experiment.device)
-    pruned = methods.prune(method, denoiser, rate, **experiment.options)
+    denoiser, pruned = pruned_copy(experiment, rate)
     models.set_denoiser(pipeline, denoiser)
+    experiment.record.notes["left_out"] = pruned.left_out
     clock.append(time.perf_counter())
 
     call = models.first_call(pipeline, samples[:experiment.sampling["batch_size"]], **experiment.sampling)
@@ -92,6 +92,12 @@ def run_pruning_experiment(experiment: Experiment, rate: float, on_batch=None) -
         image_seconds=made.seconds_each,
         metrics=means, per_image={name: value.tolist() for name, value in per_image.items()},
         seconds=dict(zip(STAGES, np.diff(clock).round(3).tolist())))
+
+
+def pruned_copy(experiment: Experiment, rate: float):
+    """A copy of the dense denoiser on the device, pruned, and what the method says of it."""
+    denoiser = copy.deepcopy(experiment.dense).to(experiment.device)
+    return denoiser, methods.prune(experiment.record.method, denoiser, rate, **experiment.options)
 
 
 def measure_costs(experiment: Experiment, denoiser, call: dict) -> Dict[str, float]:
@@ -198,29 +204,65 @@ def sweep(args) -> Path:
     path = records.record_path(args.results_dir, record.model, record.dataset, record.method)
     if record.dense is None:  # afresh: no image of an earlier run stays beside the new ones
         shutil.rmtree(images_folder(experiment, 0).parent, ignore_errors=True)
-    todo: List[Optional[float]] = [rate for rate in args.rates if rate not in [p.rate for p in record.points]]
-    if todo:
+    measured = {point.rate: point for point in record.points}
+    folders = saved_folders(args)
+    unsaved = [rate for rate in folders if not saving.is_saved(folders[rate], origin(experiment, rate))]
+    todo: List[Optional[float]] = [rate for rate in args.rates if rate not in measured or rate in unsaved]
+    if set(todo) - set(measured):
         experiment.dense_images = load_images(images_folder(experiment, 0), count)
-    if record.dense is None or (todo and experiment.dense_images is None):
+    if record.dense is None or (set(todo) - set(measured) and experiment.dense_images is None):
         todo = [None, *todo]  # the dense model first
     if todo and METHODS[record.method].recovers:
         add_recovery(experiment, args)
     try:
-        with tqdm(total=len(todo) * count, unit="image", disable=not todo) as bar:
+        with tqdm(total=len(set(todo) - set(measured)) * count, unit="image", disable=not todo) as bar:
             for rate in todo:
                 bar.set_description("dense" if rate is None else f"{record.method} {rate:g}")
+                if rate in measured:  # by an earlier run that did not save it
+                    models.set_denoiser(experiment.pipeline, pruned_copy(experiment, rate)[0])
+                    save_pruned(experiment, folders[rate], measured[rate])
+                    continue
                 point = run_pruning_experiment(experiment, rate or 0.0, on_batch=bar.update)
                 if rate is not None:
                     record.points = sorted([*record.points, point], key=lambda p: p.rate)
                 elif record.dense is None:
                     record.dense = point
                 records.write_record(record, path)
+                if rate in unsaved:
+                    save_pruned(experiment, folders[rate], point)
+        if plots.left_out(record):
+            print(plots.left_out(record), file=sys.stderr)
         if walk_file(experiment).exists():
             walk_file(experiment).unlink()
     finally:
         if record.points:  # also after Ctrl-C: what is finished is worth a look
             plots.draw_all(record, experiment.folder, experiment.folder / "images")
     return path
+
+
+def saved_folders(args) -> Dict[float, Path]:
+    """Where --save_pruned puts the pipeline of each rate: the folder given, or one in it for each of several rates."""
+    if args.save_pruned is None:
+        return {}
+    if len(args.rates) == 1:
+        return {args.rates[0]: args.save_pruned}
+    return {rate: args.save_pruned / plots.rate_folder(rate) for rate in args.rates}
+
+
+def origin(experiment: Experiment, rate: float) -> Dict[str, Any]:
+    """What makes a pruned model the one it is."""
+    record = experiment.record
+    options = {name: record.settings[name] for name in METHODS[record.method].options}
+    return {"model": record.model, "denoiser": record.settings["denoiser"], "method": record.method, "rate": rate,
+            **options, **({"seed": record.settings["seed"]} if METHODS[record.method].recovers else {})}
+
+
+def save_pruned(experiment: Experiment, folder: Path, point: records.Point) -> None:
+    """Save the pipeline with the denoiser that it has now, which was measured as `point`."""
+    sampling = {name: experiment.sampling[name] for name in ("steps", "guidance_scale", "image_size")}
+    measured = {name: value for name, value in asdict(point).items() if name not in ("per_image", "seconds")}
+    saving.save(experiment.pipeline, models.denoiser_name(experiment.pipeline), folder, sampling,
+                origin(experiment, point.rate), measured)
 
 
 def images_folder(experiment: Experiment, rate: float) -> Path:
@@ -276,6 +318,8 @@ def add_arguments(parser: command.Parser) -> None:
     parser.add_argument("--recovery_steps", type=command.not_negative,
                         help="iterative: training steps after each step of pruning, 0 for none "
                              f"(default: {METHODS['iterative'].options['recovery_steps']})")
+    parser.add_argument("--save_pruned", type=Path, metavar="DIR",
+                        help="keep the pruned pipeline as a folder that --model takes; several rates: in DIR/RATE")
     parser.add_argument("--overwrite", action="store_true", help="start afresh where there is a record")
 
 

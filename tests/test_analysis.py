@@ -81,7 +81,7 @@ def test_removal_shrinks_parameters_and_masks_do_not(measured):
 def test_every_promised_file_is_there_and_no_other(measured):
     record, folder = measured
     own = folder / record.model / record.dataset
-    promised = {f"{record.method}{end}" for end in (".json", ".png", "_metrics.png", "_images.png", ".txt")}
+    promised = {f"{record.method}{end}" for end in (".json", ".png", "_metrics.png", "_cost.png", "_images.png", ".txt")}
     assert {path.name for path in own.iterdir() if path.is_file()} == promised
     assert not list(folder.rglob("*.part"))
     for path in own.glob("*.png"):

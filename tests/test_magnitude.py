@@ -44,7 +44,7 @@ def test_every_rate_is_reached_to_the_weight_and_counted_in_the_denoiser(denoise
     for rate in RATES:  # rising, so that each also starts from the zeros of the one before
         pruned = magnitude.prune(denoiser, rate, scope=scope)
         zeros = int((flat(magnitude.prunable_weights(denoiser)) == 0).sum())
-        assert pruned == ("weights", total, round(rate * total), round(rate * total))
+        assert pruned == ("weights", total, round(rate * total), round(rate * total), {})
         assert zeros == pruned.taken
 
 
@@ -173,13 +173,13 @@ def test_a_shared_weight_counts_once():
     second.weight = first.weight
     denoiser = nn.Sequential(first, second)
     assert list(magnitude.prunable_weights(denoiser)) == ["0.weight"]
-    assert magnitude.prune(denoiser, 0.5) == ("weights", 20, 10, 10)
+    assert magnitude.prune(denoiser, 0.5) == ("weights", 20, 10, 10, {})
 
 
 def test_rate_zero_changes_nothing(denoiser):
     before = flat(magnitude.prunable_weights(denoiser))
     zeros = int((before == 0).sum())  # a half-precision initialisation may hold one
-    assert magnitude.prune(denoiser, 0.0) == ("weights", before.numel(), 0, zeros)
+    assert magnitude.prune(denoiser, 0.0) == ("weights", before.numel(), 0, zeros, {})
     assert torch.equal(flat(magnitude.prunable_weights(denoiser)), before)
 
 

@@ -141,12 +141,33 @@ def test_the_summary_of_removal_says_what_was_gained():
 def test_the_table_has_a_row_a_rate_and_shows_what_is_not_finite():
     record = make_record()
     record.points[8].metrics["fid"] = None
-    rows = [line.split() for line in plots.summary(record).splitlines()]
+    quality = plots.summary(record).partition("What it costs")[0]
+    rows = [line.split() for line in quality.splitlines()]
     table = {row[0]: row for row in rows if row and row[0] in ("dense", *map(str, RATES))}
     assert list(table) == ["dense", *map(str, RATES)]
     assert table["0.5"][1:5] == ["0.500", "5,300,628", "2,900,628", "60.4"]
     assert table["0.9"][5] == "–"
     assert "–: not finite" in plots.summary(record)
+
+
+def test_costs_are_those_of_the_record_and_times_are_shares_of_dense_timed_in_turn():
+    record = make_record("structured")
+    point = record.points[4]
+    point.denoiser_seconds, point.dense_denoiser_seconds = 0.03, 0.04
+    point.image_seconds, point.dense_image_seconds = 0.5, 0.25
+    costs = plots.summary(record).partition("What it costs")[2].splitlines()
+    row = next(line.split() for line in costs if line.split()[:1] == ["0.5"])
+    shown = [point.parameters / 1e6, point.weight_bytes / 1e6, point.peak_bytes / 1e6, point.macs / 1e9, 0.75, 2.0]
+    assert [float(value) for value in row[1:]] == pytest.approx(shown, rel=1e-3)
+
+
+def test_what_a_method_left_out_is_said_with_the_reason():
+    record = make_record("attention_heads")
+    assert "Left out" not in plots.summary(record)
+    record.notes["left_out"] = {"a.attn1": "its class NewAttention is not known", "b.attn2": "its processor is Odd",
+                                "c.attn1": "its class NewAttention is not known"}
+    assert ("Left out: 2 modules (a.attn1, …), as its class NewAttention is not known; 1 module (b.attn2), "
+            "as its processor is Odd.") in flat(plots.summary(record))
 
 
 @pytest.mark.parametrize(("record", "words"), [
@@ -186,7 +207,8 @@ def with_gaps():
 def test_whatever_a_record_holds_is_drawn(tmp_path, record):
     written = plots.draw_all(record, tmp_path, tmp_path / "images")
     assert [path.name for path in written] == [
-        f"{record.method}.png", f"{record.method}_metrics.png", f"{record.method}.txt"]  # no image, no figure of images
+        f"{record.method}.png", f"{record.method}_metrics.png", f"{record.method}_cost.png",
+        f"{record.method}.txt"]  # no image, no figure of images
     assert sorted(tmp_path.iterdir()) == sorted(written)
     for path in written[:2]:
         with Image.open(path) as image:
@@ -259,7 +281,7 @@ def pictures(folder):
 def test_each_record_found_is_drawn_beside_itself_and_its_paths_are_printed(results, capsys):
     visualize_results.main(["--results_dir", str(results), "--methods", "structured"])
     expected = [f"shapes-unet/{dataset}/structured{end}" for dataset in ("coco", "shapes") for end in
-                (".png", "_metrics.png")]
+                (".png", "_cost.png", "_metrics.png")]
     assert pictures(results) == expected
     assert set(capsys.readouterr().out.split()) >= {str(results / path) for path in expected}
 

@@ -76,8 +76,7 @@ def prune(denoiser: nn.Module, rate: float, scope: str = "layer", recovery_steps
     for tensor, dtype in zip(_tensors(denoiser), dtypes):
         tensor.data = tensor.data.to(dtype)
     _enforce(weights, masks)
-    total = sum(weight.numel() for weight in weights.values())
-    return Pruned("weights", total, round(rate * total), sum(map(magnitude.count_zeros, weights.values())))
+    return magnitude.report(denoiser, weights, rate)
 
 
 @torch.enable_grad()

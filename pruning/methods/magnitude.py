@@ -42,8 +42,16 @@ def prune(denoiser: nn.Module, rate: float, scope: str = "layer") -> Pruned:
     check_request(rate, scope)
     weights = prunable_weights(denoiser)
     zero_share(weights, rate, scope)
+    return report(denoiser, weights, rate)
+
+
+def report(denoiser: nn.Module, weights: Dict[str, Tensor], rate: float) -> Pruned:
+    """What was done, counted in the pruned denoiser, and the modules whose matrices are not pruned."""
     total = sum(weight.numel() for weight in weights.values())
-    return Pruned("weights", total, round(rate * total), sum(map(count_zeros, weights.values())))
+    left_out = {name: f"{type(module).__name__} is neither Linear nor Conv2d"
+                for name, module in denoiser.named_modules() if not isinstance(module, PRUNABLE)
+                and isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() > 1}
+    return Pruned("weights", total, round(rate * total), sum(map(count_zeros, weights.values())), left_out)
 
 
 def check_request(rate: float, scope: str) -> None:

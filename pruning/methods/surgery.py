@@ -15,6 +15,7 @@ that are left, where a mask leaves zeros in them.
 """
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Callable, Dict, Iterator, List, NamedTuple, Tuple
 
@@ -231,6 +232,7 @@ KINDS = (
          units=lambda m: m.conv2.in_channels, obstacle=resnet_obstacle,
          norm_groups=lambda m: m.norm2.num_groups, shrink=shrink_resnet),
 )
+SOUNDS_LIKE = {"heads": "attn|attention", "neurons": "feed_?forward|ffn|mlp|glu", "channels": "res_?net|resblock"}
 # What a layer calls the sizes of its weight's dimensions.
 SIZES = {nn.Linear: ("out_features", "in_features"), nn.Conv2d: ("out_channels", "in_channels"),
          nn.GroupNorm: ("num_channels",), PrunedGroupNorm: ("num_channels",), nn.LayerNorm: ("normalized_shape",),
@@ -296,10 +298,11 @@ def survey(denoiser: nn.Module, *units: str) -> Tuple[List[Group], Dict[str, str
     """The groups of these units, in module order, and the modules left out: {name: why}.
 
     Left out are modules of a known class that are put together in a way for
-    which removing would not be exact, and layers that are not plain (adapters
-    to be merged first, quantised weights, weights shared between layers).
+    which removing would not be exact, layers that are not plain (adapters to
+    be merged first, quantised weights, weights shared between layers), and
+    modules of classes that KINDS does not know and that sound like units.
     """
-    groups, left_out, seen = [], {}, set()
+    groups, left_out, known, seen = [], {}, [], set()
     owners = Counter(id(p) for module in denoiser.modules() for p in module._parameters.values() if p is not None)
     for name, module in denoiser.named_modules():
         for kind in KINDS:
@@ -312,11 +315,26 @@ def survey(denoiser: nn.Module, *units: str) -> Tuple[List[Group], Dict[str, str
                 continue
             seen |= own
             why = kind.obstacle(module) or layer_obstacle(group, owners)
+            known.append(module)
             if why:
                 left_out[name] = why
             else:
                 groups.append(group)
+    left_out.update(unknown(denoiser, units, known))
     return groups, left_out
+
+
+def unknown(denoiser: nn.Module, units: Tuple[str, ...], known: List[nn.Module]) -> Dict[str, str]:
+    """Innermost modules named as those are that hold such units, but of a class that KINDS does not know."""
+    covered = {id(part) for module in known for part in module.modules()}
+    pattern = "|".join(SOUNDS_LIKE[unit] for unit in units)
+    names = {}
+    for name, module in denoiser.named_modules():
+        if (re.search(pattern, type(module).__name__, re.IGNORECASE) and not isinstance(module, HeadlessAttention)
+                and any(True for _ in module.parameters())
+                and not any(id(part) in covered for part in module.modules())):
+            names[name] = f"its class {type(module).__name__} is not known"
+    return {name: why for name, why in names.items() if not any(other.startswith(f"{name}.") for other in names)}
 
 
 def layer_obstacle(group: Group, owners: Dict[int, int]) -> str:

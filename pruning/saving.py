@@ -1,0 +1,147 @@
+"""A pruned pipeline as a folder: what diffusers writes, and a manifest with which it loads again.
+
+diffusers refuses weights whose shapes differ from the config. So the manifest
+holds the config of the dense denoiser and the units that were kept: loading
+builds the dense denoiser on the meta device, takes the same units out again,
+and loads the weights strictly. Nothing in the folder is pickled or trusted.
+"""
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Dict, Optional
+
+from pruning import UserError
+from pruning.records import write_json
+
+MANIFEST, FORMAT_VERSION = "pruning.json", 1
+DENOISERS = ("unet", "transformer")  # the pipeline's component that is pruned
+FIELDS = {"component": str, "base_class": str, "config": dict, "removals": list, "sampling": dict, "pruning": dict,
+          "point": dict}
+
+
+def save(pipeline, component: str, folder: Path, sampling: Dict[str, Any], pruning: Dict[str, Any],
+         point: Dict[str, Any]) -> None:
+    """Write the pipeline with its pruned denoiser as a folder, whole or not at all.
+
+    sampling: the settings it is meant for; pruning: what made it; point: what was measured. Weights are
+    stored in half precision where that loses nothing, which is so where they came from half precision.
+    Raises UserError where there is something else at `folder` (see is_saved), or it cannot be written.
+    """
+    if folder.exists():
+        raise UserError(f"{folder} is there already; name another folder to save to")
+    denoiser = getattr(pipeline, component)
+    config = {name: value for name, value in denoiser.config.items() if name != "_name_or_path"}
+    part = folder.with_name(f".{folder.name}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        pipeline.save_pretrained(part, safe_serialization=True)
+        for file in sorted(part.rglob("*.safetensors")):
+            narrow(file)
+            file.chmod((part / "model_index.json").stat().st_mode)  # safetensors writes for the owner alone
+        write_json({"format_version": FORMAT_VERSION, "component": component, "base_class": type(denoiser).__name__,
+                    "config": config, "removals": getattr(denoiser, "removals", []), "sampling": sampling,
+                    "pruning": pruning, "point": point}, part / MANIFEST)
+        part.rename(folder)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def narrow(file: Path) -> None:
+    """Rewrite a safetensors file in float16 or bfloat16 if every number in it stays what it is."""
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(file)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    for dtype in (torch.float16, torch.bfloat16):
+        if all(tensor.dtype != torch.float32 or torch.equal(tensor.to(dtype).float(), tensor)
+               for tensor in tensors.values()):
+            save_file({name: tensor.to(dtype) if tensor.dtype == torch.float32 else tensor
+                       for name, tensor in tensors.items()}, file, metadata)
+            return
+
+
+def is_saved(folder: Path, pruning: Dict[str, Any]) -> bool:
+    """Whether `folder` holds what `pruning` describes. Raises UserError where it holds something else."""
+    if not folder.exists():
+        return False
+    manifest = read_manifest(folder)
+    if manifest is None or manifest["pruning"] != json.loads(json.dumps(pruning)):
+        raise UserError(f"{folder} is there already and holds something else; name another folder to save to")
+    return True
+
+
+def read_manifest(folder: Path) -> Optional[Dict[str, Any]]:
+    """The manifest of a folder, None where it has none. Raises UserError for one that cannot be right."""
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
+        raise UserError(f"{path} is no manifest of a pruned model in format {FORMAT_VERSION}")
+    for name, kind in FIELDS.items():
+        if not isinstance(manifest.get(name), kind):
+            raise UserError(f"{path}: {name} must be {kind.__name__}")
+    if manifest["component"] not in DENOISERS:
+        raise UserError(f"{path}: component must be one of {', '.join(DENOISERS)}")
+    numbers = [manifest["sampling"].get(name) for name in ("steps", "image_size", "guidance_scale")]
+    if len(manifest["sampling"]) != 3 or [type(n) for n in numbers[:2]] != [int, int] or min(numbers[:2]) < 1 \
+            or type(numbers[2]) not in (int, float):
+        raise UserError(f"{path}: sampling must be steps and image_size, whole numbers above 0, and guidance_scale")
+    for plan in manifest["removals"]:
+        if not isinstance(plan, dict) or not all(isinstance(keep, list) for keep in plan.values()):
+            raise UserError(f"{path}: removals must be a list of objects of lists")
+    return manifest
+
+
+def load_denoiser(folder: Path, manifest: Dict[str, Any], dtype: str):
+    """The pruned denoiser of a folder, on the CPU. Raises UserError where manifest, config and weights disagree."""
+    import diffusers
+    import torch
+    from accelerate import init_empty_weights
+    from safetensors.torch import load_file
+
+    from pruning.methods import surgery
+
+    path, weights = Path(folder) / MANIFEST, Path(folder) / manifest["component"]
+    try:
+        base = json.loads((weights / "config.json").read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read the class of the denoiser in {weights / 'config.json'}: {error}") from None
+    kind = getattr(diffusers, base, None) if isinstance(base, str) and base == manifest["base_class"] else None
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
+        raise UserError(f"{path} is of {manifest['base_class']}, {weights} of {base}; they must be the same denoiser")
+    try:
+        with init_empty_weights():  # parameters alone: buffers that no file holds are computed
+            denoiser = kind.from_config(manifest["config"])
+    except Exception as error:  # whatever a class makes of values that it does not know
+        raise UserError(f"{path}: {base} cannot be built from its config: {error}") from None
+    try:
+        for plan in manifest["removals"]:
+            surgery.apply(denoiser, plan)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+    tensors: Dict[str, torch.Tensor] = {}
+    wide = tuple(getattr(denoiser, "_keep_in_fp32_modules", None) or ())
+    for file in sorted(weights.glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            keep = not tensor.is_floating_point() or any(part in wide for part in name.split("."))
+            tensors[name] = tensor.float() if keep and tensor.is_floating_point() else tensor.to(
+                tensor.dtype if keep else getattr(torch, dtype))
+    try:
+        denoiser.load_state_dict(tensors, strict=True, assign=True)
+    except RuntimeError as error:
+        first = " ".join(str(error).split())[:200]
+        raise UserError(f"the weights in {weights} are not those that {path} describes: {first}") from None
+    return denoiser.eval()
