@@ -1,0 +1,87 @@
+"""Prune randomly initialised UNets of published size by each method: seconds, and peak memory as a share of the model.
+
+example:
+  python benchmarks/big_models.py --models sd15 sdxl --rate 0.5
+"""
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if __package__ in (None, ""):
+    sys.path[0] = str(ROOT)  # instead of benchmarks/
+
+import time
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from pruning import UserError, command, methods
+
+SDXL = dict(
+    sample_size=128, block_out_channels=(320, 640, 1280), attention_head_dim=(5, 10, 20), cross_attention_dim=2048,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(1, 2, 10),
+    use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816)
+# name -> configuration, dtype
+MODELS = {
+    "sd15": (dict(sample_size=64, cross_attention_dim=768), torch.float32),
+    "sdxl": (SDXL, torch.bfloat16),
+}
+CASES = (("magnitude", {"scope": "layer"}), ("magnitude", {"scope": "global"}),
+         ("iterative", {"scope": "global", "recovery_steps": 0}), ("structured", {}), ("attention_heads", {}))
+
+
+def build(name: str):
+    """The UNet with random weights, without the minutes that diffusers' own initialisation takes."""
+    config, dtype = MODELS[name]
+    with torch.device("meta"):
+        denoiser = UNet2DConditionModel(**config).to(dtype)
+    denoiser.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            parameter.uniform_(-0.05, 0.05)
+    return denoiser.eval()
+
+
+def peak_resident_bytes() -> int:
+    """The most memory this process has held since reset_peak()."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+
+
+def reset_peak() -> None:
+    """Let the kernel forget how much memory this process once held."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def main(argv=None) -> None:
+    """Prune a fresh model by each method; print a markdown row each."""
+    parser = command.Parser(__doc__)
+    parser.add_argument("--models", nargs="+", type=command.name_in("model", MODELS), default=list(MODELS),
+                        help="which to prune")
+    parser.add_argument("--rate", type=command.rate, default=0.5, help="pruning rate")
+    args = parser.parse_args(argv)
+    if not sys.platform.startswith("linux"):
+        raise UserError("peak memory is read from /proc, which only Linux has")
+    print("| model | method | seconds | peak memory ÷ model |\n|---|---|---|---|")
+    for name in args.models:
+        for method, options in CASES:
+            reset_peak()
+            before = peak_resident_bytes()
+            denoiser = build(name)
+            parameters = sum(parameter.numel() for parameter in denoiser.parameters())
+            size = parameters * denoiser.dtype.itemsize
+            started = time.perf_counter()
+            methods.prune(method, denoiser, args.rate, **options)
+            seconds, peak = time.perf_counter() - started, peak_resident_bytes() - before
+            given = ", ".join(f"{option}={value}" for option, value in options.items())
+            print(f"| {name}, {parameters / 1e6:,.0f} M, {str(denoiser.dtype)[6:]} | {method} {given} | {seconds:.1f} "
+                  f"| {peak / size:.2f} |", flush=True)
+            del denoiser
+
+
+if __name__ == "__main__":
+    command.run(main)
