@@ -1,10 +1,10 @@
-"""Train the bundled model and its metric networks from nothing but drawn scenes.
+"""Train the bundled models and their metric networks from nothing but drawn scenes.
 
     python pruning/shapes/train.py --work_dir /tmp/shapes
 
-Stages: vae, features, clip, unet, export. Each keeps a checkpoint in the work
-folder and goes on from it; a finished stage is not repeated. About 100 minutes
-on two CPU cores, and much faster with CUDA.
+Stages: vae, features, clip, unet, mmdit, export. Each keeps a checkpoint in
+the work folder and goes on from it; a finished stage is not repeated. About
+140 minutes on two CPU cores, and much faster with CUDA.
 """
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ from pruning.shapes import scenes
 
 HERE = Path(__file__).resolve().parent
 TOKENS = 20  # the longest caption has 16 with its two marks,
-MMDIT_TOKENS = 16  # which is as many as the transformer is given, of each encoder
+MMDIT_TOKENS = 16  # which is as many as the transformer is given of each encoder,
+T5_TOKENS = 256  # and so many zeros, which its pipeline gives where there is no T5
 # stage -> steps, batch size, peak learning rate, decay of the averaged weights, running loss that is good enough
 RECIPE = {
     "vae": (2600, 32, 3e-3, 0.995, 0.0),
     "features": (3000, 128, 1e-3, 0.99, 0.0),
     "clip": (2400, 192, 1e-3, 0.995, 0.05),
     "unet": (4600, 64, 1e-3, 0.998, 0.0),
-    "mmdit": (3600, 64, 1.5e-3, 0.998, 0.0),
+    "mmdit": (6000, 64, 1.5e-3, 0.998, 0.0),
 }
 
 
@@ -101,10 +102,15 @@ class AttributeHeads(nn.Module):
 # ---------------------------------------------------------------- networks
 
 def make_tokenizer(folder: Path):
-    """A CLIP byte-pair tokenizer in which every word of the captions is one token."""
+    """A CLIP byte-pair tokenizer in which every word of the captions is one token; that of the folder if it has one.
+
+    It is learned once, as ties between merges fall otherwise each time, and the encoders know their own ids alone.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
+    if (folder / "tokenizer_config.json").exists():
+        return CLIPTokenizer.from_pretrained(folder)
     words = {"a", "an", "on", "background", "above", "to", "the", "left", "of", "small", "large",
              *scenes.COLOURS, *scenes.BACKGROUNDS, *scenes.SHAPES}
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
@@ -178,6 +184,27 @@ def make_mmdit():
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
     return mmdit
+
+
+class PaddedJointAttention:
+    """Joint attention in which the last token stands for T5_TOKENS equal ones, which stay equal in every block."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+        """Take and give what diffusers' JointAttnProcessor2_0 does, with one token for T5's zeros."""
+        def heads(tokens, project, norm):
+            projected = project(tokens).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+            return norm(projected) if norm is not None else projected
+
+        streams = zip(zip((attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k, None)),
+                      zip((attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
+                          (attn.norm_added_q, attn.norm_added_k, None)))
+        query, key, value = (torch.cat([heads(hidden_states, *own), heads(encoder_hidden_states, *added)], 2)
+                             for own, added in streams)
+        weight = query.new_zeros(1, 1, 1, key.shape[2])
+        weight[..., -1] = math.log(T5_TOKENS)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=weight).transpose(1, 2).flatten(2)
+        own, added = out.split([hidden_states.shape[1], encoder_hidden_states.shape[1]], 1)
+        return attn.to_out[0](own), added if attn.context_pre_only else attn.to_add_out(added)
 
 
 def make_flow_scheduler():
@@ -360,18 +387,23 @@ def train_mmdit(work_dir, tokenizer, clip, vae, images, drawn, device):
         sigma = torch.from_numpy(1 / (1 + np.exp(-rng.randn(batch)))).float().to(device)
         noisy = torch.lerp(x, noise, sigma[:, None, None, None])
         text = states[texts].float()
-        text = torch.cat([text, text], 2)  # both encoders are this one, and zeros stand for T5's tokens
-        predicted = mmdit(noisy, timestep=1000 * sigma, encoder_hidden_states=F.pad(text, (0, 0, 0, text.shape[1])),
+        text = F.pad(torch.cat([text, text], 2), (0, 0, 0, 1))  # both encoders are this one; then T5's zeros
+        predicted = mmdit(noisy, timestep=1000 * sigma, encoder_hidden_states=text,
                           pooled_projections=torch.cat([pooled[texts].float()] * 2, 1)).sample
         return F.mse_loss(predicted.float(), noise - x)
 
-    return fit("mmdit", work_dir, make_mmdit(), loss_of, device)
+    mmdit = make_mmdit()
+    pipelines = mmdit.attn_processors
+    mmdit.set_attn_processor(PaddedJointAttention())
+    mmdit = fit("mmdit", work_dir, mmdit, loss_of, device)
+    mmdit.set_attn_processor(pipelines)
+    return mmdit
 
 
 # ---------------------------------------------------------------- what is kept
 
-def export(vae, features, clip, unet, tokenizer_dir: Path, folder: Path):
-    """Write the pipeline and the metric networks as fp16 safetensors below `folder`."""
+def export_unet(vae, clip, unet, tokenizer_dir: Path, folder: Path):
+    """Write shapes-unet as a pipeline folder of fp16 safetensors."""
     from diffusers import StableDiffusionPipeline
     from safetensors.torch import save_file
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -384,15 +416,50 @@ def export(vae, features, clip, unet, tokenizer_dir: Path, folder: Path):
         vae=vae, text_encoder=text_encoder, tokenizer=CLIPTokenizer.from_pretrained(tokenizer_dir), unet=unet,
         scheduler=make_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     # A copy: half precision is for the disk, the caller goes on with what it has.
-    copy.deepcopy(pipeline).to(dtype=torch.float16).save_pretrained(folder / "shapes-unet", safe_serialization=True)
+    copy.deepcopy(pipeline).to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
     # The names that every version of transformers reads; newer ones write others.
     save_file({name: value.half().contiguous() for name, value in tower.items()},
-              folder / "shapes-unet" / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
+              folder / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
+    copy_tokenizer(tokenizer_dir, folder / "tokenizer")
+
+
+def export_mmdit(vae, clip, mmdit, tokenizer_dir: Path, folder: Path):
+    """Write shapes-mmdit as a pipeline folder of fp16 safetensors; both text encoders are the one."""
+    from diffusers import StableDiffusion3Pipeline
+    from safetensors.torch import save_file
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+    tower = {f"text_model.{name}": value for name, value in clip.text_model.state_dict().items()}
+    tower["text_projection.weight"] = clip.text_projection.weight
+    text_encoder = CLIPTextModelWithProjection(clip.config.text_config)
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_dir)
+    vae = copy.deepcopy(vae)
+    vae.register_to_config(shift_factor=0.0)  # which this pipeline asks for
+    pipeline = StableDiffusion3Pipeline(
+        transformer=mmdit, scheduler=make_flow_scheduler(), vae=vae, text_encoder=text_encoder, tokenizer=tokenizer,
+        text_encoder_2=text_encoder, tokenizer_2=tokenizer, text_encoder_3=None, tokenizer_3=None)
+    copy.deepcopy(pipeline).to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
+    for number in ("", "_2"):
+        save_file({name: value.half().contiguous() for name, value in tower.items()},
+                  folder / f"text_encoder{number}" / "model.safetensors", metadata={"format": "pt"})
+        copy_tokenizer(tokenizer_dir, folder / f"tokenizer{number}", MMDIT_TOKENS)
+
+
+def copy_tokenizer(source: Path, target: Path, tokens: int = TOKENS):
+    """The tokenizer's files as every version of transformers reads them, for so many tokens."""
+    for file in source.iterdir():
+        shutil.copyfile(file, target / file.name)
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    (target / "tokenizer_config.json").write_text(json.dumps({**config, "model_max_length": tokens}, indent=2) + "\n")
+    (target / "tokenizer.json").unlink(missing_ok=True)  # newer versions write it, older ones do not
+
+
+def export_metrics(features, clip, tokenizer_dir: Path, folder: Path):
+    """Write the metric networks as fp16 safetensors below `folder`."""
+    from safetensors.torch import save_file
+
     copy.deepcopy(clip).half().save_pretrained(folder / "clip", safe_serialization=True)
-    for target in (folder / "shapes-unet" / "tokenizer", folder / "clip"):
-        for file in tokenizer_dir.iterdir():  # as every version of transformers reads it
-            shutil.copyfile(file, target / file.name)
-        (target / "tokenizer.json").unlink(missing_ok=True)  # newer versions write it, older ones do not
+    copy_tokenizer(tokenizer_dir, folder / "clip")
     processor = {"image_processor_type": "CLIPImageProcessor", "do_resize": True, "do_center_crop": True,
                  "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "rescale_factor": 1 / 255,
                  "size": {"shortest_edge": scenes.SIZE}, "crop_size": {"height": scenes.SIZE, "width": scenes.SIZE},
@@ -402,15 +469,15 @@ def export(vae, features, clip, unet, tokenizer_dir: Path, folder: Path):
 
 
 @torch.no_grad()
-def evaluate(count: int = 500) -> dict:
+def evaluate(model: str, count: int = 500) -> dict:
     """The model card's figures, of the weights beside this file, on `count` prompt scenes."""
     from pruning import captions, metrics, models
 
     samples = captions.load_samples("shapes", count)[0]
     texts = np.array([sample.caption for sample in samples])
     originals = captions.load_originals(samples, scenes.SIZE)
-    pipeline = models.load_pipeline("shapes-unet")
-    settings = dict(models.default_settings(pipeline, "shapes-unet"), seed=0, batch_size=25)
+    pipeline = models.load_pipeline(model)
+    settings = dict(models.default_settings(pipeline, model), seed=0, batch_size=25)
     with tqdm(total=count, unit="image", desc="dense images") as bar:
         made = models.generate(pipeline, samples, on_batch=bar.update, **settings).pixels
 
@@ -449,7 +516,10 @@ def main():
     parser.add_argument("--evaluate", action="store_true", help="only measure the weights that are there")
     args = parser.parse_args()
     if args.evaluate:
-        figures = json.dumps({name: round(value, 4) for name, value in evaluate().items()}, indent=2)
+        from pruning.models import MODELS
+
+        figures = json.dumps({model: {name: round(value, 4) for name, value in evaluate(model).items()}
+                              for model in MODELS}, indent=2)
         (HERE / "figures.json").write_text(figures + "\n")
         print(figures)
         return
@@ -463,8 +533,10 @@ def main():
     latents = encode_images(vae, images[:4096], args.device)
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     unet = train_unet(args.work_dir, tokenizer, clip.text_model, vae, images, drawn, args.device)
-    train_mmdit(args.work_dir, tokenizer, clip, vae, images, drawn, args.device)
-    export(vae, features, clip, unet, args.work_dir / "tokenizer", args.output_dir)
+    mmdit = train_mmdit(args.work_dir, tokenizer, clip, vae, images, drawn, args.device)
+    export_unet(vae, clip, unet, args.work_dir / "tokenizer", args.output_dir / "shapes-unet")
+    export_mmdit(vae, clip, mmdit, args.work_dir / "tokenizer", args.output_dir / "shapes-mmdit")
+    export_metrics(features, clip, args.work_dir / "tokenizer", args.output_dir)
 
 
 if __name__ == "__main__":
