@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Dict, List, Sequence
+from typing import Callable, Dict, List, Optional, Sequence
 
 import numpy as np
 
@@ -31,7 +31,7 @@ def count_macs(denoiser, call: dict) -> int:
 
     # Fused CPU attention is not counted by older releases, and inference mode hides everything from them.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        latents = _sample(denoiser(**call)).shape[0]
+        latents = _sample(denoiser.forward(**call)).shape[0]  # not what torch.compile made of it, which hides them too
     return counter.get_total_flops() // 2 // latents
 
 
@@ -42,8 +42,9 @@ def peak_bytes(denoiser, call: dict) -> int:
     where the memory of the process would also hold what was freed and not given back.
     """
     import torch
-    device = next(denoiser.parameters()).device
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in denoiser.state_dict().values())
+    device = _device(call)
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in denoiser.state_dict().values()
+                  if tensor.device.type == device.type)  # offloaded ones come and go within the call
     with torch.inference_mode():
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -59,17 +60,24 @@ def peak_bytes(denoiser, call: dict) -> int:
     return weights + int(max(held, default=0))
 
 
-def denoiser_seconds(denoisers: Sequence, call: dict, rounds: int = 5) -> List[float]:
-    """Median seconds of a call of each denoiser, timed in turn so that the machine's drift meets all alike."""
+def denoiser_seconds(denoisers: Sequence, call: dict, rounds: int = 5, place: Optional[Callable] = None) -> List[float]:
+    """Median seconds of a call of each denoiser, timed in turn so that the machine's drift meets all alike.
+
+    place(denoiser), where given, is called whenever another denoiser's turn comes, to bring it to the device.
+    """
     import torch
-    seconds = [[] for _ in denoisers]
+    seconds, device = [[] for _ in denoisers], _device(call)
     with torch.inference_mode():
-        for _ in range(rounds):
+        for turn in range(rounds):
             for denoiser, own in zip(denoisers, seconds):
-                synchronize(denoiser.device)
+                if place:
+                    place(denoiser)
+                if place or turn == 0:
+                    denoiser(**call)
+                synchronize(device)
                 started = time.perf_counter()
                 denoiser(**call)
-                synchronize(denoiser.device)
+                synchronize(device)
                 own.append(time.perf_counter() - started)
     return [float(np.median(own)) for own in seconds]
 
@@ -79,6 +87,10 @@ def synchronize(device) -> None:
     import torch
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _device(call: dict):
+    return next(value.device for value in call.values() if hasattr(value, "device"))
 
 
 def _sample(output):

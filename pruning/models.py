@@ -28,8 +28,9 @@ class Bundled(NamedTuple):
     guidance_scale: float
 
 
+SHAPES = Path(__file__).resolve().parent / "shapes"
 MODELS = {
-    "shapes-unet": Bundled(Path(__file__).resolve().parent / "shapes" / "shapes-unet", 20, 4.0),
+    "shapes-unet": Bundled(SHAPES / "shapes-unet", 20, 4.0),
 }
 
 
@@ -38,6 +39,8 @@ def release(package: str) -> Tuple[int, ...]:
     return tuple(map(int, metadata.version(package).split(".")[:2]))
 
 
+# How parts that a GPU has no room for wait on the CPU: each as a whole, or layer by layer, which is slow.
+OFFLOADS = {"model": "enable_model_cpu_offload", "sequential": "enable_sequential_cpu_offload"}
 # diffusers' keyword for the dtype to load in: the one name is unknown before 0.40, the other deprecated since.
 DTYPE = "dtype" if release("diffusers") >= (0, 40) else "torch_dtype"
 
@@ -115,9 +118,13 @@ def take_denoiser(pipeline):
     return getattr(pipeline, denoiser_name(pipeline)).to("cpu")
 
 
-def set_denoiser(pipeline, denoiser) -> None:
-    """Make the pipeline use `denoiser`."""
-    setattr(pipeline, denoiser_name(pipeline), denoiser)
+def set_denoiser(pipeline, denoiser, device: str = "cpu", offload: Optional[str] = None) -> None:
+    """Make the pipeline use `denoiser`, on the device or offloaded to the CPU as diffusers does (OFFLOADS)."""
+    if offload:
+        pipeline.remove_all_hooks()
+    setattr(pipeline, denoiser_name(pipeline), denoiser if offload else denoiser.to(device))
+    if offload:
+        getattr(pipeline, OFFLOADS[offload])(device=device)
 
 
 def default_settings(pipeline, model: str) -> dict:

@@ -425,6 +425,46 @@ def draw_comparison(records: Sequence[Record], path: Path) -> Path:
     return _save(figure, path)
 
 
+@rc_context(STYLE)
+def draw_models(records: Sequence[Record], path: Path) -> Path:
+    """What each method does to several models: a column a method, a line a model; quality relative to dense.
+
+    The records are of one data set and measured alike but for the model and its own settings.
+    """
+    records = _in_order(records)
+    models = list(dict.fromkeys(record.model for record in sorted(records, key=lambda record: record.model)))
+    methods = list(dict.fromkeys(record.method for record in records))
+    lines = {model: LINES[i % len(LINES)] for i, model in enumerate(models)}
+    shown = [name for name in ("clip_score", "lpips_dense") if all(name in record.dense.metrics for record in records)]
+    figure = Figure(figsize=(2.9 * len(methods) + 1, 2.9 * max(len(shown), 1) + 1.2), layout="constrained")
+    lowest = min([0.0, *(value for record in records for name in shown for point in record.points
+                         for value in [relative(name, point.metrics[name], record.dense.metrics[name])]
+                         if math.isfinite(value))])
+    for row, name in enumerate(shown):
+        for column, method in enumerate(methods):
+            axes = figure.add_subplot(len(shown), len(methods), row * len(methods) + column + 1)
+            measured = [record for record in records if record.method == method]
+            for record in measured:
+                y = [relative(name, point.metrics[name], record.dense.metrics[name]) for point in _all_points(record)]
+                _plot(axes, [point.rate for point in _all_points(record)], y, lines[record.model])
+            axes.axhline(1, color="0.4", linestyle=":", linewidth=1.2, zorder=1)
+            _rate_axis(axes, [point.rate for record in measured for point in record.points])
+            axes.set_xticks(axes.get_xticks()[::2], [label.get_text() for label in axes.get_xticklabels()][::2])
+            axes.set_ylim(lowest - 0.05, 1.1)
+            axes.set_title(method if row == 0 else "")
+            axes.set_ylabel(f"{_formula(name)}  ↑" if column == 0 else "")
+    for model in models:
+        figure.axes[0].plot([], [], color=lines[model].colour, marker=lines[model].marker, label=model)
+    figure.axes[0].legend(loc="lower left", fontsize=9, frameon=False)
+    figure.suptitle("What pruning does to each model, by pruning rate (↑ is better, dense = 1)")
+    first = records[0]
+    settings = "; ".join(f"{record.model}: {_protocol(record)}" for record in
+                         {record.model: record for record in records}.values())
+    _small_print(figure, [f"{first.dataset}, {_counted(len(first.samples), 'image')} a rate; {settings}. "
+                          "A gap: not finite."])
+    return _save(figure, path)
+
+
 def _draw_methods(axes, curves, lines, labels) -> None:
     """A line a method; its name is left in `labels`, for when all panels have their limits."""
     for method, (x, y) in curves.items():
@@ -706,6 +746,11 @@ def compare_all(records: Sequence[Record], folder) -> List[Path]:
     text = comparison_summary(records)
     return [draw_comparison(records, Path(folder) / "comparison.png"),
             _write_text(text, Path(folder) / "comparison.txt")]
+
+
+def compare_models(records: Sequence[Record], folder) -> List[Path]:
+    """Write the figure of the models of one data set."""
+    return [draw_models(records, Path(folder) / f"models_{records[0].dataset}.png")]
 
 
 def _write_text(text: str, path: Path) -> Path:

@@ -41,6 +41,8 @@ class Experiment:
     pipeline: Any
     dense: Any  # the dense denoiser, on the CPU, never changed
     device: str
+    offload: Optional[str]  # one of models.OFFLOADS
+    compile: bool  # whether torch.compile makes the denoiser faster
     options: Dict[str, Any]  # keyword arguments of the method
     sampling: Dict[str, Any]  # keyword arguments of models.generate
     samples: List[captions.Sample]
@@ -56,17 +58,18 @@ def run_pruning_experiment(experiment: Experiment, rate: float, on_batch=None) -
     pipeline, samples = experiment.pipeline, experiment.samples
     clock = [time.perf_counter()]
     denoiser, pruned = pruned_copy(experiment, rate)
-    models.set_denoiser(pipeline, denoiser)
     experiment.record.notes["left_out"] = pruned.left_out
+    counted = costs.count_parameters(denoiser)
+    use(experiment, denoiser)
     clock.append(time.perf_counter())
 
-    call = models.first_call(pipeline, samples[:experiment.sampling["batch_size"]], **experiment.sampling)
+    call, counted_call = warm_up(experiment, denoiser)
     made = models.generate(pipeline, samples, on_batch=on_batch, **experiment.sampling)
     images = made.pixels
     dense_images = images if rate == 0 else experiment.dense_images
     clock.append(time.perf_counter())
 
-    cost = measure_costs(experiment, denoiser, call)
+    seconds = time_costs(experiment, denoiser, call)
     clock.append(time.perf_counter())
 
     networks, embed = experiment.backbones, metrics.embed_images
@@ -88,31 +91,57 @@ def run_pruning_experiment(experiment: Experiment, rate: float, on_batch=None) -
     experiment.dense_images = dense_images
     return records.Point(
         rate=rate, sparsity=pruned.taken / pruned.total, unit=pruned.unit, units_total=pruned.total,
-        units_asked=pruned.asked, units_taken=pruned.taken, **costs.count_parameters(denoiser), **cost,
+        units_asked=pruned.asked, units_taken=pruned.taken, **counted, **counted_call, **seconds,
         image_seconds=made.seconds_each,
         metrics=means, per_image={name: value.tolist() for name, value in per_image.items()},
         seconds=dict(zip(STAGES, np.diff(clock).round(3).tolist())))
 
 
 def pruned_copy(experiment: Experiment, rate: float):
-    """A copy of the dense denoiser on the device, pruned, and what the method says of it."""
-    denoiser = copy.deepcopy(experiment.dense).to(experiment.device)
+    """A pruned copy of the dense denoiser, and what the method says of it."""
+    denoiser = copy.deepcopy(experiment.dense).to("cpu" if experiment.offload else experiment.device)
     return denoiser, methods.prune(experiment.record.method, denoiser, rate, **experiment.options)
 
 
-def measure_costs(experiment: Experiment, denoiser, call: dict) -> Dict[str, float]:
-    """What a call of the pruned denoiser costs, with its times and an image's beside those of dense, taken in turn."""
-    pipeline, sampling = experiment.pipeline, experiment.sampling
-    one = models.first_call(pipeline, experiment.samples[:1], **sampling)
-    dense = experiment.dense.to(experiment.device)
-    dense_seconds, seconds = costs.denoiser_seconds([dense, denoiser], call)
-    models.set_denoiser(pipeline, dense)
-    dense_images = models.generate(pipeline, experiment.samples[:sampling["batch_size"]], **sampling)
-    models.set_denoiser(pipeline, denoiser)
-    dense.to("cpu")
-    return {"macs": costs.count_macs(denoiser, one), "peak_bytes": costs.peak_bytes(denoiser, one),
-            "denoiser_seconds": seconds, "dense_denoiser_seconds": dense_seconds,
-            "dense_image_seconds": dense_images.seconds_each}
+def use(experiment: Experiment, denoiser) -> None:
+    """Make the pipeline use this denoiser."""
+    models.set_denoiser(experiment.pipeline, denoiser, experiment.device, experiment.offload)
+
+
+def take_back(experiment: Experiment) -> None:
+    """Bring the dense denoiser back to the CPU, after the pipeline used it."""
+    if experiment.offload:
+        experiment.pipeline.remove_all_hooks()
+    experiment.dense.to("cpu")
+
+
+def warm_up(experiment: Experiment, denoiser):
+    """Make all ready to be timed: the arguments of a denoiser call for a batch, and what a call costs in counts."""
+    samples, sampling = experiment.samples, experiment.sampling
+    batch = sampling["batch_size"]
+    call = models.first_call(experiment.pipeline, samples[:batch], **sampling)
+    one = models.first_call(experiment.pipeline, samples[:1], **sampling)
+    counted = {"macs": costs.count_macs(denoiser, one), "peak_bytes": costs.peak_bytes(denoiser, one)}
+    if experiment.compile:
+        for part in (denoiser, experiment.dense):
+            part.compile()
+        for count in {min(batch, len(samples)), len(samples) % batch or batch}:  # each size is compiled apart
+            models.generate(experiment.pipeline, samples[:count], **{**sampling, "steps": 1})
+    return call, counted
+
+
+def time_costs(experiment: Experiment, denoiser, call: dict) -> Dict[str, float]:
+    """Seconds of a denoiser call beside those of dense, taken in turn, and of an image of the dense model."""
+    sampling = experiment.sampling
+    place = (lambda denoiser: use(experiment, denoiser)) if experiment.offload else None
+    dense = experiment.dense if experiment.offload else experiment.dense.to(experiment.device)
+    dense_seconds, seconds = costs.denoiser_seconds([dense, denoiser], call, place=place)
+    use(experiment, dense)
+    made = models.generate(experiment.pipeline, experiment.samples[:sampling["batch_size"]], **sampling)
+    take_back(experiment)
+    models.set_denoiser(experiment.pipeline, denoiser, "cpu" if experiment.offload else experiment.device)
+    return {"denoiser_seconds": seconds, "dense_denoiser_seconds": dense_seconds,
+            "dense_image_seconds": made.seconds_each}
 
 
 def prepare(args) -> Experiment:
@@ -120,12 +149,14 @@ def prepare(args) -> Experiment:
     options = method_options(args)
     samples, skipped = captions.load_samples(args.dataset, args.num_images, args.seed, args.data_dir)
     device = models.pick_device(args.device)
+    if args.offload and device == "cpu":
+        raise UserError(f"--offload {args.offload} keeps parts of a GPU's work on the CPU; here all is on the CPU")
     dtype = args.dtype or ("float32" if device == "cpu" else "bfloat16")
     model = args.model or DATASETS[args.dataset].default_model
     kind = args.metric_backbones or DATASETS[args.dataset].backbones
     families = {name: METRICS[name].backbone for name in args.metrics if METRICS[name].backbone}
     networks = {family: metrics.load_backbone(kind, family, device) for family in dict.fromkeys(families.values())}
-    pipeline = models.load_pipeline(model, device, dtype)
+    pipeline = models.load_pipeline(model, "cpu" if args.offload else device, dtype)
     dense = models.take_denoiser(pipeline)
     sampling = models.default_settings(pipeline, model)
     sampling.update({name: getattr(args, name) for name in sampling if getattr(args, name) is not None})
@@ -135,7 +166,8 @@ def prepare(args) -> Experiment:
         model=models.label(model), dataset=args.dataset, method=args.method,
         samples=[{"id": sample.id, "caption": sample.caption} for sample in samples],
         settings={**sampling, **options, "metrics": list(args.metrics), "metric_backbones": kind,
-                  "denoiser": models.fingerprint(dense), "dtype": dtype, **models.machine(device)},
+                  "denoiser": models.fingerprint(dense), "dtype": dtype, "compile": args.compile,
+                  "offload": args.offload, **models.machine(device)},
         backbones={name: BACKBONES[kind][family] for name, family in families.items()},
         notes={"captions_skipped": skipped}, versions=models.versions(), dense=None, points=[])
     path = records.record_path(args.results_dir, record.model, record.dataset, record.method)
@@ -143,8 +175,9 @@ def prepare(args) -> Experiment:
         record = continued(path, record)
 
     experiment = Experiment(
-        record=record, folder=path.parent, pipeline=pipeline, dense=dense, device=device, options=options,
-        sampling=sampling, samples=samples, originals=captions.load_originals(samples, sampling["image_size"]),
+        record=record, folder=path.parent, pipeline=pipeline, dense=dense, device=device,
+        offload=args.offload, compile=args.compile, options=options, sampling=sampling, samples=samples,
+        originals=captions.load_originals(samples, sampling["image_size"]),
         backbones={name: networks[family] for name, family in families.items()})
     if "clip_score" in families:
         experiment.caption_embeddings, record.notes["captions_truncated"] = metrics.embed_captions(
@@ -185,10 +218,10 @@ def add_recovery(experiment: Experiment, args) -> None:
         return
     texts = captions.training_captions(args.dataset, RECOVERY_IMAGES, args.seed, args.data_dir, experiment.samples)
     lessons = [captions.Sample(f"recovery-{i:05d}", text, None) for i, text in enumerate(texts)]
-    models.set_denoiser(experiment.pipeline, experiment.dense.to(experiment.device))
+    use(experiment, experiment.dense)
     with tqdm(total=len(lessons), unit="image", desc="dense images to recover with") as bar:
         calls = models.record_calls(experiment.pipeline, lessons, on_batch=bar.update, **experiment.sampling)
-    experiment.dense.to("cpu")
+    take_back(experiment)
     experiment.options.update(calls=calls, checkpoint=walk_file(experiment), seed=args.seed)
 
 
@@ -219,7 +252,7 @@ def sweep(args) -> Path:
             for rate in todo:
                 bar.set_description("dense" if rate is None else f"{record.method} {rate:g}")
                 if rate in measured:  # by an earlier run that did not save it
-                    models.set_denoiser(experiment.pipeline, pruned_copy(experiment, rate)[0])
+                    use(experiment, pruned_copy(experiment, rate)[0])
                     save_pruned(experiment, folders[rate], measured[rate])
                     continue
                 point = run_pruning_experiment(experiment, rate or 0.0, on_batch=bar.update)
@@ -296,8 +329,8 @@ def add_arguments(parser: command.Parser) -> None:
     parser.add_argument("--dataset", type=command.name_in("dataset", DATASETS), default="shapes",
                         help="captions and originals: " + "; ".join(f"{n}: {d.help}" for n, d in DATASETS.items()))
     parser.add_argument("--data_dir", type=Path, help="the data set's folder (default: fetched where it can be)")
-    parser.add_argument("--model", help="shapes-unet, a pipeline folder or a hub id (default: shapes-unet for shapes, "
-                                        f"else {DATASETS['coco'].default_model})")
+    parser.add_argument("--model", help=f"{', '.join(models.MODELS)}, a pipeline folder or a hub id (default: "
+                                        f"shapes-unet for shapes, else {DATASETS['coco'].default_model})")
     parser.add_argument("--seed", type=command.not_negative, default=0, help="chooses samples and noise")
     parser.add_argument("--steps", type=command.positive, help="denoising steps (default: the model's own)")
     parser.add_argument("--guidance_scale", type=float, help="(default: the model's own)")
@@ -306,6 +339,9 @@ def add_arguments(parser: command.Parser) -> None:
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     parser.add_argument("--dtype", type=command.name_in("dtype", ("float32", "float16", "bfloat16")),
                         help="(default: float32 on the CPU, else bfloat16)")
+    parser.add_argument("--offload", type=command.name_in("offload", models.OFFLOADS),
+                        help="keep parts that wait on the CPU: model by model, or sequential, layer by layer")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the denoiser; not in the times")
     parser.add_argument("--metrics", nargs="+", type=command.name_in("metric", METRICS), default=list(METRICS),
                         help="what to measure")
     parser.add_argument("--metric_backbones", type=command.name_in("metric backbones", BACKBONES),
@@ -315,6 +351,9 @@ def add_arguments(parser: command.Parser) -> None:
                              f"(default: {METHODS['magnitude'].options['scope']})")
     parser.add_argument("--mask_only", action="store_true", default=None,
                         help="structured, attention_heads: zero in place and keep the shapes")
+    parser.add_argument("--round_to", type=command.positive,
+                        help="structured: leave layers a multiple of so many units, as kernels may be slower at odd "
+                             f"widths (default: {METHODS['structured'].options['round_to']})")
     parser.add_argument("--recovery_steps", type=command.not_negative,
                         help="iterative: training steps after each step of pruning, 0 for none "
                              f"(default: {METHODS['iterative'].options['recovery_steps']})")

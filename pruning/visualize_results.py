@@ -48,6 +48,9 @@ def main(argv=None) -> None:
         else:
             tasks += [(plots.draw_all, record, into or path.parent, path.parent / "images")
                       for path, record in records.items()]
+    if args.compare:
+        tasks += [(plots.compare_models, records, args.output_dir or args.results_dir)
+                  for records in of_several_models(groups)]
     for draw, *arguments in tqdm(tasks, desc="drawing", leave=False):
         written = draw(*arguments)
         for path in written:
@@ -74,6 +77,31 @@ def read_records(paths, methods=None) -> dict:
             raise UserError(f"{seen[key]} and {path} are records of the same model, dataset and method; "
                             "choose one with --results_file or --results_dir")
         seen[key] = path
+    return found
+
+
+# What two models may differ in and still share a figure.
+MODEL_SETTINGS = ("model", "denoiser", "steps", "guidance_scale")
+
+
+def of_several_models(groups) -> list:
+    """The records of each data set that several models were measured on; models measured otherwise are named."""
+    datasets = {}
+    for (_, dataset), records in groups.items():
+        datasets.setdefault(dataset, []).append(records)
+    found = []
+    for dataset, (first, *others) in datasets.items():
+        (path, reference), together = next(iter(first.items())), list(first.values())
+        for records in others:
+            other, record = next(iter(records.items()))
+            differences = [text for text in protocol_differences(reference, record)
+                           if text.partition(":")[0] not in MODEL_SETTINGS]
+            if differences:
+                print(f"{path} and {other} share no figure of {dataset}: {'; '.join(differences)}", file=sys.stderr)
+            else:
+                together += records.values()
+        if len({record.model for record in together}) > 1:
+            found.append(together)
     return found
 
 

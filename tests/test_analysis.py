@@ -78,10 +78,42 @@ def test_removal_shrinks_parameters_and_masks_do_not(measured):
         assert len(set(parameters)) == 1
 
 
+def test_costs_fall_with_removal_and_masks_cost_what_dense_does(measured):
+    record, _ = measured
+    points = [record.dense, *record.points]
+    for cost in ("macs", "weight_bytes", "peak_bytes"):
+        values = [getattr(point, cost) for point in points]
+        if METHODS[record.method].removes:
+            assert values[0] > values[1] > values[2] > 0
+        else:
+            assert len(set(values)) == 1
+    assert record.dense.macs == 219_125_760  # of one latent, as torch counts the bundled UNet
+
+
+def test_offloading_changes_no_image_and_no_count(tmp_path):
+    """On the CPU the command refuses it, but diffusers' hooks that move whole models about work there too."""
+    seen = {}
+    for choice in (None, "model"):
+        parser = command.Parser("")
+        pruning_analysis.add_arguments(parser)
+        flags = ["--method", "structured", *QUICK[2:], "--metrics", "lpips_dense"]
+        args = parser.parse_args(flags)
+        args.num_images, args.results_dir = 2, tmp_path / str(choice)
+        experiment = pruning_analysis.prepare(args)
+        experiment.offload = choice
+        pruning_analysis.run_pruning_experiment(experiment, 0.0)
+        point = pruning_analysis.run_pruning_experiment(experiment, 0.5)
+        pruning_analysis.save_pruned(experiment, tmp_path / f"{choice}-pruned", point)
+        seen[choice] = (point.metrics["lpips_dense"], point.macs, point.parameters)
+        assert models.load_pipeline(str(tmp_path / f"{choice}-pruned")).unet.num_parameters() == point.parameters
+    assert seen[None] == seen["model"]
+
+
 def test_every_promised_file_is_there_and_no_other(measured):
     record, folder = measured
     own = folder / record.model / record.dataset
-    promised = {f"{record.method}{end}" for end in (".json", ".png", "_metrics.png", "_cost.png", "_images.png", ".txt")}
+    ends = (".json", ".png", "_metrics.png", "_cost.png", "_images.png", ".txt")
+    promised = {f"{record.method}{end}" for end in ends}
     assert {path.name for path in own.iterdir() if path.is_file()} == promised
     assert not list(folder.rglob("*.part"))
     for path in own.glob("*.png"):

@@ -286,6 +286,23 @@ def test_each_record_found_is_drawn_beside_itself_and_its_paths_are_printed(resu
     assert set(capsys.readouterr().out.split()) >= {str(results / path) for path in expected}
 
 
+def test_compare_draws_models_measured_alike_together_and_names_what_differs_otherwise(tmp_path, capsys):
+    for model, images in (("shapes-unet", 32), ("shapes-mmdit", 32)):
+        for method in ("magnitude", "structured"):
+            record = make_record(method, model=model, images=images)
+            write_record(record, record_path(tmp_path, model, "shapes", method))
+    visualize_results.main(["--results_dir", str(tmp_path), "--compare"])
+    assert "models_shapes.png" in pictures(tmp_path)
+    assert capsys.readouterr().err.count("share no figure") == 0
+    (tmp_path / "models_shapes.png").unlink()
+    for method in ("magnitude", "structured"):
+        write_record(make_record(method, model="shapes-mmdit", images=8),
+                     record_path(tmp_path, "shapes-mmdit", "shapes", method))
+    visualize_results.main(["--results_dir", str(tmp_path), "--compare"])
+    assert "models_shapes.png" not in pictures(tmp_path)
+    assert "samples: 8 and 32" in capsys.readouterr().err
+
+
 def test_compare_draws_each_model_and_dataset_apart(results, tmp_path):
     visualize_results.main(["--results_dir", str(results), "--compare", "--output_dir", str(tmp_path / "out")])
     assert pictures(results) == ["out/shapes-unet/coco/comparison.png", "out/shapes-unet/shapes/comparison.png"]

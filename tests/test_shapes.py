@@ -1,9 +1,13 @@
 """The scenes, and the figures that the bundled model promises in its card."""
+import shutil
+
 import numpy as np
 import pytest
+import torch
+from torch.nn import functional as F
 
 from pruning import captions, metrics, models
-from pruning.shapes import scenes
+from pruning.shapes import scenes, train
 
 
 def test_no_two_splits_share_a_caption():
@@ -29,11 +33,38 @@ def test_a_scene_outside_its_split_is_an_error():
         scenes.scene("prompts", 512)
 
 
-def test_every_word_of_a_caption_is_one_token():
-    tokenizer = models.load_pipeline("shapes-unet").tokenizer
+@pytest.mark.parametrize("model", list(models.MODELS))
+def test_every_word_of_a_caption_is_one_token(model):
+    tokenizer = models.load_pipeline(model).tokenizer
     for i in range(200):
         caption = scenes.scene("train", i).caption
-        assert len(tokenizer(caption).input_ids) == len(caption.split()) + 2
+        assert len(tokenizer(caption).input_ids) == len(caption.split()) + 2 <= tokenizer.model_max_length
+
+
+def test_a_tokenizer_that_is_there_is_not_learned_again(tmp_path):
+    source = metrics.BUNDLED / "clip"
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(source / name, tmp_path)
+    before = (tmp_path / "vocab.json").read_bytes()
+    tokenizer = train.make_tokenizer(tmp_path)
+    assert (tmp_path / "vocab.json").read_bytes() == before
+    caption = "a red cross above a small blue ring"
+    assert tokenizer(caption).input_ids == models.load_pipeline("shapes-unet").tokenizer(caption).input_ids
+
+
+def test_one_token_with_the_weight_of_many_does_what_the_pipelines_zeros_do():
+    torch.manual_seed(0)
+    mmdit = train.make_mmdit().eval()
+    for parameter in mmdit.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    text = torch.randn(2, 16, 256)
+    call = dict(hidden_states=torch.randn(2, 4, 16, 16), timestep=torch.tensor([10.0, 900.0]),
+                pooled_projections=torch.randn(2, 128))
+    with torch.no_grad():
+        whole = mmdit(**call, encoder_hidden_states=F.pad(text, (0, 0, 0, train.T5_TOKENS))).sample
+        mmdit.set_attn_processor(train.PaddedJointAttention())
+        short = mmdit(**call, encoder_hidden_states=F.pad(text, (0, 0, 0, 1))).sample
+    assert torch.allclose(whole, short, atol=1e-4)
 
 
 def test_the_bundled_weights_are_small():
@@ -41,10 +72,11 @@ def test_the_bundled_weights_are_small():
     assert 0 < total <= 24 * 2**20
 
 
-def test_the_bundled_model_draws_what_its_captions_say():
+@pytest.mark.parametrize("model", list(models.MODELS))
+def test_the_bundled_model_draws_what_its_captions_say(model):
     samples, _ = captions.load_samples("shapes", 24)
-    pipeline = models.load_pipeline("shapes-unet")
-    settings = dict(models.default_settings(pipeline, "shapes-unet"), seed=0)
+    pipeline = models.load_pipeline(model)
+    settings = dict(models.default_settings(pipeline, model), seed=0)
     made = models.generate(pipeline, samples, batch_size=8, **settings)
     clip = metrics.load_backbone("bundled", "clip")
     texts, cut = metrics.embed_captions(clip, [sample.caption for sample in samples])

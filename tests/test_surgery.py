@@ -20,7 +20,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from torch import nn
 
-from pruning import UserError
+from pruning import UserError, costs
 from pruning.methods import attention_heads, prune, structured, surgery
 from pruning.models import release
 
@@ -74,8 +74,8 @@ def build(family):
     return model
 
 
-def run(model, dtype=torch.float32):
-    """The model's output on one fixed input, with some tokens of the caption masked out where it takes a mask."""
+def call_of(model, dtype=torch.float32):
+    """The arguments of a call of two latents, with some tokens of the caption masked out where it takes a mask."""
     generator = torch.Generator().manual_seed(1)
 
     def randn(*shape):
@@ -99,8 +99,13 @@ def run(model, dtype=torch.float32):
         inputs["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
     elif getattr(model.config, "addition_embed_type", None):
         inputs["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": randn(2, 6)}
+    return {"sample" if isinstance(model, UNet2DConditionModel) else "hidden_states": x, **inputs}
+
+
+def run(model, dtype=torch.float32):
+    """The model's output on one fixed input."""
     with torch.no_grad():
-        return model(x, **inputs).sample
+        return model(**call_of(model, dtype)).sample
 
 
 def assert_equal_outputs(one, other, dense=None):
@@ -142,6 +147,18 @@ def test_removed_equals_masked_and_the_count_is_the_asked(family, method, rate):
     zeros = sum(p.numel() if ".norm" in name and "attn" in name and name not in left else int((p == 0).sum())
                 for name, p in masked.named_parameters())
     assert zeros == gone
+
+
+@FAMILIES
+@METHODS
+def test_what_a_call_costs_is_counted_and_falls_with_removal_alone(family, method):
+    dense = build(family)
+    removed, masked = copy.deepcopy(dense), copy.deepcopy(dense)
+    prune(method, removed, 0.9)
+    prune(method, masked, 0.9, mask_only=True)
+    for count in (costs.count_macs, costs.peak_bytes):
+        before, after, same = (count(model, call_of(model)) for model in (dense, removed, masked))
+        assert after < before == same
 
 
 @FAMILIES
@@ -261,6 +278,20 @@ def test_structured_reaches_the_rate_or_its_limit(family, rate):
     done = prune("structured", model, rate)
     assert done.taken == min(done.asked, limit)
     run(model)
+
+
+@FAMILIES
+@pytest.mark.parametrize("round_to", [4, 16])
+def test_widths_are_left_round_where_they_were_and_removed_equals_masked(family, round_to):
+    removed = build(family)
+    masked = copy.deepcopy(removed)
+    round_before = [group.name for group in groups(removed, "structured") if group.units % round_to == 0]
+    done = prune("structured", removed, 0.3, round_to=round_to)
+    assert prune("structured", masked, 0.3, mask_only=True, round_to=round_to) == done
+    assert round_before
+    assert all(group.units % round_to == 0 for group in groups(removed, "structured") if group.name in round_before)
+    assert done.taken == pytest.approx(done.asked, abs=round_to * len(groups(masked, "structured")))
+    assert_equal_outputs(removed, masked)
 
 
 @FAMILIES

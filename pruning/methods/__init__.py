@@ -33,7 +33,7 @@ class Pruned(NamedTuple):
 METHODS = {
     "magnitude": Method("zero the weights of lowest |w|", "magnitude", "weights", {"scope": "layer"}),
     "structured": Method("remove feed-forward neurons and ResNet inner channels of lowest L2 norm",
-                         "structured", "neurons and channels", {"mask_only": False}, removes=True),
+                         "structured", "neurons and channels", {"mask_only": False, "round_to": 1}, removes=True),
     "iterative": Method("magnitude in steps, with self-distillation after each", "iterative", "weights",
                         {"scope": "layer", "recovery_steps": 60}, recovers=True),
     "attention_heads": Method("remove whole attention heads, ranked over the denoiser",

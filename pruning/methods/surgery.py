@@ -110,7 +110,7 @@ class HeadlessAttention(nn.Module):
         if not self.joint or encoder_hidden_states is None:
             return out
         bias = out.new_zeros(self.context_out_features) if self.context_bias is None else self.context_bias
-        return out, bias.expand(*encoder_hidden_states.shape[:-1], -1)
+        return out, bias.expand(*encoder_hidden_states.shape[:-1], -1).clone()  # torch's counters refuse a bare view
 
 
 def attention_obstacle(attention: nn.Module) -> str:

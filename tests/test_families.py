@@ -1,0 +1,288 @@
+"""Every family of text-to-image pipelines goes through the real command: tiny random ones, whole, saved and loaded."""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtSigmaPipeline,
+    SanaPipeline,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+from PIL import Image
+from test_surgery import BUILD, FLUX, SD3
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import Unigram
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+from pruning import UserError, captions, models, test_single_rate
+from pruning.methods import METHODS, iterative
+from pruning.metrics import METRICS
+from pruning.records import read_record
+
+SIZE = 32  # pixels a side: 8 latents, which a VAE of three levels makes of four pixels each
+LEVELS = (8, 8, 8)
+TEXT = 24  # what the denoisers of tests/test_surgery.py take as the width of a token, and
+POOLED = 16  # of a pooled caption
+
+
+def clip(width, projected=None, number=""):
+    """A CLIP text encoder and the bundled tokenizer, as the components of a pipeline that `number` tells apart."""
+    tokenizer = CLIPTokenizer.from_pretrained(models.MODELS["shapes-unet"].folder / "tokenizer")
+    kind = CLIPTextModelWithProjection if projected else CLIPTextModel
+    config = CLIPTextConfig(
+        hidden_size=width, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        projection_dim=projected or width, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        max_position_embeddings=tokenizer.model_max_length)
+    return {f"text_encoder{number}": kind(config), f"tokenizer{number}": tokenizer}
+
+
+def words():
+    """A tokenizer that knows the words of the drawn scenes."""
+    found = {f"▁{word}" for sample in captions.load_samples("shapes", 64)[0] for word in sample.caption.split()}
+    tokenizer = Tokenizer(Unigram([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0),
+                                   *((word, -2.0) for word in sorted(found))], unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    return tokenizer
+
+
+def t5(number=""):
+    tokenizer = T5TokenizerFast(tokenizer_object=words(), extra_ids=0)
+    config = T5Config(vocab_size=len(tokenizer), d_model=TEXT, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    return {f"text_encoder{number}": T5EncoderModel(config), f"tokenizer{number}": tokenizer}
+
+
+def gemma():
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words(), pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    config = Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=TEXT, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, pad_token_id=0, eos_token_id=1, bos_token_id=1)
+    return dict(text_encoder=Gemma2Model(config), tokenizer=tokenizer)
+
+
+def vae(channels, **options):
+    return AutoencoderKL(
+        block_out_channels=LEVELS, down_block_types=("DownEncoderBlock2D",) * 3, norm_num_groups=4, layers_per_block=1,
+        up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=channels, sample_size=SIZE, **options)
+
+
+def sana_vae():
+    levels = dict(block_types=("ResBlock", "ResBlock", "EfficientViTBlock"), block_out_channels=LEVELS,
+                  layers_per_block=(1, 1, 1), qkv_multiscales=((), (), (5,)))
+    return AutoencoderDC(
+        latent_channels=4, attention_head_dim=4, downsample_block_type="conv", upsample_block_type="interpolate",
+        **{f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in levels.items()})
+
+
+def sd3(**options):
+    return dict(
+        transformer=SD3Transformer2DModel(**dict(SD3, in_channels=16, out_channels=16), **options),
+        vae=vae(16, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        **clip(TEXT // 2, POOLED // 2), **clip(TEXT // 2, POOLED // 2, "_2"))
+
+
+def flux(guidance_embeds):
+    return FluxPipeline(
+        transformer=FluxTransformer2DModel(**dict(FLUX, in_channels=4 * 16), guidance_embeds=guidance_embeds),
+        vae=vae(16, shift_factor=0.12, use_quant_conv=False, use_post_quant_conv=False),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=guidance_embeds),
+        **clip(POOLED), **t5("_2"))
+
+
+FAMILIES = {
+    "sd15": lambda: StableDiffusionPipeline(
+        unet=BUILD["sd15"](), vae=vae(4), scheduler=DDIMScheduler(clip_sample=False, steps_offset=1), **clip(TEXT),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False),
+    "sdxl": lambda: StableDiffusionXLPipeline(
+        unet=BUILD["sdxl"](), vae=vae(4), scheduler=EulerDiscreteScheduler(), **clip(TEXT // 2),
+        **clip(TEXT // 2, POOLED, "_2")),
+    "pixart": lambda: PixArtSigmaPipeline(
+        transformer=BUILD["pixart"](), vae=vae(4), scheduler=DPMSolverMultistepScheduler(), **t5()),
+    "sd3": lambda: StableDiffusion3Pipeline(**sd3(), text_encoder_3=None, tokenizer_3=None),
+    "sd35": lambda: StableDiffusion3Pipeline(**sd3(dual_attention_layers=(0, 1), qk_norm="rms_norm"), **t5("_3")),
+    "flux_dev": lambda: flux(guidance_embeds=True),
+    "flux_schnell": lambda: flux(guidance_embeds=False),
+    "sana": lambda: SanaPipeline(
+        transformer=BUILD["sana"](), vae=sana_vae(), **gemma(),
+        scheduler=DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)),
+}
+NEEDS_TORCH_25 = ("flux", "sana")  # on the CPU
+OLD_TORCH = models.release("torch") < (2, 5)
+QUICK = ("sd3", "structured")
+
+
+def marks(family):
+    return [pytest.mark.skipif(OLD_TORCH, reason="needs torch 2.5")] if family.startswith(NEEDS_TORCH_25) else []
+
+
+def some(*families):
+    return pytest.mark.parametrize("family", [pytest.param(name, marks=marks(name)) for name in families])
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory):
+    """family -> the folder of its pipeline, made once."""
+    made = {}
+
+    def make(family):
+        if family not in made:
+            torch.manual_seed(0)
+            made[family] = tmp_path_factory.mktemp("models") / family
+            FAMILIES[family]().save_pretrained(made[family], safe_serialization=True)
+        return made[family]
+    return make
+
+
+@pytest.fixture(scope="module", params=[
+    pytest.param((family, method), id=f"{family}-{method}",
+                 marks=marks(family) + ([] if (family, method) == QUICK else [pytest.mark.slow]))
+    for family in FAMILIES for method in METHODS])
+def measured(request, folder_of, tmp_path_factory):
+    """The record that the command wrote, the folder it is in, and that of the pruned pipeline."""
+    family, method = request.param
+    folder = tmp_path_factory.mktemp(f"{family}-{method}")
+    recovery = ["--recovery_steps", "1"] if METHODS[method].recovers else []
+    test_single_rate.main([
+        "--model", str(folder_of(family)), "--method", method, "--rate", "0.5", "--dataset", "shapes",
+        "--num_images", "2", "--steps", "2", "--batch_size", "2", "--image_size", str(SIZE), "--device", "cpu",
+        "--results_dir", str(folder), "--save_pruned", str(folder / "pruned"), *recovery])
+    own = folder / family / "shapes"
+    record = read_record(own / f"{method}.json")
+    assert (record.model, record.method) == (family, method)
+    return record, own, folder / "pruned"
+
+
+def shown(folder):
+    return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.iterdir())])
+
+
+def settings(**changed):
+    return {**dict(seed=0, steps=2, guidance_scale=4.0, image_size=SIZE, batch_size=2), **changed}
+
+
+def scenes(count=2):
+    return captions.load_samples("shapes", count)[0]
+
+
+def test_every_family_is_pruned_to_the_rate_asked_by_every_method(measured):
+    record, _, _ = measured
+    assert [point.rate for point in record.points] == [0.5]
+    point = record.points[0]
+    assert point.units_taken == point.units_asked == round(0.5 * point.units_total) > 0
+    assert point.sparsity == point.units_taken / point.units_total
+    assert record.dense.sparsity == 0
+
+
+def test_removing_takes_parameters_and_work_and_masking_makes_zeros(measured):
+    record, _, _ = measured
+    dense, point = record.dense, record.points[0]
+    for name in ("parameters", "weight_bytes", "macs"):
+        if METHODS[record.method].removes:
+            assert getattr(point, name) < getattr(dense, name)
+        else:
+            assert getattr(point, name) == getattr(dense, name)
+    assert point.nonzero_parameters < dense.nonzero_parameters
+    if not METHODS[record.method].removes:
+        zeros = dense.nonzero_parameters - point.nonzero_parameters
+        assert zeros == pytest.approx(point.units_taken, rel=0.01)  # a trained bias may leave or meet zero
+
+
+def test_every_metric_is_finite_and_pruning_moved_the_pictures(measured):
+    record, _, _ = measured
+    for point in (record.dense, *record.points):
+        assert set(point.metrics) == set(METRICS)
+        assert None not in point.metrics.values()
+        assert all(None not in values and len(values) == 2 for values in point.per_image.values())
+    assert record.dense.metrics["lpips_dense"] == 0 < record.points[0].metrics["lpips_dense"]
+
+
+def test_the_images_are_there_in_the_size_asked(measured):
+    record, own, _ = measured
+    dense, pruned = (shown(own / "images" / record.method / rate) for rate in ("dense", "0.5"))
+    assert dense.shape == pruned.shape == (2, SIZE, SIZE, 3)
+    for images in (dense, pruned):
+        assert images.std() > 5  # pictures and not one colour, which every model would agree on
+        assert (images[0] != images[1]).mean() > 0.5
+
+
+def test_the_saved_pipeline_makes_the_same_images(measured):
+    record, own, saved = measured
+    pipeline = models.load_pipeline(str(saved))
+    sampling = {**models.default_settings(pipeline, str(saved)), "seed": 0, "batch_size": 2}
+    made = models.generate(pipeline, scenes(), **sampling).pixels
+    assert np.array_equal(made, shown(own / "images" / record.method / "0.5"))
+
+
+@pytest.mark.slow
+@some(*FAMILIES)
+def test_the_size_without_a_flag_is_the_pipelines_own(family, folder_of):
+    pipeline = models.load_pipeline(str(folder_of(family)))
+    size = models.default_settings(pipeline, str(folder_of(family)))["image_size"]
+    assert size == (128 * 4 if family.startswith("flux") else SIZE)  # Flux's pipeline says 128 latents, not its weights
+
+
+@pytest.mark.slow
+@some(*FAMILIES)
+def test_noise_belongs_to_the_sample_alone(family, folder_of):
+    pipeline = models.load_pipeline(str(folder_of(family)))
+    samples = scenes(3)
+    together = models.generate(pipeline, samples, **settings(batch_size=3)).pixels.astype(int)
+    apart = models.generate(pipeline, samples[::-1], **settings(batch_size=1)).pixels.astype(int)[::-1]
+    other = models.generate(pipeline, samples, **settings(batch_size=3, seed=1)).pixels.astype(int)
+    assert abs(together - apart).max() <= 1  # batch sizes round differently
+    assert abs(together - other).max() > 20
+
+
+@pytest.mark.slow
+@some(*FAMILIES)
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-10), ("bfloat16", 1e-3)])
+def test_the_dense_denoiser_answers_its_recorded_calls_as_it_did(family, dtype, error, folder_of):
+    """In float32, as recovery runs, whatever it was recorded in: the loss is what rounding leaves of the variance."""
+    pipeline = models.load_pipeline(str(folder_of(family)), dtype=dtype)
+    calls = models.record_calls(pipeline, scenes(), **settings())
+    denoiser = models.take_denoiser(pipeline).float()
+    assert len(calls) >= 2
+    with torch.no_grad():
+        for kwargs, target in calls:
+            assert target.dtype == getattr(torch, dtype)
+            assert iterative.distillation_loss(denoiser, kwargs, target) < error * target.float().var()
+
+
+@some("sd3", "flux_dev")
+def test_a_size_that_the_pipeline_cannot_make_is_refused_with_its_name(family, folder_of):
+    """The one raises at it, the other would round it and so make images that match no original."""
+    pipeline = models.load_pipeline(str(folder_of(family)))
+    with pytest.raises(UserError, match=f"{type(pipeline).__name__}.* {SIZE - 2} ?"):
+        models.generate(pipeline, scenes(), **settings(image_size=SIZE - 2))
+
+
+@pytest.mark.skipif(not OLD_TORCH or torch.cuda.is_available(), reason="an older torch, on the CPU")
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name.startswith(NEEDS_TORCH_25)])
+def test_a_family_that_needs_a_newer_torch_says_so(family, folder_of):
+    with pytest.raises(UserError, match="torch 2.5"):
+        models.load_pipeline(str(folder_of(family)))
