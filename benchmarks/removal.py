@@ -121,7 +121,7 @@ def random_denoiser(name: str, settings: dict, device: str) -> Tuple[Any, dict]:
 def bundled_denoiser(name: str, settings: dict, device: str) -> Tuple[Any, dict]:
     """A bundled model's denoiser and its pipeline's own call, without guidance, which would double the batch."""
     pipeline = models.load_pipeline(name, device, settings["dtype"])
-    size = models.default_settings(pipeline, name)["image_size"]
+    size = models.sampling_settings(pipeline, name)["image_size"]
     call = models.first_call(
         pipeline, [Sample("benchmark", "a large red circle", None)], seed=0, guidance_scale=1.0, batch_size=1,
         image_size=settings["latent"] * pipeline.vae_scale_factor if settings["latent"] else size)

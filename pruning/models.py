@@ -65,25 +65,34 @@ def load_pipeline(model: str, device: str = "cpu", dtype: str = "float32"):
         with warnings.catch_warnings():  # of the hub about its own arguments
             warnings.simplefilter("ignore")
             config = DiffusionPipeline.load_config(source)
+        check_release(config)
         # A safety checker blackens pictures, which a metric would take for damage.
         unchecked = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in config else {}
         # What the folder has none of must be named, or diffusers misses it: Stable Diffusion 3 without its T5.
         absent = {name: None for name, value in config.items() if value == [None, None]}
         pipeline = DiffusionPipeline.from_pretrained(
             source, use_safetensors=True, **{DTYPE: getattr(torch, dtype)}, **{**absent, **unchecked, **pruned})
+    except UserError:
+        raise
     except Exception as error:  # the boundary to hub, disk and file formats, each with exceptions of its own
         hint = "" if Path(source).is_dir() else (
             ". Without a network, fetch it where there is one with "
             f"`hf download {model} --local-dir FOLDER` and give that: --model FOLDER")
         raise UserError(f"cannot load model {model!r}: {_first_line(error)}{hint}") from error
-    denoiser = getattr(pipeline, denoiser_name(pipeline))
-    # Flux's attention passes an argument, and Sana's pipeline without CUDA names an error, that older ones lack.
-    newer = ("Flux",) if torch.cuda.is_available() else ("Flux", "Sana")
-    if type(denoiser).__name__.startswith(newer) and release("torch") < (2, 5):
-        raise UserError(f"diffusers runs {type(denoiser).__name__} with torch 2.5 or later, which needs Python 3.9 or "
-                        f"later; this is torch {torch.__version__}")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def check_release(config: dict) -> None:
+    """Raise UserError where diffusers needs a newer torch for the denoiser that a pipeline's config names."""
+    import torch
+
+    # Flux's attention passes an argument, and Sana's pipeline without CUDA names an error, that older ones lack.
+    newer = ("Flux",) if torch.cuda.is_available() else ("Flux", "Sana")
+    name = str((config.get("transformer") or ["", ""])[1])
+    if name.startswith(newer) and release("torch") < (2, 5):
+        raise UserError(f"diffusers runs {name} with torch 2.5 or later, which needs Python 3.9 or later; "
+                        f"this is torch {torch.__version__}")
 
 
 def model_source(model: str) -> str:
@@ -127,21 +136,31 @@ def set_denoiser(pipeline, denoiser, device: str = "cpu", offload: Optional[str]
         getattr(pipeline, OFFLOADS[offload])(device=device)
 
 
-def default_settings(pipeline, model: str) -> dict:
-    """Steps, guidance scale and image size that the model is meant to be used with."""
+def sampling_settings(pipeline, model: str, given: Optional[dict] = None) -> dict:
+    """Steps, guidance scale and image size: as given, or as the model is meant to be used.
+
+    Raises UserError for a guidance scale that the pipeline has no use for, and where it does not say its image size.
+    """
+    given = {name: value for name, value in (given or {}).items() if value is not None}
     manifest = saving.read_manifest(Path(model)) if model not in MODELS and Path(model).is_dir() else None
+    takes = inspect.signature(type(pipeline).__call__).parameters
+    if "guidance_scale" in given and "guidance_scale" not in takes:
+        raise UserError(f"{type(pipeline).__name__} takes no guidance scale; leave --guidance_scale out")
     if manifest:
-        return manifest["sampling"]
-    call = inspect.signature(type(pipeline).__call__).parameters
-    guidance = getattr(call.get("guidance_scale"), "default", None)  # absent or None where the model has no use for it
+        return {**manifest["sampling"], **given}
+    guidance = getattr(takes.get("guidance_scale"), "default", None)  # absent or None where there is no use for it
     size = getattr(pipeline, "default_sample_size", None)
-    size = size or getattr(pipeline, denoiser_name(pipeline)).config.sample_size
+    size = size or getattr(getattr(pipeline, denoiser_name(pipeline)).config, "sample_size", None)
     own = MODELS.get(model)
-    return {
-        "steps": own.steps if own else call["num_inference_steps"].default,
+    settings = {
+        "steps": own.steps if own else takes["num_inference_steps"].default,
         "guidance_scale": own.guidance_scale if own else float(guidance or 1),
-        "image_size": size * pipeline.vae_scale_factor,
+        "image_size": size and size * pipeline.vae_scale_factor,
+        **given,
     }
+    if settings["image_size"] is None:
+        raise UserError(f"{type(pipeline).__name__} does not say what size its images have; give --image_size")
+    return settings
 
 
 def noise_generator(sample_id: str, seed: int):

@@ -158,8 +158,8 @@ def prepare(args) -> Experiment:
     networks = {family: metrics.load_backbone(kind, family, device) for family in dict.fromkeys(families.values())}
     pipeline = models.load_pipeline(model, "cpu" if args.offload else device, dtype)
     dense = models.take_denoiser(pipeline)
-    sampling = models.default_settings(pipeline, model)
-    sampling.update({name: getattr(args, name) for name in sampling if getattr(args, name) is not None})
+    sampling = models.sampling_settings(pipeline, model, {
+        name: getattr(args, name) for name in ("steps", "guidance_scale", "image_size")})
     sampling.update(seed=args.seed, batch_size=args.batch_size)
 
     record = records.Record(

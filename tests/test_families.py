@@ -233,7 +233,7 @@ def test_the_images_are_there_in_the_size_asked(measured):
 def test_the_saved_pipeline_makes_the_same_images(measured):
     record, own, saved = measured
     pipeline = models.load_pipeline(str(saved))
-    sampling = {**models.default_settings(pipeline, str(saved)), "seed": 0, "batch_size": 2}
+    sampling = {**models.sampling_settings(pipeline, str(saved)), "seed": 0, "batch_size": 2}
     made = models.generate(pipeline, scenes(), **sampling).pixels
     assert np.array_equal(made, shown(own / "images" / record.method / "0.5"))
 
@@ -242,7 +242,7 @@ def test_the_saved_pipeline_makes_the_same_images(measured):
 @some(*FAMILIES)
 def test_the_size_without_a_flag_is_the_pipelines_own(family, folder_of):
     pipeline = models.load_pipeline(str(folder_of(family)))
-    size = models.default_settings(pipeline, str(folder_of(family)))["image_size"]
+    size = models.sampling_settings(pipeline, str(folder_of(family)))["image_size"]
     assert size == (128 * 4 if family.startswith("flux") else SIZE)  # Flux's pipeline says 128 latents, not its weights
 
 
@@ -279,6 +279,29 @@ def test_a_size_that_the_pipeline_cannot_make_is_refused_with_its_name(family, f
     pipeline = models.load_pipeline(str(folder_of(family)))
     with pytest.raises(UserError, match=f"{type(pipeline).__name__}.* {SIZE - 2} ?"):
         models.generate(pipeline, scenes(), **settings(image_size=SIZE - 2))
+
+
+class Unguided(StableDiffusionPipeline):
+    """One of those that are sampled without guidance."""
+
+    def __call__(self, prompt, num_inference_steps=4, **kwargs):
+        return super().__call__(prompt, num_inference_steps=num_inference_steps, guidance_scale=1.0, **kwargs)
+
+
+def test_a_guidance_scale_that_would_do_nothing_is_refused(folder_of):
+    pipeline = models.load_pipeline(str(folder_of("sd15")))
+    pipeline.__class__ = Unguided
+    assert models.sampling_settings(pipeline, "it", {"guidance_scale": None})["guidance_scale"] == 1
+    with pytest.raises(UserError, match="Unguided takes no guidance scale"):
+        models.sampling_settings(pipeline, "it", {"guidance_scale": 4.0})
+
+
+def test_a_model_that_does_not_say_its_image_size_is_asked_for_one(folder_of):
+    pipeline = models.load_pipeline(str(folder_of("sd15")))
+    pipeline.unet.register_to_config(sample_size=None)
+    with pytest.raises(UserError, match="--image_size"):
+        models.sampling_settings(pipeline, "it")
+    assert models.sampling_settings(pipeline, "it", {"image_size": 64})["image_size"] == 64
 
 
 @pytest.mark.skipif(not OLD_TORCH or torch.cuda.is_available(), reason="an older torch, on the CPU")

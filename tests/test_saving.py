@@ -102,7 +102,7 @@ def test_a_pruned_model_is_pruned_further_and_saved_again(tmp_path, saved):
 
 
 def test_the_settings_that_a_model_is_meant_for_are_kept(saved):
-    assert models.default_settings(models.load_pipeline(str(saved)), str(saved)) == SAMPLING
+    assert models.sampling_settings(models.load_pipeline(str(saved)), str(saved)) == SAMPLING
 
 
 def change(name, value):

@@ -76,7 +76,7 @@ def test_the_bundled_weights_are_small():
 def test_the_bundled_model_draws_what_its_captions_say(model):
     samples, _ = captions.load_samples("shapes", 24)
     pipeline = models.load_pipeline(model)
-    settings = dict(models.default_settings(pipeline, model), seed=0)
+    settings = dict(models.sampling_settings(pipeline, model), seed=0)
     made = models.generate(pipeline, samples, batch_size=8, **settings)
     clip = metrics.load_backbone("bundled", "clip")
     texts, cut = metrics.embed_captions(clip, [sample.caption for sample in samples])

@@ -477,7 +477,7 @@ def evaluate(model: str, count: int = 500) -> dict:
     texts = np.array([sample.caption for sample in samples])
     originals = captions.load_originals(samples, scenes.SIZE)
     pipeline = models.load_pipeline(model)
-    settings = dict(models.default_settings(pipeline, model), seed=0, batch_size=25)
+    settings = dict(models.sampling_settings(pipeline, model), seed=0, batch_size=25)
     with tqdm(total=count, unit="image", desc="dense images") as bar:
         made = models.generate(pipeline, samples, on_batch=bar.update, **settings).pixels
 
