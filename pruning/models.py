@@ -31,6 +31,7 @@ class Bundled(NamedTuple):
 SHAPES = Path(__file__).resolve().parent / "shapes"
 MODELS = {
     "shapes-unet": Bundled(SHAPES / "shapes-unet", 20, 4.0),
+    "shapes-mmdit": Bundled(SHAPES / "shapes-mmdit", 20, 4.0),
 }
 
 

@@ -21,10 +21,11 @@ CASES = {
     "masked heads": ("attention_heads", {"mask_only": True})}
 
 
-def prune_and_save(folder, method="structured", rate=0.5, dtype="float32", **options):
-    pipeline = models.load_pipeline("shapes-unet", dtype=dtype)
-    methods.prune(method, pipeline.unet, rate, **options)
-    saving.save(pipeline, "unet", folder, SAMPLING, {"method": method, "rate": rate}, {})
+def prune_and_save(folder, method="structured", rate=0.5, dtype="float32", model="shapes-unet", **options):
+    pipeline = models.load_pipeline(model, dtype=dtype)
+    name = models.denoiser_name(pipeline)
+    methods.prune(method, getattr(pipeline, name), rate, **options)
+    saving.save(pipeline, name, folder, SAMPLING, {"method": method, "rate": rate}, {})
     return pipeline
 
 
@@ -40,9 +41,10 @@ def saved(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("model", list(models.MODELS))
 @pytest.mark.parametrize(("method", "options"), CASES.values(), ids=CASES)
-def test_images_after_loading_in_another_process_are_the_same_bit_for_bit(tmp_path, method, options):
-    pipeline = prune_and_save(tmp_path / "pruned", method, **options)
+def test_images_after_loading_in_another_process_are_the_same_bit_for_bit(tmp_path, method, options, model):
+    pipeline = prune_and_save(tmp_path / "pruned", method, model=model, **options)
     program = f"""if True:
         import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
         import numpy as np
@@ -51,9 +53,9 @@ def test_images_after_loading_in_another_process_are_the_same_bit_for_bit(tmp_pa
         np.save({str(tmp_path / "images.npy")!r}, images(load_pipeline({str(tmp_path / "pruned")!r})))"""
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
     assert np.array_equal(np.load(tmp_path / "images.npy"), images(pipeline))
-    loaded = models.load_pipeline(str(tmp_path / "pruned")).unet
+    loaded = models.take_denoiser(models.load_pipeline(str(tmp_path / "pruned")))
     assert {n: p.shape for n, p in loaded.named_parameters()} == {
-        n: p.shape for n, p in pipeline.unet.named_parameters()}
+        n: p.shape for n, p in models.take_denoiser(pipeline).named_parameters()}
 
 
 def test_a_masked_model_is_read_by_diffusers_alone(tmp_path):

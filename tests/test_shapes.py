@@ -68,8 +68,10 @@ def test_one_token_with_the_weight_of_many_does_what_the_pipelines_zeros_do():
 
 
 def test_the_bundled_weights_are_small():
-    total = sum(path.stat().st_size for path in metrics.BUNDLED.rglob("*.safetensors"))
-    assert 0 < total <= 24 * 2**20
+    sizes = {path: path.stat().st_size for path in metrics.BUNDLED.rglob("*.safetensors")}
+    mmdit = sum(size for path, size in sizes.items() if "shapes-mmdit" in path.parts)
+    assert 0 < mmdit <= 16 * 2**20
+    assert 0 < sum(sizes.values()) - mmdit <= 24 * 2**20
 
 
 @pytest.mark.parametrize("model", list(models.MODELS))
