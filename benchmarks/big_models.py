@@ -12,10 +12,11 @@ ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):
     sys.path[0] = str(ROOT)  # instead of benchmarks/
 
+import multiprocessing
 import time
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel, logging
 
 from pruning import UserError, command, methods
 
@@ -37,6 +38,7 @@ CASES = (("magnitude", {"scope": "layer"}), ("magnitude", {"scope": "global"}),
 def build(name: str):
     """The UNet with random weights, without the minutes that diffusers' own initialisation takes."""
     config, dtype = MODELS[name]
+    logging.set_verbosity_error()  # of .to(dtype)
     with torch.device("meta"):
         denoiser = UNet2DConditionModel(**config).to(dtype)
     denoiser.to_empty(device="cpu")
@@ -47,14 +49,23 @@ def build(name: str):
 
 
 def peak_resident_bytes() -> int:
-    """The most memory this process has held since reset_peak()."""
+    """The most memory that this process has held."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
 
-def reset_peak() -> None:
-    """Let the kernel forget how much memory this process once held."""
-    Path("/proc/self/clear_refs").write_text("5")
+def measure(name: str, method: str, options: dict, rate: float) -> str:
+    """Prune one model by one method; a row of the table."""
+    before = peak_resident_bytes()
+    denoiser = build(name)
+    parameters = sum(parameter.numel() for parameter in denoiser.parameters())
+    size = parameters * denoiser.dtype.itemsize
+    started = time.perf_counter()
+    methods.prune(method, denoiser, rate, **options)
+    seconds, peak = time.perf_counter() - started, peak_resident_bytes() - before
+    how = " ".join([method, ", ".join(f"{option}={value}" for option, value in options.items())]).strip()
+    return (f"| {name}, {parameters / 1e6:,.0f} M, {str(denoiser.dtype)[6:]} | {how} | {seconds:.1f} "
+            f"| {peak / size:.2f} |")
 
 
 def main(argv=None) -> None:
@@ -67,20 +78,11 @@ def main(argv=None) -> None:
     if not sys.platform.startswith("linux"):
         raise UserError("peak memory is read from /proc, which only Linux has")
     print("| model | method | seconds | peak memory ÷ model |\n|---|---|---|---|")
-    for name in args.models:
-        for method, options in CASES:
-            reset_peak()
-            before = peak_resident_bytes()
-            denoiser = build(name)
-            parameters = sum(parameter.numel() for parameter in denoiser.parameters())
-            size = parameters * denoiser.dtype.itemsize
-            started = time.perf_counter()
-            methods.prune(method, denoiser, args.rate, **options)
-            seconds, peak = time.perf_counter() - started, peak_resident_bytes() - before
-            given = ", ".join(f"{option}={value}" for option, value in options.items())
-            print(f"| {name}, {parameters / 1e6:,.0f} M, {str(denoiser.dtype)[6:]} | {method} {given} | {seconds:.1f} "
-                  f"| {peak / size:.2f} |", flush=True)
-            del denoiser
+    # A process each, as freed memory does not all go back to the system.
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for name in args.models:
+            for method, options in CASES:
+                print(pool.apply(measure, (name, method, options, args.rate)), flush=True)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ class Model(NamedTuple):
 
 MODELS = {
     "sd15": Model(  # Stable Diffusion 1.5; what is not named here is the class's default too
-        3, "UNet2DConditionModel",
+        9, "UNet2DConditionModel",
         {"sample_size": 64, "block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2,
          "attention_head_dim": 8, "cross_attention_dim": 768},
         {"cpu": 32, "cuda": 64},
