@@ -324,7 +324,7 @@ def draw_cost(record: Record, path: Path) -> Path:
             _plot(axes, rates, kept, line._replace(colour="0.55", marker="v", dashes="--"))
             axes.text(rates[-1], kept[-1], "not zero ", ha="right", va="top", fontsize=9, color="0.35")
         if cost.dense and not removes(record):
-            axes.text(0.5, 0.4, "no speed-up on dense kernels", transform=axes.transAxes, ha="center", color="0.35")
+            axes.text(0.5, 0.05, "no speed-up on dense kernels", transform=axes.transAxes, ha="center", color="0.35")
         axes.set_ylim(0, 1.15 * max([*values, *dense]) or 1)
         _rate_axis(axes, rates)
         axes.set_title(f"{cost.title}  ↓ lower is better")
