@@ -90,6 +90,11 @@ def relative(metric: str, value: float | None, dense: float | None) -> float:
     return dense / value if dense > 0 and value > 0 else math.nan
 
 
+def _relative_curve(record: Record, metric: str) -> List[float]:
+    """A metric relative to the dense model at dense and at each rate."""
+    return [relative(metric, point.metrics[metric], record.dense.metrics[metric]) for point in _all_points(record)]
+
+
 def _formula(metric: str) -> str:
     if metric == "lpips_dense":
         return "1 − lpips_dense"
@@ -243,8 +248,7 @@ def draw_accuracy(record: Record, path: Path) -> Path:
     rates = [point.rate for point in _all_points(record)]
     metrics = [name for name in _metrics(record) if name != COST]
     lines = _lines(metrics, METRICS)
-    curves = {name: [relative(name, point.metrics[name], record.dense.metrics[name]) for point in _all_points(record)]
-              for name in metrics}
+    curves = {name: _relative_curve(record, name) for name in metrics}
     undrawn = [name for name in metrics if not np.isfinite(curves[name]).any()]
     figure = Figure(figsize=(8, 5.2), layout="constrained")
     axes = figure.add_subplot()
@@ -437,16 +441,15 @@ def draw_models(records: Sequence[Record], path: Path) -> Path:
     lines = {model: LINES[i % len(LINES)] for i, model in enumerate(models)}
     shown = [name for name in ("clip_score", "lpips_dense") if all(name in record.dense.metrics for record in records)]
     figure = Figure(figsize=(2.9 * len(methods) + 1, 2.9 * max(len(shown), 1) + 1.2), layout="constrained")
-    lowest = min([0.0, *(value for record in records for name in shown for point in record.points
-                         for value in [relative(name, point.metrics[name], record.dense.metrics[name])]
+    lowest = min([0.0, *(value for record in records for name in shown for value in _relative_curve(record, name)
                          if math.isfinite(value))])
     for row, name in enumerate(shown):
         for column, method in enumerate(methods):
             axes = figure.add_subplot(len(shown), len(methods), row * len(methods) + column + 1)
             measured = [record for record in records if record.method == method]
             for record in measured:
-                y = [relative(name, point.metrics[name], record.dense.metrics[name]) for point in _all_points(record)]
-                _plot(axes, [point.rate for point in _all_points(record)], y, lines[record.model])
+                rates = [point.rate for point in _all_points(record)]
+                _plot(axes, rates, _relative_curve(record, name), lines[record.model])
             axes.axhline(1, color="0.4", linestyle=":", linewidth=1.2, zorder=1)
             _rate_axis(axes, [point.rate for record in measured for point in record.points])
             axes.set_xticks(axes.get_xticks()[::2], [label.get_text() for label in axes.get_xticklabels()][::2])
