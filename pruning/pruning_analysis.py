@@ -147,10 +147,10 @@ def time_costs(experiment: Experiment, denoiser, call: dict) -> Dict[str, float]
 def prepare(args) -> Experiment:
     """Load what the points share, first what can fail first; refuse to continue a record of other settings."""
     options = method_options(args)
-    samples, skipped = captions.load_samples(args.dataset, args.num_images, args.seed, args.data_dir)
     device = models.pick_device(args.device)
     if args.offload and device == "cpu":
         raise UserError(f"--offload {args.offload} keeps parts of a GPU's work on the CPU; here all is on the CPU")
+    samples, skipped = captions.load_samples(args.dataset, args.num_images, args.seed, args.data_dir)
     dtype = args.dtype or ("float32" if device == "cpu" else "bfloat16")
     model = args.model or DATASETS[args.dataset].default_model
     kind = args.metric_backbones or DATASETS[args.dataset].backbones
