@@ -285,6 +285,12 @@ def test_the_shell_driver_passes_positions_and_flags_on(tmp_path):
     assert [point.rate for point in record.points] == [0.5]
 
 
+def test_no_shipped_record_stands_in_the_way_of_the_first_command():
+    """A sweep into results/ would have to go on with it, which other versions of packages may not."""
+    shipped = subprocess.run(["git", "ls-files", "results"], cwd=str(ROOT), capture_output=True, text=True).stdout
+    assert all(path.startswith("results/bundled/") for path in shipped.split())
+
+
 def test_the_readmes_metric_takes_one_entry_and_one_line(tmp_path):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     entry, line = re.findall(r"```python\n# in (?:METRICS|run_pruning_experiment).*\n((?:.*\n)+?)```", readme)
