@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import itertools
 import os
 import re
 import tempfile
@@ -45,6 +46,10 @@ class Sample(NamedTuple):
     id: str
     caption: str
     open_image: Callable[[], Image.Image]  # RGB, in its own size
+    repeat: int = 0  # with other noise: by the seed and so many more
+
+
+RESIZE_RULE = "largest centred square, antialiased bicubic"  # of fit_image, for the record
 
 
 class Source(NamedTuple):
@@ -53,6 +58,7 @@ class Source(NamedTuple):
     samples: List[Sample]
     skipped: int = 0  # malformed captions
     provide: Callable[[List[Sample]], None] = lambda samples: None
+    has: Callable[[Sample], bool] = lambda sample: True  # an image, or can provide it
 
 
 # ---------------------------------------------------------------- files of captions
@@ -124,8 +130,9 @@ def _read_coco(data_dir: Path | None) -> Source:
     path = _first_in(folder, "COCO captions", (COCO_CAPTIONS, "captions_val2017.json"))
     images = _first_in(folder, "COCO images", (COCO_IMAGES + "/",))
     captions, skipped = _read_captions(path, _coco_entries, "the JSON of COCO's captions_val2017.json")
-    provide = _fetch_coco_images if data_dir is None else _check_images
-    return Source(_file_samples(captions, images), skipped, partial(provide, images))
+    if data_dir is None:
+        return Source(_file_samples(captions, images), skipped, partial(_fetch_coco_images, images))
+    return _folder_source(captions, images, skipped)
 
 
 def _read_flickr8k(data_dir: Path | None) -> Source:
@@ -138,7 +145,12 @@ def _read_flickr8k(data_dir: Path | None) -> Source:
         captions, skipped = _read_captions(path, _csv_entries, "a header image,caption and rows such as 1.jpg,A dog .")
     else:
         captions, skipped = _read_captions(path, _token_entries, "lines such as 1.jpg#0<TAB>A dog .")
-    return Source(_file_samples(captions, images), skipped, partial(_check_images, images))
+    return _folder_source(captions, images, skipped)
+
+
+def _folder_source(captions: dict, images: Path, skipped: int) -> Source:
+    return Source(_file_samples(captions, images), skipped, partial(_check_images, images),
+                  lambda sample: (images / sample.id).is_file())
 
 
 def _file_samples(captions: dict, images: Path) -> List[Sample]:
@@ -218,6 +230,22 @@ def training_captions(dataset: str, count: int, seed: int = 0, data_dir=None, ex
 def reference_samples(dataset: str, samples: List[Sample]) -> List[Sample]:
     """The samples whose originals FID compares with: the reference scenes of shapes, else `samples` themselves."""
     return _scene_samples("reference") if dataset == "shapes" else samples
+
+
+def other_samples(dataset: str, samples: List[Sample], seed: int = 0, data_dir=None) -> List[Sample]:
+    """As many samples as `samples`, real images that reference_samples has none of; [] where there are not so many.
+
+    Their distance to the reference is what images without a fault would have. Those of shapes are `samples`.
+    """
+    if dataset == "shapes":
+        return samples
+    source, chosen = _read(dataset, data_dir), {sample.id for sample in samples}
+    left = (sample for sample in _seeded_order(source.samples, seed) if sample.id not in chosen and source.has(sample))
+    others = list(itertools.islice(left, len(samples)))
+    if len(others) < len(samples):
+        return []
+    source.provide(others)
+    return others
 
 
 def _read(dataset: str, data_dir) -> Source:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from pruning import UserError, check_name
+from pruning.findings import QUALITY, TOLERANCE
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,6 +56,23 @@ def at_least(least: int, text: str) -> int:
     if value < least:
         raise argparse.ArgumentTypeError(f"expected a whole number, {least} or more; got {text!r}")
     return value
+
+
+def tolerance(text: str) -> float:
+    """A share of the dense model's quality that may be lost: a number in (0, 1)."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"a tolerance is a share between 0 and 1; got {text!r}")
+    return value
+
+
+def add_tolerance(parser) -> None:
+    """The flag of all commands that say how far a model can be pruned."""
+    parser.add_argument("--tolerance", type=tolerance, default=TOLERANCE,
+                        help=f"share of the dense model's {QUALITY} that pruning may cost")
 
 
 positive = partial(at_least, 1)

@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pruning import UserError, check_name
+from pruning.intervals import FEWEST, Interval, by_sample, mean_interval, student
 
 
 class Metric(NamedTuple):
@@ -27,17 +28,26 @@ class Metric(NamedTuple):
     per_image: bool  # a value for each image, whose mean is the metric; else one value for the whole set
     unit: str
     backbone: str | None  # the family in BACKBONES that it needs
+    interval: str | None = None  # of the "difference" to dense image by image, or of the "value"
 
 
 METRICS = {
     "clip_score": Metric("how well images match their captions: cosine of CLIP's embeddings",
-                         better="higher", per_image=True, unit="100·cos", backbone="clip"),
+                         better="higher", per_image=True, unit="100·cos", backbone="clip", interval="difference"),
+    "kid": Metric("kernel distance of the set of images to the reference images, unbiased at any number; may be "
+                  "below 0", better="lower", per_image=False, unit="1000·MMD²", backbone="features", interval="value"),
+    "cmmd": Metric("kernel distance of the set of images to the reference images in CLIP's embeddings, unbiased; may "
+                   "be below 0", better="lower", per_image=False, unit="1000·MMD²", backbone="clip", interval="value"),
     "fid": Metric("Fréchet distance of the set of images to the reference images; biased upward for few images",
                   better="lower", per_image=False, unit="", backbone="features"),
     "lpips": Metric("perceptual distance of images to the originals of their captions",
-                    better="lower", per_image=True, unit="", backbone="lpips"),
+                    better="lower", per_image=True, unit="", backbone="lpips", interval="difference"),
     "lpips_dense": Metric("perceptual distance of images to those of the dense model from the same noise",
-                          better="lower", per_image=True, unit="", backbone="lpips"),
+                          better="lower", per_image=True, unit="", backbone="lpips", interval="value"),
+    "ssim_dense": Metric("structural similarity of images to those of the dense model from the same noise",
+                         better="higher", per_image=True, unit="", backbone=None, interval="value"),
+    "psnr_dense": Metric("peak signal-to-noise ratio of images to those of the dense model from the same noise",
+                         better="higher", per_image=True, unit="dB", backbone=None, interval="value"),
     "generation_time": Metric("mean time to make an image",
                               better="lower", per_image=False, unit="s/image", backbone=None),
 }
@@ -58,6 +68,38 @@ BACKBONES = {
 
 BUNDLED = Path(__file__).resolve().parent / "shapes"
 CLIP_ID, CLIP_REVISION = "openai/clip-vit-base-patch16", "57c216476eefef5ab752ec549e440a49ae4ae5f3"
+
+
+class Distance(NamedTuple):
+    """An estimate and its 95 % interval, None where there are too few images for one."""
+
+    value: float
+    interval: Interval
+
+
+def summarise(values: dict, finite, dense: dict | None, seeds: int = 1):
+    """Values of metrics as measured -> {metric: mean}, {metric: values of the images}, {metric: 95 % interval}.
+
+    values: arrays (n,), Distances or numbers. finite: bool (n,), which images exist. dense: values of the dense
+    model's images, None where these are. seeds: how many noise seeds the images have, one after another.
+    """
+    means, per_image, sure = {}, {}, {}
+    for name, value in values.items():
+        if METRICS[name].per_image:
+            own = per_image[name] = np.where(finite, value, math.nan)
+            means[name] = float(own.mean())
+            if METRICS[name].interval == "difference":
+                own = own - np.array((dense or per_image)[name], float)
+            if METRICS[name].interval:
+                sure[name] = mean_interval(by_sample(own, seeds))
+        else:
+            value, interval = value if isinstance(value, Distance) else (value, None)
+            # A set with an image that does not exist has no distance.
+            exists = finite.all() or METRICS[name].backbone is None
+            means[name] = float(value) if exists else math.nan
+            if METRICS[name].interval:
+                sure[name] = interval if exists else None
+    return means, {name: value.tolist() for name, value in per_image.items()}, sure
 
 
 # ---------------------------------------------------------------- networks
@@ -211,6 +253,13 @@ def _check_images(images) -> None:
         raise ValueError(f"expected uint8 images (n, h, w, 3), got {images.dtype} {images.shape}")
 
 
+def _check_pairs(images, others) -> None:
+    _check_images(images)
+    _check_images(others)
+    if images.shape != others.shape:
+        raise ValueError(f"unpaired images: {images.shape} and {others.shape}")
+
+
 def _signed(pixels):
     """Tensor of uint8 -> float32 in [-1, 1]."""
     return pixels.float() / 127.5 - 1
@@ -286,7 +335,7 @@ def image_features(network, images, batch_size: int = 32) -> np.ndarray:
                     images).astype(np.float64)
 
 
-def fid(features, reference) -> float:
+def fid(features, reference) -> Distance:
     """Fréchet distance of the Gaussians fitted to two sets of features (Heusel et al., 2017, eq. 6).
 
     features: (n, d); reference: (m, d). Exact: with A'A and B'B the covariances, the
@@ -295,11 +344,11 @@ def fid(features, reference) -> float:
     compare at equal n alone.
     """
     if min(len(features), len(reference)) < 2:
-        return math.nan
+        return Distance(math.nan, None)
     shift = features.mean(axis=0) - reference.mean(axis=0)
     a, b = _covariance_root(features), _covariance_root(reference)
     distance = shift @ shift + np.sum(a * a) + np.sum(b * b) - 2 * np.linalg.norm(a @ b.T, "nuc")
-    return max(0.0, float(distance))  # a distance: below zero is rounding
+    return Distance(max(0.0, float(distance)), None)  # not below zero but by rounding; no interval heals its bias
 
 
 def _covariance_root(features) -> np.ndarray:
@@ -307,6 +356,52 @@ def _covariance_root(features) -> np.ndarray:
     n, d = features.shape
     centred = (features - features.mean(axis=0)) / math.sqrt(n - 1)
     return np.linalg.qr(centred, mode="r") if n > d else centred
+
+
+# ---------------------------------------------------------------- kernel distances
+
+def kid(features, reference) -> Distance:
+    """1000 times the unbiased MMD² of two sets of features (n, d), (m, d) with the kernel (x·y/d + 1)³.
+
+    Bińkowski et al., 2018, over all pairs, where others average over random subsets. May be below 0.
+    """
+    width = features.shape[1]
+    return _unbiased_mmd(features, reference, lambda a, b: (a @ b.T / width + 1) ** 3)
+
+
+def cmmd(embeddings, reference) -> Distance:
+    """1000 times the unbiased MMD² of two sets of unit CLIP embeddings (n, d), (m, d) with a Gaussian kernel of σ 10.
+
+    Jayasumana et al., 2024, eq. 4 without the diagonal, so that it is about 0 for two sets of one distribution
+    whatever their number. May be below 0.
+    """
+    return _unbiased_mmd(embeddings, reference, lambda a, b: np.exp(-(
+        np.sum(a * a, 1)[:, None] + np.sum(b * b, 1) - 2 * a @ b.T) / 200))
+
+
+def _unbiased_mmd(x, y, kernel) -> Distance:
+    """1000 times the U-statistic of MMD² (Gretton et al., 2012, eq. 3), its interval by the jackknife over both sets.
+
+    NaN where a set has fewer than two.
+    """
+    n, m = len(x), len(y)
+    if min(n, m) < 2:
+        return Distance(math.nan, None)
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    xx, yy, xy = kernel(x, x), kernel(y, y), kernel(x, y)
+    of_x, of_y = xx.sum(1) - np.diag(xx), yy.sum(1) - np.diag(yy)
+
+    def mmd(sum_x, n, sum_y, m, sum_xy):
+        return sum_x / (n * (n - 1)) + sum_y / (m * (m - 1)) - 2 * sum_xy / (n * m)
+
+    value = mmd(of_x.sum(), n, of_y.sum(), m, xy.sum())
+    if min(n, m) < FEWEST:
+        return Distance(1000 * value, None)
+    without_x = mmd(of_x.sum() - 2 * of_x, n - 1, of_y.sum(), m, xy.sum() - xy.sum(1))
+    without_y = mmd(of_x.sum(), n, of_y.sum() - 2 * of_y, m - 1, xy.sum() - xy.sum(0))
+    variance = sum((len(left) - 1) * left.var() for left in (without_x, without_y))
+    reach = student(min(n, m) - 1) * math.sqrt(variance)
+    return Distance(1000 * value, (1000 * (value - reach), 1000 * (value + reach)))
 
 
 # ---------------------------------------------------------------- LPIPS
@@ -317,13 +412,54 @@ def lpips(network, images, others, batch_size: int = 32) -> np.ndarray:
     The bundled network has no weights learnt from human judgement: its distance is
     1 - cos of the feature vectors, averaged over places and seven layers.
     """
-    _check_images(images)
-    _check_images(others)
-    if images.shape != others.shape:
-        raise ValueError(f"unpaired images: {images.shape} and {others.shape}")
+    _check_pairs(images, others)
     device = _device(network)
 
     def compute(*pair):
         return network(*(_signed(_to_tensor(batch, device)) for batch in pair)).flatten()
 
     return _batched(compute, batch_size, "LPIPS", images, others).astype(np.float64)
+
+
+# What compares a set of images with the reference, by the features of its backbone.
+DISTANCES = {"kid": kid, "cmmd": cmmd, "fid": fid}
+
+
+# ---------------------------------------------------------------- distances to the dense model's images
+
+def psnr(images, others) -> np.ndarray:
+    """10·log10(255² ÷ mean squared difference) of paired images (n,) in dB; infinite where they are equal."""
+    _check_pairs(images, others)
+    squares = [np.mean((a.astype(np.float64) - b) ** 2) for a, b in zip(images, others)]
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10(255 ** 2 / np.array(squares))
+
+
+def ssim(images, others, batch_size: int = 32) -> np.ndarray:
+    """Structural similarity of paired images (n,): Wang et al., 2004, eq. 13, by a Gaussian window of σ 1.5.
+
+    The mean over channels and all places, the image mirrored at its edges for the 11 × 11 window, as torchmetrics does.
+    """
+    import torch
+    from torch.nn.functional import conv2d, pad
+
+    _check_pairs(images, others)
+    offsets = torch.arange(11, dtype=torch.float64) - 5
+    row = torch.exp(-offsets ** 2 / (2 * 1.5 ** 2))
+    row = (row / row.sum()).repeat(3, 1)[:, None]
+
+    def blur(x):
+        x = pad(x, (5, 5, 5, 5), mode="reflect")
+        return conv2d(conv2d(x, row[..., None, :], groups=3), row[..., None], groups=3)
+
+    def compute(*pair):
+        a, b = (_to_tensor(batch, "cpu").double() for batch in pair)
+        mean_a, mean_b = blur(a), blur(b)
+        spread = blur(a * a) - mean_a ** 2 + blur(b * b) - mean_b ** 2
+        together = blur(a * b) - mean_a * mean_b
+        c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+        similar = ((2 * mean_a * mean_b + c1) * (2 * together + c2)
+                   / ((mean_a ** 2 + mean_b ** 2 + c1) * (spread + c2)))
+        return similar.mean(dim=(1, 2, 3))
+
+    return _batched(compute, batch_size, "SSIM", images, others)

@@ -164,10 +164,10 @@ def sampling_settings(pipeline, model: str, given: Optional[dict] = None) -> dic
     return settings
 
 
-def noise_generator(sample_id: str, seed: int):
-    """The random stream of one sample: it depends on (sample id, seed) alone, never on batch, order or rate."""
+def noise_generator(sample, seed: int):
+    """The random stream of a sample: it depends on its id, repeat and the seed, never on batch, order or rate."""
     import torch
-    digest = hashlib.sha256(f"{seed}/{sample_id}".encode()).digest()
+    digest = hashlib.sha256(f"{seed + sample.repeat}/{sample.id}".encode()).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
@@ -189,7 +189,7 @@ def generate(pipeline, samples, *, seed: int, steps: int, guidance_scale: float,
     pixels, finite, seconds = [], [], 0.0
     for start in range(0, len(samples), batch_size):
         batch = samples[start:start + batch_size]
-        generators = [noise_generator(sample.id, seed) for sample in batch]
+        generators = [noise_generator(sample, seed) for sample in batch]
         synchronize(pipeline.device)
         started = time.perf_counter()
         try:
@@ -262,16 +262,16 @@ def label(model: str) -> str:
     return Path(model).resolve().name if model not in MODELS and Path(model).is_dir() else model
 
 
-def fingerprint(denoiser) -> str:
+def fingerprint(module) -> str:
     """Class and a hash of the weights (every tensor's name, shape and some thousand values), to tell models apart."""
     import torch
     digest = hashlib.sha256()
-    for name, tensor in denoiser.state_dict().items():
+    for name, tensor in module.state_dict().items():
         flat = tensor.detach().flatten()
         some = flat[:: max(1, flat.numel() // 4096)].float().cpu()
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(some.contiguous().view(torch.uint8).numpy().tobytes())
-    return f"{type(denoiser).__name__} {digest.hexdigest()[:12]}"
+    return f"{type(module).__name__} {digest.hexdigest()[:12]}"
 
 
 def machine(device: str) -> Dict[str, Any]:

@@ -13,19 +13,23 @@ if __package__ in (None, ""):
     sys.path[0] = str(ROOT)  # instead of pruning/, whose file names must not shadow packages
 
 import copy
+import functools
+import math
 import shutil
+import subprocess
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Dict, List, Optional
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from pruning import UserError, captions, command, costs, methods, metrics, models, plots, records, saving
+from pruning import UserError, captions, command, costs, findings, methods, metrics, models, plots, records, saving
 from pruning.captions import DATASETS
 from pruning.methods import METHODS
-from pruning.metrics import BACKBONES, METRICS
+from pruning.metrics import BACKBONES, DISTANCES, METRICS
+from pruning.summaries import answer
 
 RATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 STAGES = ("prune", "generate", "time", "measure")  # of a point, in this order
@@ -45,11 +49,11 @@ class Experiment:
     compile: bool  # whether torch.compile makes the denoiser faster
     options: Dict[str, Any]  # keyword arguments of the method
     sampling: Dict[str, Any]  # keyword arguments of models.generate
-    samples: List[captions.Sample]
-    originals: np.ndarray  # uint8 (n, size, size, 3)
-    backbones: Dict[str, Any]  # metric -> its network
+    samples: List[captions.Sample]  # those of the record, once for each noise seed
+    originals: np.ndarray  # uint8 (n, size, size, 3), as all arrays below a row a sample
+    networks: Dict[str, Any]  # family of backbones -> its network
     caption_embeddings: Optional[np.ndarray] = None  # (n, d)
-    reference_features: Optional[np.ndarray] = None  # (m, d)
+    reference: Dict[str, np.ndarray] = field(default_factory=dict)  # backbone -> its features of real images (m, d)
     dense_images: Optional[np.ndarray] = None  # uint8 (n, size, size, 3), made by the point at rate 0
 
 
@@ -72,19 +76,25 @@ def run_pruning_experiment(experiment: Experiment, rate: float, on_batch=None) -
     seconds = time_costs(experiment, denoiser, call)
     clock.append(time.perf_counter())
 
-    networks, embed = experiment.backbones, metrics.embed_images
+    clip, features, perceptual = (experiment.networks.get(family) for family in ("clip", "features", "lpips"))
+    embedded = functools.lru_cache(None)(lambda: metrics.embed_images(clip, images))
+    featured = functools.lru_cache(None)(lambda: metrics.image_features(features, images))
     measure = {
-        "clip_score": lambda net: metrics.clip_score(embed(net, images), experiment.caption_embeddings),
-        "fid": lambda net: metrics.fid(metrics.image_features(net, images), experiment.reference_features),
-        "lpips": lambda net: metrics.lpips(net, images, experiment.originals),
-        "lpips_dense": lambda net: metrics.lpips(net, images, dense_images),
-        "generation_time": lambda net: made.seconds_each,
+        "clip_score": lambda: metrics.clip_score(embedded(), experiment.caption_embeddings),
+        "kid": lambda: metrics.kid(featured(), experiment.reference["features"]),
+        "cmmd": lambda: metrics.cmmd(embedded(), experiment.reference["clip"]),
+        "fid": lambda: metrics.fid(featured(), experiment.reference["features"]),
+        "lpips": lambda: metrics.lpips(perceptual, images, experiment.originals),
+        "lpips_dense": lambda: metrics.lpips(perceptual, images, dense_images),
+        "ssim_dense": lambda: metrics.ssim(images, dense_images),
+        "psnr_dense": lambda: metrics.psnr(images, dense_images),
+        "generation_time": lambda: made.seconds_each,
     }
-    values = {name: measure[name](networks.get(name)) for name in experiment.record.settings["metrics"]}
-    per_image = {name: np.where(made.finite, values[name], np.nan) for name in values if METRICS[name].per_image}
-    means = {name: float(per_image[name].mean() if name in per_image else values[name]) for name in values}
-    if "fid" in means and not made.finite.all():
-        means["fid"] = float("nan")  # a set with an image that does not exist has no distance
+    values = {name: measure[name]() for name in experiment.record.settings["metrics"]}
+    dense = experiment.record.dense.per_image if rate else None
+    means, per_image, intervals = metrics.summarise(values, made.finite, dense, experiment.record.settings["seeds"])
+    if rate == 0:
+        experiment.record.notes["seed_spread"] = seed_spread(experiment, images, per_image)
     clock.append(time.perf_counter())
 
     save_images(images, images_folder(experiment, rate))
@@ -93,8 +103,31 @@ def run_pruning_experiment(experiment: Experiment, rate: float, on_batch=None) -
         rate=rate, sparsity=pruned.taken / pruned.total, unit=pruned.unit, units_total=pruned.total,
         units_asked=pruned.asked, units_taken=pruned.taken, **counted, **counted_call, **seconds,
         image_seconds=made.seconds_each,
-        metrics=means, per_image={name: value.tolist() for name, value in per_image.items()},
+        metrics=means, intervals=intervals, per_image=per_image,
         seconds=dict(zip(STAGES, np.diff(clock).round(3).tolist())))
+
+
+def seed_spread(experiment: Experiment, images: np.ndarray, per_image: dict) -> Dict[str, float]:
+    """How far the dense model is from itself under other noise, so that a smaller change can be told to be none.
+
+    For a distance to the dense images: the mean between those of the first seed and of the others. For other
+    metrics: the standard deviation of the difference between the means of two seeds.
+    """
+    seeds = experiment.record.settings["seeds"]
+    if seeds == 1:
+        return {}
+    first, others = np.split(images, [len(images) // seeds])
+    first = np.tile(first, (seeds - 1, 1, 1, 1))
+    between = {
+        "lpips_dense": lambda: metrics.lpips(experiment.networks["lpips"], others, first),
+        "ssim_dense": lambda: metrics.ssim(others, first),
+        "psnr_dense": lambda: metrics.psnr(others, first),
+    }
+    spread = {name: float(between[name]().mean()) for name in per_image if name in between}
+    for name in set(per_image) - set(between):
+        deviations = np.array(per_image[name], float).reshape(seeds, -1).std(axis=0, ddof=1)
+        spread[name] = math.sqrt(2 * np.mean(deviations ** 2) / len(deviations))
+    return spread
 
 
 def pruned_copy(experiment: Experiment, rate: float):
@@ -162,31 +195,54 @@ def prepare(args) -> Experiment:
         name: getattr(args, name) for name in ("steps", "guidance_scale", "image_size")})
     sampling.update(seed=args.seed, batch_size=args.batch_size)
 
+    weights = {family: models.fingerprint(network.model if isinstance(network, metrics.Clip) else network)
+               for family, network in networks.items()}
     record = records.Record(
         model=models.label(model), dataset=args.dataset, method=args.method,
         samples=[{"id": sample.id, "caption": sample.caption} for sample in samples],
-        settings={**sampling, **options, "metrics": list(args.metrics), "metric_backbones": kind,
+        settings={**sampling, **options, "seeds": args.seeds, "resize": captions.RESIZE_RULE,
+                  "metrics": list(args.metrics), "metric_backbones": kind,
                   "denoiser": models.fingerprint(dense), "dtype": dtype, "compile": args.compile,
                   "offload": args.offload, **models.machine(device)},
-        backbones={name: BACKBONES[kind][family] for name, family in families.items()},
-        notes={"captions_skipped": skipped}, versions=models.versions(), dense=None, points=[])
+        backbones={name: f"{BACKBONES[kind][family]}, {weights[family]}" for name, family in families.items()},
+        notes={"captions_skipped": skipped, "code": [code_version()]}, versions=models.versions(),
+        dense=None, points=[])
     path = records.record_path(args.results_dir, record.model, record.dataset, record.method)
     if path.exists() and not args.overwrite:
         record = continued(path, record)
 
     experiment = Experiment(
         record=record, folder=path.parent, pipeline=pipeline, dense=dense, device=device,
-        offload=args.offload, compile=args.compile, options=options, sampling=sampling, samples=samples,
-        originals=captions.load_originals(samples, sampling["image_size"]),
-        backbones={name: networks[family] for name, family in families.items()})
+        offload=args.offload, compile=args.compile, options=options, sampling=sampling,
+        samples=[sample._replace(repeat=repeat) for repeat in range(args.seeds) for sample in samples],
+        originals=np.tile(captions.load_originals(samples, sampling["image_size"]), (args.seeds, 1, 1, 1)),
+        networks=networks)
     if "clip_score" in families:
         experiment.caption_embeddings, record.notes["captions_truncated"] = metrics.embed_captions(
-            networks["clip"], [sample.caption for sample in samples])
-    if "fid" in families:
-        references = captions.load_originals(captions.reference_samples(args.dataset, samples), sampling["image_size"])
-        experiment.reference_features = metrics.image_features(networks["features"], references)
-        record.notes["fid_reference_images"], record.notes["fid_feature_size"] = experiment.reference_features.shape
+            networks["clip"], [sample.caption for sample in experiment.samples])
+    add_reference(experiment, samples, args)
     return experiment
+
+
+def add_reference(experiment: Experiment, samples, args) -> None:
+    """What sets of images are compared with: features of real images, and how near as many other real ones come."""
+    record, size = experiment.record, experiment.sampling["image_size"]
+    sets = [name for name in record.settings["metrics"] if name in DISTANCES]
+    if not sets:
+        return
+    reference = captions.load_originals(captions.reference_samples(args.dataset, samples), size)
+    others = captions.other_samples(args.dataset, samples, args.seed, args.data_dir)
+    originals = captions.load_originals(others, size)
+    real = {}
+    for family in {METRICS[name].backbone for name in sets}:
+        describe = metrics.embed_images if family == "clip" else metrics.image_features
+        experiment.reference[family] = describe(experiment.networks[family], reference)
+        real[family] = describe(experiment.networks[family], originals) if others else None
+    record.notes["reference_images"] = len(reference)
+    if "features" in real:
+        record.notes["fid_feature_size"] = experiment.reference["features"].shape[1]
+    record.notes["floors"] = {name: DISTANCES[name](real[family], experiment.reference[family]).value
+                              for name in sets for family in [METRICS[name].backbone] if others}
 
 
 def method_options(args) -> Dict[str, Any]:
@@ -202,6 +258,20 @@ def method_options(args) -> Dict[str, Any]:
     return options
 
 
+def code_version() -> str:
+    """The git commit that runs, and whether the code is as committed; 'unknown' where it is not from a clone."""
+    def git(*arguments):
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], check=True, stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL, text=True).stdout.strip()
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:
+            return "unknown"
+        commit = git("rev-parse", "--short=12", "HEAD")
+        return commit + ("" if not git("status", "--porcelain", "--", "pruning") else " with changes")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 def continued(path: Path, record: records.Record) -> records.Record:
     """The record at `path`, where it was measured as `record` would be; else a UserError that names the differences."""
     earlier = records.read_record(path)
@@ -209,6 +279,7 @@ def continued(path: Path, record: records.Record) -> records.Record:
     if differences:
         raise UserError(f"{path} was measured otherwise ({'; '.join(differences)}): "
                         "use the same settings, another --results_dir, or --overwrite to start afresh")
+    earlier.notes["code"] = list(dict.fromkeys([*earlier.notes.get("code", []), *record.notes["code"]]))
     return earlier
 
 
@@ -263,13 +334,13 @@ def sweep(args) -> Path:
                 records.write_record(record, path)
                 if rate in unsaved:
                     save_pruned(experiment, folders[rate], point)
-        if plots.left_out(record):
-            print(plots.left_out(record), file=sys.stderr)
+        if findings.left_out(record):
+            print(findings.left_out(record), file=sys.stderr)
         if walk_file(experiment).exists():
             walk_file(experiment).unlink()
     finally:
         if record.points:  # also after Ctrl-C: what is finished is worth a look
-            plots.draw_all(record, experiment.folder, experiment.folder / "images")
+            plots.draw_all(record, experiment.folder, experiment.folder / "images", args.tolerance)
     return path
 
 
@@ -279,7 +350,7 @@ def saved_folders(args) -> Dict[float, Path]:
         return {}
     if len(args.rates) == 1:
         return {args.rates[0]: args.save_pruned}
-    return {rate: args.save_pruned / plots.rate_folder(rate) for rate in args.rates}
+    return {rate: args.save_pruned / findings.rate_folder(rate) for rate in args.rates}
 
 
 def origin(experiment: Experiment, rate: float) -> Dict[str, Any]:
@@ -300,7 +371,7 @@ def save_pruned(experiment: Experiment, folder: Path, point: records.Point) -> N
 
 def images_folder(experiment: Experiment, rate: float) -> Path:
     """Where the images of a point lie, as plots finds them."""
-    return experiment.folder / "images" / experiment.record.method / plots.rate_folder(rate)
+    return experiment.folder / "images" / experiment.record.method / findings.rate_folder(rate)
 
 
 def save_images(images: np.ndarray, folder: Path) -> None:
@@ -332,6 +403,8 @@ def add_arguments(parser: command.Parser) -> None:
     parser.add_argument("--model", help=f"{', '.join(models.MODELS)}, a pipeline folder or a hub id (default: "
                                         f"shapes-unet for shapes, else {DATASETS['coco'].default_model})")
     parser.add_argument("--seed", type=command.not_negative, default=0, help="chooses samples and noise")
+    parser.add_argument("--seeds", type=command.positive, default=1,
+                        help="noise seeds: each sample is drawn so many times, and dense is compared with itself")
     parser.add_argument("--steps", type=command.positive, help="denoising steps (default: the model's own)")
     parser.add_argument("--guidance_scale", type=float, help="(default: the model's own)")
     parser.add_argument("--image_size", type=command.positive, help="pixels a side (default: the model's own)")
@@ -357,6 +430,7 @@ def add_arguments(parser: command.Parser) -> None:
     parser.add_argument("--recovery_steps", type=command.not_negative,
                         help="iterative: training steps after each step of pruning, 0 for none "
                              f"(default: {METHODS['iterative'].options['recovery_steps']})")
+    command.add_tolerance(parser)
     parser.add_argument("--save_pruned", type=Path, metavar="DIR",
                         help="keep the pruned pipeline as a folder that --model takes; several rates: in DIR/RATE")
     parser.add_argument("--overwrite", action="store_true", help="start afresh where there is a record")
@@ -374,6 +448,7 @@ def main(argv=None) -> None:
     path = sweep(args)
     print(path.with_suffix(".txt").read_text(encoding="utf-8"))
     print(path)
+    print(answer(records.read_record(path), args.tolerance))
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):
     sys.path[0] = str(ROOT)  # instead of pruning/, whose file names must not shadow packages
 
-from pruning import command, records
+from pruning import command, findings, records
 from pruning.metrics import METRICS
 from pruning.pruning_analysis import add_arguments, sweep
+from pruning.summaries import answer
 
 __test__ = False  # its name looks like a test's to pytest
 
@@ -22,17 +23,20 @@ __test__ = False  # its name looks like a test's to pytest
 def table(record: records.Record) -> str:
     """Dense and pruned side by side, a line a quantity."""
     dense, point = record.dense, record.points[0]
-    rows = [("", "dense", f"{record.method} {point.rate:g}", "better"),
-            (f"sparsity ({point.unit})", f"{dense.sparsity:.4f}", f"{point.sparsity:.4f}", ""),
-            ("parameters", f"{dense.parameters:,}", f"{point.parameters:,}", ""),
-            ("nonzero parameters", f"{dense.nonzero_parameters:,}", f"{point.nonzero_parameters:,}", "")]
+    rows = [("", "dense", f"{record.method} {point.rate:g}", "better", "95 % interval"),
+            (f"sparsity ({point.unit})", f"{dense.sparsity:.4f}", f"{point.sparsity:.4f}", "", ""),
+            ("parameters", f"{dense.parameters:,}", f"{point.parameters:,}", "", ""),
+            ("nonzero parameters", f"{dense.nonzero_parameters:,}", f"{point.nonzero_parameters:,}", "", "")]
     for name, metric in METRICS.items():
         if name in point.metrics:
             both = [values.metrics[name] for values in (dense, point)]
             shown = ["not finite" if value is None else f"{value:.4g}" for value in both]
-            rows.append((f"{name} ({metric.unit})" if metric.unit else name, *shown, metric.better))
+            low, high = findings.interval(name, point, dense)
+            sure = f"{low:.4g} to {high:.4g}" if high > low else ""
+            rows.append((f"{name} ({metric.unit})" if metric.unit else name, *shown, metric.better, sure))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip() for a, b, c, d in rows)
+    return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:<{widths[3]}}  {e}".rstrip()
+                     for a, b, c, d, e in rows)
 
 
 def main(argv=None) -> None:
@@ -46,8 +50,10 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     args.rates, args.overwrite = [args.rate], True  # a quick look replaces the last one
     path = sweep(args)
-    print(table(records.read_record(path)))
+    record = records.read_record(path)
+    print(table(record))
     print(path)
+    print(answer(record, args.tolerance))
 
 
 if __name__ == "__main__":

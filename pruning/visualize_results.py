@@ -15,8 +15,10 @@ if __package__ in (None, ""):
 from tqdm import tqdm
 
 from pruning import UserError, check_name, command, plots
+from pruning.findings import in_order
 from pruning.methods import METHODS
 from pruning.records import find_records, folder_name, protocol_differences, read_record
+from pruning.summaries import answer
 
 
 def main(argv=None) -> None:
@@ -27,6 +29,9 @@ def main(argv=None) -> None:
     parser.add_argument("--methods", metavar="METHOD", nargs="+", help="draw these only: " + ", ".join(METHODS))
     parser.add_argument("--output_dir", metavar="DIR", type=Path, help="write here instead of beside each record")
     parser.add_argument("--compare", action="store_true", help="draw the methods of one model and dataset together")
+    parser.add_argument("--force", action="store_true",
+                        help="with --compare: draw records that were measured differently too, with a warning in it")
+    command.add_tolerance(parser)
     parser.add_argument("--results_dir", metavar="DIR", type=Path, default=ROOT / "results", help="where records are")
     args = parser.parse_args(argv)
 
@@ -36,7 +41,7 @@ def main(argv=None) -> None:
         groups.setdefault((record.model, record.dataset), {})[path] = record
     if args.compare:
         groups = {pair: records for pair, records in groups.items() if len(records) > 1}
-        check_comparable(groups, found)
+        warnings = check_comparable(groups, found, args.force)
 
     tasks = []
     for (model, dataset), records in groups.items():
@@ -44,9 +49,10 @@ def main(argv=None) -> None:
         if into and len(groups) > 1:  # or their files would take each other's place
             into = into / folder_name(model) / dataset
         if args.compare:
-            tasks.append((plots.compare_all, list(records.values()), into or next(iter(records)).parent))
+            tasks.append((plots.compare_all, list(records.values()), into or next(iter(records)).parent,
+                          args.tolerance, warnings[model, dataset]))
         else:
-            tasks += [(plots.draw_all, record, into or path.parent, path.parent / "images")
+            tasks += [(plots.draw_all, record, into or path.parent, path.parent / "images", args.tolerance)
                       for path, record in records.items()]
     if args.compare:
         tasks += [(plots.compare_models, records, args.output_dir or args.results_dir)
@@ -58,6 +64,9 @@ def main(argv=None) -> None:
         if draw is plots.draw_all and not any(path.name.endswith("_images.png") for path in written):
             tqdm.write(f"no figure of the images of {arguments[0].method}: {arguments[2]} does not hold them",
                        file=sys.stderr)
+    for records in groups.values():
+        for record in in_order(list(records.values())):
+            print(answer(record, args.tolerance))
 
 
 def read_records(paths, methods=None) -> dict:
@@ -105,17 +114,23 @@ def of_several_models(groups) -> list:
     return found
 
 
-def check_comparable(groups, found) -> None:
-    """Raise a UserError unless each group has two methods or more that were measured alike."""
+def check_comparable(groups, found, force: bool = False) -> dict:
+    """What differs in the measuring of each group's records, "" if nothing: {(model, dataset): words}.
+
+    Raises UserError where a group has one method alone, and for a difference unless forced.
+    """
     if not groups:
         raise UserError(f"--compare needs two methods of one model and dataset; found {', '.join(map(str, found))}")
-    for records in groups.values():
+    warnings = {}
+    for pair, records in groups.items():
         (first, reference), *others = records.items()
-        for path, record in others:
-            differences = protocol_differences(reference, record)
-            if differences:
-                raise UserError(f"{first} and {path} were measured differently, so they share no figure: "
-                                + "; ".join(differences))
+        differences = {f"{first} and {path} were measured differently ({'; '.join(different)})": different
+                       for path, record in others
+                       for different in [protocol_differences(reference, record)] if different}
+        if differences and not force:
+            raise UserError(f"{'; '.join(differences)}: measure them alike, or draw them all the same with --force")
+        warnings[pair] = "; ".join(dict.fromkeys(text for several in differences.values() for text in several))
+    return warnings
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pruning import UserError, plots, visualize_results
+from pruning import UserError, findings, plots, summaries, visualize_results
+from pruning.intervals import mean_interval
 from pruning.methods import METHODS
 from pruning.records import Point, Record, record_path, write_record
 
@@ -24,19 +25,22 @@ CLIP = {  # mean scores at 0, 0.1 ... 0.9
 MASKS = ("magnitude", "iterative")
 
 
-def make_record(method="magnitude", rates=RATES, clip=None, images=32, model="shapes-unet", dataset="shapes"):
-    """A plausible record; clip: mean scores, dense first."""
+def make_record(method="magnitude", rates=RATES, clip=None, images=32, model="shapes-unet", dataset="shapes", noise=1):
+    """A plausible record; clip: mean scores, dense first; noise: of the paired differences between rates."""
     clip = (CLIP.get(method) or CLIP["magnitude"])[:len(rates) + 1] if clip is None else clip
 
     def point(rate, score):
-        noise = np.random.RandomState(round(100 * rate)).randn(images) * 6
-        noise -= noise.mean()
+        own = np.random.RandomState(round(100 * rate) + sum(map(ord, method)) * (rate > 0)).randn(images)
+        of_images = 6 * np.random.RandomState(0).randn(images) + noise * own
+        of_images -= of_images.mean()
         fallen = 1 - (score or 0) / 83.0
         taken = round(4_800_000 * rate)
         kept = 5_300_628 - (0 if method in MASKS else round(0.4 * taken))
-        metrics = {"clip_score": score, "fid": 14 + 260 * fallen ** 2 + 6 * rate, "lpips": 0.42 + 0.3 * fallen,
+        metrics = {"clip_score": score, "kid": 90 * fallen, "fid": 14 + 260 * fallen ** 2 + 6 * rate, "lpips": 0.42 + 0.3 * fallen,
                    "lpips_dense": 0.55 * math.sqrt(max(rate, 0) * max(fallen, 0.05)),
                    "generation_time": 0.171 * (kept / 5_300_628) ** 0.5 + 0.002 * math.sin(31 * rate)}
+        per_image = {name: [None if metrics[name] is None else metrics[name] + x * scale for x in of_images]
+                     for name, scale in (("clip_score", 1.0), ("lpips", 0.01), ("lpips_dense", 0.01 * (rate > 0)))}
         return Point(
             rate=rate, sparsity=rate, unit=METHODS[method].unit if method in METHODS else "weights",
             units_total=4_800_000, units_asked=taken, units_taken=taken,
@@ -44,22 +48,25 @@ def make_record(method="magnitude", rates=RATES, clip=None, images=32, model="sh
             denoiser_seconds=0.02 * (kept / 5_300_628) ** 0.5, dense_denoiser_seconds=0.02,
             image_seconds=0.1 * (kept / 5_300_628) ** 0.3, dense_image_seconds=0.1,
             macs=round(4e8 * (kept / 5_300_628) ** 0.8), peak_bytes=4 * kept + 2_000_000,
-            metrics=metrics, seconds={"prune": 0.1, "generate": 5.5, "measure": 0.8},
-            per_image={name: [None if metrics[name] is None else metrics[name] + x * scale for x in noise]
-                       for name, scale in (("clip_score", 1.0), ("lpips", 0.01), ("lpips_dense", 0.01 * (rate > 0)))})
+            metrics=metrics, seconds={"prune": 0.1, "generate": 5.5, "measure": 0.8}, per_image=per_image,
+            intervals={})
 
     points = [point(rate, score) for rate, score in zip((0.0, *rates), clip)]
+    for each in points:
+        for name, values in each.per_image.items():
+            base = 0 if name == "lpips_dense" else np.array(points[0].per_image[name], float)
+            each.intervals[name] = mean_interval(np.array(values, float) - base)
     return Record(
         model=model, dataset=dataset, method=method,
         samples=[{"id": f"prompts-{i:05d}", "caption": f"a large red cross above a small triangle on beige, {i}"}
                  for i in range(images)],
-        settings={"seed": 0, "steps": 20, "guidance_scale": 4.0, "batch_size": 32, "dtype": "float32",
+        settings={"seed": 0, "seeds": 1, "steps": 20, "guidance_scale": 4.0, "batch_size": 32, "dtype": "float32",
                   "image_size": 64, "device": "cpu", "threads": 2, "metrics": list(points[0].metrics),
                   "metric_backbones": "bundled"},
         backbones={"clip_score": "bundled shapes-clip", "fid": "bundled shapes-squeezenet (64 outputs)",
                    "lpips": "bundled shapes-squeezenet (unweighted)",
                    "lpips_dense": "bundled shapes-squeezenet (unweighted)"},
-        notes={"fid_reference_images": 2048, "fid_feature_size": 64, "captions_truncated": 0, "captions_skipped": 0},
+        notes={"reference_images": 2048, "floors": {"fid": 1.5, "kid": 0.2}, "fid_feature_size": 64, "captions_truncated": 0, "captions_skipped": 0},
         versions={"python": "3.11.7", "torch": "2.15.0", "diffusers": "0.42.0", "transformers": "5.23.0"},
         dense=points[0], points=points[1:])
 
@@ -73,6 +80,7 @@ def keep_metrics(record, *names):
     for point in (record.dense, *record.points):
         point.metrics = {name: value for name, value in point.metrics.items() if name in names}
         point.per_image = {name: value for name, value in point.per_image.items() if name in names}
+        point.intervals = {name: value for name, value in point.intervals.items() if name in names}
     return record
 
 
@@ -80,29 +88,30 @@ def save_images(folder, record, positions, rates):
     """One plain picture each: red goes with the rate, green with the position."""
     for rate in rates:
         for k in positions:
-            path = folder / "images" / record.method / plots.rate_folder(rate) / f"{k:04d}.png"
+            path = folder / "images" / record.method / findings.rate_folder(rate) / f"{k:04d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (64, 64), (round(200 * rate), 20 * k, 90)).save(path)
 
 
 @pytest.mark.parametrize(("metric", "worse", "dense", "better"), [
-    ("clip_score", 40, 80, 81), ("fid", 40, 10, 9), ("lpips", 0.8, 0.4, 0.3), ("lpips_dense", 0.2, 0.0, -0.1)])
+    ("clip_score", 40, 80, 81), ("fid", 40, 10, 9), ("lpips", 0.8, 0.4, 0.3), ("lpips_dense", 0.2, 0.0, -0.1),
+    ("ssim_dense", 0.8, 1.0, 1.1)])
 def test_up_is_better_for_every_metric_and_dense_is_1(metric, worse, dense, better):
-    assert plots.relative(metric, dense, dense) == 1
-    assert plots.relative(metric, worse, dense) < 1 < plots.relative(metric, better, dense)
+    assert findings.relative(metric, dense, dense) == 1
+    assert findings.relative(metric, worse, dense) < 1 < findings.relative(metric, better, dense)
 
 
 def test_each_metric_is_normalised_as_its_label_says():
-    assert plots.relative("clip_score", 40, 80) == 0.5
-    assert plots.relative("fid", 40, 10) == 0.25
-    assert plots.relative("lpips_dense", 1.2, 0.0) == pytest.approx(-0.2)  # not clipped
+    assert findings.relative("clip_score", 40, 80) == 0.5
+    assert findings.relative("fid", 40, 10) == 0.25
+    assert findings.relative("lpips_dense", 1.2, 0.0) == pytest.approx(-0.2)  # not clipped
 
 
 @pytest.mark.parametrize(("metric", "value", "dense"), [
     ("clip_score", None, 80), ("clip_score", 40, None), ("clip_score", 40, 0), ("clip_score", 40, -1),
-    ("fid", 0, 10), ("fid", 10, 0), ("lpips_dense", None, 0.0)])
+    ("fid", 0, 10), ("fid", 10, 0), ("lpips_dense", None, 0.0), ("kid", 2, 1), ("psnr_dense", 30, None)])
 def test_what_cannot_be_said_relative_to_dense_is_a_gap(metric, value, dense):
-    assert math.isnan(plots.relative(metric, value, dense))
+    assert math.isnan(findings.relative(metric, value, dense))
 
 
 @pytest.mark.parametrize("heights", [[0.5], [0.5] * 4, [1.0, 0.99, 0.98], [0.0, 0.01, 0.9], [0.3, 0.1, 0.32]])
@@ -113,24 +122,45 @@ def test_labels_are_pushed_apart_in_their_order_and_stay_below_the_top(heights):
     assert max(placed) <= 1
 
 
-def test_within_5_percent_ends_at_the_first_rate_that_is_not():
-    record = make_record(rates=(0.1, 0.2, 0.3), clip=(80, 79, 60, 79))
-    assert plots.last_good(record).rate == 0.1
-    record.points[0].metrics["clip_score"] = None
-    assert plots.last_good(record) is None
+def test_how_far_is_decided_on_the_interval_and_not_on_the_mean():
+    """The means are the same in all; only how sure they are differs."""
+    clip = (80, 79.5, 78.5, 76.5, 60, 79)  # dense, then 0.1 to 0.5: within 5 % up to 0.3
+    rates = (0.1, 0.2, 0.3, 0.4, 0.5)
+    reached = {noise: findings.last_good(make_record(rates=rates, clip=clip, noise=noise)) for noise in (0.2, 3, 60)}
+    assert reached[0.2].rate == 0.3  # and not 0.5, beyond one that fails
+    assert reached[3].rate == 0.2
+    assert reached[60] is None
 
 
-def test_the_summary_of_masks_says_where_quality_holds_and_falls_and_that_zeros_gain_nothing():
-    text = flat(plots.summary(make_record("magnitude")))
-    assert "within 5 % of dense by clip_score up to rate 0.3, which has 95.2" in text
+def test_the_tolerance_is_a_share_of_dense():
+    record = make_record(rates=(0.1, 0.2, 0.3), clip=(80, 76.5, 72.5, 68.5), noise=0.1)
+    assert [findings.last_good(record, tolerance).rate for tolerance in (0.05, 0.10, 0.15)] == [0.1, 0.2, 0.3]
+
+
+def test_what_cannot_be_decided_does_not_hold():
+    record = make_record(rates=(0.1,), clip=(80, 80))
+    record.points[0].intervals["clip_score"] = None
+    assert findings.holds(record.points[0], record.dense, 0.05) is None
+    assert findings.last_good(record) is None
+
+
+def test_the_summary_begins_with_how_far_and_how_sure():
+    text = flat(summaries.summary(make_record("magnitude")))
+    assert text.startswith("How far? magnitude pruning of shapes-unet stays within 5 % of dense by clip_score up to "
+                           "rate 0.2, which has 96.6 % of dense (95 % interval")
+    assert "Not surely at the next: rate 0.3 has 95.2 % of dense (95 % interval" in text
+
+
+def test_the_summary_of_masks_says_that_zeros_gain_nothing():
+    text = flat(summaries.summary(make_record("magnitude")))
     assert "first falls below half of dense at rate 0.6" in text
     assert "zeros do not shrink it, nor do they make dense kernels faster" in text
     assert "a denoiser call takes 1.00 times as long" in text
-    assert "here 32 images against 2048 reference images in 64 features" in text
+    assert "here 32 images against 2048 reference images in 64 features; as many real images have 1.5" in text
 
 
 def test_the_summary_of_removal_says_what_was_gained():
-    text = flat(plots.summary(make_record("attention_heads")))
+    text = flat(summaries.summary(make_record("attention_heads")))
     assert "up to rate 0.2" in text
     assert "at rate 0.2, parameters fall from 5,300,628 to 4,916,628 (−7.2 %), weights from 21.2 to 19.7 MB" in text
     assert "at rate 0.9, parameters fall from 5,300,628 to 3,572,628 (−32.6 %)" in text
@@ -141,13 +171,14 @@ def test_the_summary_of_removal_says_what_was_gained():
 def test_the_table_has_a_row_a_rate_and_shows_what_is_not_finite():
     record = make_record()
     record.points[8].metrics["fid"] = None
-    quality = plots.summary(record).partition("What it costs")[0]
+    quality = summaries.summary(record).partition("What it costs")[0]
     rows = [line.split() for line in quality.splitlines()]
     table = {row[0]: row for row in rows if row and row[0] in ("dense", *map(str, RATES))}
     assert list(table) == ["dense", *map(str, RATES)]
-    assert table["0.5"][1:5] == ["0.500", "5,300,628", "2,900,628", "60.4"]
-    assert table["0.9"][5] == "–"
-    assert "–: not finite" in plots.summary(record)
+    assert table["0.5"][1:4] == ["0.500", "60.4", "±"]
+    assert "–" not in table["0.8"]
+    assert "–" in table["0.9"]
+    assert "–: not finite" in summaries.summary(record)
 
 
 def test_costs_are_those_of_the_record_and_times_are_shares_of_dense_timed_in_turn():
@@ -155,42 +186,55 @@ def test_costs_are_those_of_the_record_and_times_are_shares_of_dense_timed_in_tu
     point = record.points[4]
     point.denoiser_seconds, point.dense_denoiser_seconds = 0.03, 0.04
     point.image_seconds, point.dense_image_seconds = 0.5, 0.25
-    costs = plots.summary(record).partition("What it costs")[2].splitlines()
+    costs = summaries.summary(record).partition("What it costs")[2].splitlines()
     row = next(line.split() for line in costs if line.split()[:1] == ["0.5"])
-    shown = [point.parameters / 1e6, point.weight_bytes / 1e6, point.peak_bytes / 1e6, point.macs / 1e9, 0.75, 2.0]
+    shown = [point.parameters / 1e6, point.nonzero_parameters / 1e6, point.weight_bytes / 1e6, point.peak_bytes / 1e6,
+             point.macs / 1e9, 0.75, 2.0]
     assert [float(value) for value in row[1:]] == pytest.approx(shown, rel=1e-3)
 
 
 def test_what_a_method_left_out_is_said_with_the_reason():
     record = make_record("attention_heads")
-    assert "Left out" not in plots.summary(record)
+    assert "Left out" not in summaries.summary(record)
     record.notes["left_out"] = {"a.attn1": "its class NewAttention is not known", "b.attn2": "its processor is Odd",
                                 "c.attn1": "its class NewAttention is not known"}
     assert ("Left out: 2 modules (a.attn1, …), as its class NewAttention is not known; 1 module (b.attn2), "
-            "as its processor is Odd.") in flat(plots.summary(record))
+            "as its processor is Odd.") in flat(summaries.summary(record))
 
 
 @pytest.mark.parametrize(("record", "words"), [
-    (make_record(clip=(0.0, 1.0), rates=(0.1,)), "clip_score is 0, so nothing can be said relative to it"),
-    (make_record(clip=(None, 1.0), rates=(0.1,)), "clip_score is –, so nothing can be said"),
-    (keep_metrics(make_record(), "fid"), "clip_score was not measured, so nothing can be said"),
-    (make_record(clip=(80, 50), rates=(0.1,)), "no rate measured stays within 5 % of dense"),
+    (make_record(clip=(0.0, 1.0), rates=(0.1,)), "it cannot be said, as clip_score of the dense model is 0"),
+    (make_record(clip=(None, 1.0), rates=(0.1,)), "it cannot be said, as clip_score of the dense model is –"),
+    (keep_metrics(make_record(), "fid"), "it cannot be said, as clip_score was not measured"),
+    (make_record(clip=(80, 50), rates=(0.1,)), "no rate measured stays surely within 5 % of dense"),
     (make_record(rates=(0.1, 0.2)), "does not fall below half of dense up to rate 0.2"),
     (make_record(clip=(80, 79, None, 10), rates=(0.1, 0.2, 0.3)), "Collapse: clip_score is not finite at rate 0.2"),
-    (make_record(rates=()), "No rate has been measured yet"),
+    (make_record(images=4), "it cannot be said of 4 samples, an interval takes 5 or more"),
+    (make_record(rates=()), "no rate has been measured yet"),
 ], ids=lambda x: x[:30] if isinstance(x, str) else "")
 def test_the_summary_claims_no_more_than_was_measured(record, words):
-    assert words in flat(plots.summary(record))
+    assert words in flat(summaries.summary(record))
 
 
-def test_the_comparison_names_the_best_at_each_rate_ties_and_reach():
-    lines = [line.strip() for line in plots.comparison_summary([make_record(name) for name in CLIP]).splitlines()]
-    assert "0.1  magnitude and iterative (tie)" in lines
+def test_the_comparison_names_the_best_at_each_rate_and_what_is_within_the_noise():
+    text = summaries.comparison_summary([make_record(name) for name in CLIP])
+    lines = [line.strip() for line in text.splitlines()]
+    assert "0.1  magnitude; iterative within the noise" in lines
     assert "0.5  iterative" in lines
-    assert "0.9  attention_heads, but all are below half of dense" in lines
-    assert "structured: none measured" in lines
-    assert "iterative: 0.5, 45.3 % of the parameters zeroed" in lines
-    assert "attention_heads: 0.2, 7.2 % of the parameters removed" in lines
+    assert "0.9  attention_heads; all are below half of dense" in lines
+    noisy = summaries.comparison_summary([make_record(name, noise=40) for name in CLIP])
+    assert "0.2  iterative; magnitude and attention_heads within the noise" in noisy
+    assert "structured pruning of shapes-unet: no rate measured stays surely within 5 %" in text
+    assert "iterative pruning of shapes-unet stays within 5 % of dense by clip_score up to rate 0.5" in flat(text)
+
+
+def test_other_noise_is_told_and_drawn_as_what_a_change_must_exceed(tmp_path):
+    record = make_record(rates=(0.1, 0.2))
+    plots.draw_metrics(record, tmp_path / "without.png")
+    record.notes["seed_spread"] = {"lpips_dense": 0.3, "clip_score": 0.8}
+    plots.draw_metrics(record, tmp_path / "with.png")
+    assert "Noise: clip_score 0.8, lpips_dense 0.3 is what the dense model has" in flat(summaries.summary(record))
+    assert (tmp_path / "without.png").read_bytes() != (tmp_path / "with.png").read_bytes()
 
 
 def with_gaps():
@@ -315,6 +359,17 @@ def test_compare_refuses_records_that_were_measured_differently(results):
     with pytest.raises(UserError, match="steps: 20 and 30"):
         visualize_results.main(["--results_dir", str(results), "--compare"])
     assert pictures(results) == []
+    visualize_results.main(["--results_dir", str(results), "--compare", "--force"])
+    assert len(pictures(results)) == 2
+    forced, alike = ((results / f"shapes-unet/{data}/comparison.txt").read_text() for data in ("shapes", "coco"))
+    assert "WARNING: steps: 20 and 30" in forced
+    assert "WARNING" not in alike
+
+
+def test_every_command_ends_with_how_far(results, capsys):
+    visualize_results.main(["--results_dir", str(results), "--tolerance", "0.1"])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("How far? structured pruning of shapes-unet stays within 10 % of dense")
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
