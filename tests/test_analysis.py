@@ -125,7 +125,10 @@ def test_per_image_values_are_behind_the_means(measured):
     for point in [record.dense, *record.points]:
         for name, values in point.per_image.items():
             assert len(values) == len(record.samples) == 4
-            assert np.mean(values) == pytest.approx(point.metrics[name], rel=1e-6, abs=1e-9)
+            if None not in values:  # equal images have no finite psnr
+                assert np.mean(values) == pytest.approx(point.metrics[name], rel=1e-6, abs=1e-9)
+            else:
+                assert (name, point.metrics[name]) == ("psnr_dense", None)
         assert set(point.per_image) == {name for name in METRICS if METRICS[name].per_image}
 
 
@@ -194,6 +197,39 @@ def test_noise_belongs_to_the_sample_alone():
     assert abs(together - other).max() > 50
 
 
+def test_noise_seeds_draw_each_sample_again_and_dense_is_compared_with_itself(tmp_path):
+    flags = ["--num_images", "5", "--rates", "0.4", "--metrics", "clip_score", "lpips_dense", "fid"]
+    one = sweep(tmp_path / "one", *flags)
+    three = sweep(tmp_path / "three", *flags, "--seeds", "3")
+    assert [len(three.points[0].per_image[name]) for name in ("clip_score", "lpips_dense")] == [15, 15]
+    for part in ("dense", "points"):  # the first seed is that of a run with one
+        first, again = (getattr(r, part) if part == "dense" else r.points[0] for r in (one, three))
+        assert first.per_image["clip_score"] == pytest.approx(again.per_image["clip_score"][:5], abs=1e-3)
+    assert one.notes["seed_spread"] == {}
+    spread = three.notes["seed_spread"]
+    assert spread["lpips_dense"] > three.points[0].metrics["lpips_dense"] > 0
+    assert spread["clip_score"] > 0
+    low, high = three.points[0].intervals["lpips_dense"]
+    assert low < three.points[0].metrics["lpips_dense"] < high
+
+
+def test_real_images_are_nearer_to_the_reference_than_what_a_ruined_model_draws(tmp_path):
+    record = sweep(tmp_path, "--num_images", "8", "--rates", "0.9")
+    for name in ("fid", "kid", "cmmd"):
+        assert record.notes["floors"][name] < record.points[0].metrics[name]
+
+
+def test_a_record_names_what_made_it(measured):
+    record, _ = measured
+    assert set(record.backbones) == {name for name in METRICS if METRICS[name].backbone}
+    for name in record.backbones.values():
+        assert re.search(r", \w+ [0-9a-f]{12}$", name), name  # a hash of the weights
+    assert record.settings["resize"] == captions.RESIZE_RULE
+    assert {"dtype", "device", "threads", "seed", "seeds", "denoiser"} <= set(record.settings)
+    [code] = record.notes["code"]
+    assert re.fullmatch(r"unknown|[0-9a-f]{12}( with changes)?", code)
+
+
 def test_an_image_that_is_not_finite_is_null_and_not_a_score(tmp_path, monkeypatch):
     pipelines = []
     load = models.load_pipeline
@@ -242,6 +278,8 @@ def test_a_pipeline_folder_is_a_model(tmp_path):
     (["--dataset", "cocoa"], "did you mean 'coco'"),
     (["--metrics", "clipscore"], "did you mean 'clip_score'"),
     (["--num_images", "0"], "1 or more"),
+    (["--seeds", "0"], "1 or more"),
+    (["--tolerance", "5"], "share between 0 and 1"),
     (["--num_images", "600"], "512"),
     (["--dataset", "coco", "--data_dir", "no/such/folder"], "no/such/folder"),
     (["--dataset", "flickr8k"], "--data_dir"),

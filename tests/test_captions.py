@@ -18,7 +18,15 @@ import pytest
 from PIL import Image
 
 from pruning import UserError, captions
-from pruning.captions import DATASETS, fit_image, load_originals, load_samples, reference_samples, training_captions
+from pruning.captions import (
+    DATASETS,
+    fit_image,
+    load_originals,
+    load_samples,
+    other_samples,
+    reference_samples,
+    training_captions,
+)
 from pruning.shapes import scenes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -167,6 +175,19 @@ def test_fid_reference_is_the_reference_scenes_or_the_originals(tmp_path):
     assert reference[7].open_image().tobytes() == scenes.render(scenes.scene("reference", 7)).tobytes()
     photos, _ = load_samples("coco", 3, 0, coco_folder(tmp_path))
     assert reference_samples("coco", photos) == photos
+
+
+def test_as_many_other_real_images_are_those_that_are_there_and_not_of_the_reference(tmp_path):
+    samples, _ = load_samples("shapes", 3)
+    assert other_samples("shapes", samples) == samples  # which the reference scenes have none of
+    folder = coco_folder(tmp_path)
+    photos, _ = load_samples("coco", 5, 0, folder)
+    others = other_samples("coco", photos, 0, folder)
+    assert len({sample.id for sample in others} - {sample.id for sample in photos}) == 5
+    (folder / "val2017" / others[0].id).unlink()
+    assert others[0] not in other_samples("coco", photos, 0, folder)
+    half, _ = load_samples("coco", 7, 0, folder)
+    assert other_samples("coco", half, 0, folder) == []  # there are but twelve
 
 
 # ---------------------------------------------------------------- training captions

@@ -88,7 +88,7 @@ def test_the_tables_load_without_torch():
     code = ("import sys; from pruning.metrics import METRICS, BACKBONES; "
             "print(*METRICS); print(*{'torch', 'torchvision', 'transformers', 'lpips'} & set(sys.modules))")
     out = subprocess.run([sys.executable, "-c", code], cwd=str(ROOT), check=True, stdout=subprocess.PIPE)
-    assert out.stdout.decode().split() == ["clip_score", "fid", "lpips", "lpips_dense", "generation_time"]
+    assert out.stdout.decode().split() == list(METRICS)
 
 
 def test_every_metric_has_a_direction_and_a_named_backbone_of_each_kind():
@@ -99,7 +99,7 @@ def test_every_metric_has_a_direction_and_a_named_backbone_of_each_kind():
     for kind, names in BACKBONES.items():
         assert set(names) == needed == set(FAMILIES)
         assert all(name.startswith(f"{kind} ") for name in names.values())
-    assert METRICS["generation_time"][1:] == ("lower", False, "s/image", None)
+    assert METRICS["generation_time"][1:] == ("lower", False, "s/image", None, None)
 
 
 # ---------------------------------------------------------------- loading
@@ -266,7 +266,7 @@ def exact(n, mean, std, seed=0):
 def test_fid_of_equal_sets_is_zero(n, d):
     x = gaussian(n, d)
     shuffled = x[np.random.RandomState(1).permutation(n)]
-    assert 0 <= metrics.fid(x, shuffled) < 1e-8 * np.trace(np.cov(x.T))
+    assert 0 <= metrics.fid(x, shuffled).value < 1e-8 * np.trace(np.cov(x.T))
 
 
 @pytest.mark.parametrize("n", [6, 300])
@@ -278,7 +278,8 @@ def test_fid_is_the_closed_form_for_diagonal_gaussians(n, means, stds):
     mean, other = map(np.array, means)
     std, wide = map(np.array, stds)
     expected = np.sum((mean - other) ** 2) + np.sum((std - wide) ** 2)
-    assert metrics.fid(exact(n, mean, std), exact(n + 1, other, wide, seed=1)) == pytest.approx(expected, rel=1e-9)
+    distance = metrics.fid(exact(n, mean, std), exact(n + 1, other, wide, seed=1))
+    assert distance.value == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize(("n", "m"), [(40, 40), (40, 300), (300, 400)])
@@ -297,7 +298,7 @@ def test_fid_is_that_of_torchmetrics(n, m):
     judge = FrechetInceptionDistance(feature=Pixels())
     judge.update(torch.from_numpy(images), real=False)
     judge.update(torch.from_numpy(others), real=True)
-    ours = metrics.fid(images.reshape(n, -1).astype(np.float64), others.reshape(m, -1).astype(np.float64))
+    ours = metrics.fid(images.reshape(n, -1).astype(np.float64), others.reshape(m, -1).astype(np.float64)).value
     assert ours == pytest.approx(judge.compute().item(), rel=1e-4)
     assert ours > 100
 
@@ -313,13 +314,13 @@ def test_fid_through_the_network_is_that_of_torchmetrics(networks):
     rows = [metrics.image_features(networks["features"], x) for x in (others, images)]
     assert rows[0].dtype == np.float64
     assert rows[0].shape == (80, 64)
-    assert metrics.fid(*rows) == pytest.approx(judge.compute().item(), rel=1e-4)
+    assert metrics.fid(*rows).value == pytest.approx(judge.compute().item(), rel=1e-4)
 
 
 def fid_by_noise(network):
     _, images = drawn(48)
     reference = metrics.image_features(network, images)
-    return [metrics.fid(metrics.image_features(network, noisy(images, level)), reference)
+    return [metrics.fid(metrics.image_features(network, noisy(images, level)), reference).value
             for level in (0, 0.05, 0.15, 0.4)]
 
 
@@ -338,12 +339,12 @@ def test_fid_rises_with_noise_bundled(bundled):
 def test_fid_of_unseen_scenes_is_far_below_that_of_noisy_ones_bundled(bundled):
     reference, same, spoilt = (metrics.image_features(bundled["features"], images) for images in (
         drawn(192)[1], drawn(192, first=192)[1], noisy(drawn(192, first=192)[1], 0.1)))
-    assert 10 * metrics.fid(same, reference) < metrics.fid(spoilt, reference)
+    assert 10 * metrics.fid(same, reference).value < metrics.fid(spoilt, reference).value
 
 
 @pytest.mark.parametrize("sizes", [(1, 20), (20, 1)])
 def test_fid_of_a_single_image_is_nan(sizes):
-    assert np.isnan(metrics.fid(*(gaussian(n, 4) for n in sizes)))
+    assert np.isnan(metrics.fid(*(gaussian(n, 4) for n in sizes)).value)
 
 
 def test_features_see_signed_pixels_at_the_size_of_training(networks, weights):
@@ -394,6 +395,101 @@ def test_inception_features_are_those_of_torchmetrics_and_come_from_the_hub_cach
     assert features.shape == (2, 2048)
     assert features == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert np.abs(expected[0] - expected[1]).max() > 1e-4
+
+
+# ---------------------------------------------------------------- kernel distances
+
+def test_kid_through_the_network_is_that_of_torchmetrics(networks):
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    _, images = drawn(60)
+    others = noisy(images, 0.2)
+    judge = KernelInceptionDistance(feature=networks["features"], subsets=1, subset_size=60)
+    judge.update(torch.from_numpy(images).permute(0, 3, 1, 2), real=True)
+    judge.update(torch.from_numpy(others).permute(0, 3, 1, 2), real=False)
+    ours = metrics.kid(*(metrics.image_features(networks["features"], x) for x in (others, images)))
+    assert ours.value == pytest.approx(1000 * judge.compute()[0].item(), rel=1e-4)
+
+
+def test_kernel_distances_are_their_sums_over_all_pairs():
+    x, y = gaussian(7, 3), gaussian(9, 3, seed=1)
+    kernels = {metrics.kid: lambda a, b: (a @ b / 3 + 1) ** 3,
+               metrics.cmmd: lambda a, b: np.exp(-np.sum((a - b) ** 2) / (2 * 10 ** 2))}
+    for distance, kernel in kernels.items():
+        within = [np.mean([kernel(a, b) for i, a in enumerate(s) for j, b in enumerate(s) if i != j]) for s in (x, y)]
+        between = np.mean([kernel(a, b) for a in x for b in y])
+        assert distance(x, y).value == pytest.approx(1000 * (sum(within) - 2 * between), rel=1e-9)
+
+
+@pytest.mark.parametrize("distance", [metrics.kid, metrics.cmmd])
+def test_kernel_distances_are_unbiased_at_few_images_and_their_intervals_cover(distance):
+    """Sets of one distribution, where FID is far from 0."""
+    rng, found = np.random.RandomState(0), []
+    for _ in range(300):
+        found.append(distance(rng.normal(size=(12, 6)), rng.normal(size=(40, 6))))
+    values = np.array([d.value for d in found])
+    assert abs(values.mean()) < 4 * values.std() / np.sqrt(len(values))
+    assert values.min() < 0
+    assert np.mean([low <= 0 <= high for low, high in (d.interval for d in found)]) >= 0.9
+    near, far = (distance(rng.normal(size=(30, 6)), shift + rng.normal(size=(40, 6))) for shift in (0, 1))
+    assert near.interval[1] < far.interval[0]
+
+
+def test_a_jackknife_interval_is_as_wide_as_the_estimate_scatters():
+    rng = np.random.RandomState(0)
+    pairs = [(rng.normal(size=(40, 4)) + 0.5, rng.normal(size=(60, 4))) for _ in range(200)]
+    found = [metrics.kid(*pair) for pair in pairs]
+    scatter = np.std([d.value for d in found])
+    widths = [(d.interval[1] - d.interval[0]) / (2 * 2.02) for d in found]
+    assert np.median(widths) == pytest.approx(scatter, rel=0.25)
+
+
+@pytest.mark.parametrize("distance", [metrics.kid, metrics.cmmd])
+def test_kernel_distances_claim_nothing_of_too_few_images(distance):
+    assert np.isnan(distance(gaussian(1, 4), gaussian(20, 4)).value)
+    assert distance(gaussian(4, 4), gaussian(20, 4)).interval is None
+
+
+# ---------------------------------------------------------------- SSIM and PSNR
+
+def test_ssim_and_psnr_are_those_of_torchmetrics():
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+    _, images = drawn(5)
+    others = noisy(images, 0.1)
+    pair = [torch.from_numpy(x).permute(0, 3, 1, 2).double() for x in (images, others)]
+    expected = structural_similarity_index_measure(*pair, data_range=255.0, reduction="none").numpy()
+    assert metrics.ssim(images, others) == pytest.approx(expected, rel=1e-6)
+    assert metrics.ssim(images, others, batch_size=2) == pytest.approx(expected, rel=1e-6)
+    expected = peak_signal_noise_ratio(*pair, data_range=255.0, reduction="none", dim=(1, 2, 3)).numpy()
+    assert metrics.psnr(images, others) == pytest.approx(expected, rel=1e-5)
+
+
+def test_equal_images_have_ssim_1_and_no_finite_psnr():
+    _, images = drawn(2)
+    assert metrics.ssim(images, images) == pytest.approx(1)
+    assert np.all(np.isinf(metrics.psnr(images, images)))
+
+
+# ---------------------------------------------------------------- what a point holds
+
+def test_intervals_are_of_the_paired_difference_to_dense():
+    """Images that differ widely and all lose 2 have lost 2 for sure."""
+    dense = {"clip_score": list(np.random.RandomState(0).normal(80, 10, size=20))}
+    lost = np.array(dense["clip_score"]) - 2 + np.random.RandomState(1).normal(0, 0.1, size=20)
+    means, per_image, intervals = metrics.summarise({"clip_score": lost}, np.ones(20, bool), dense)
+    low, high = intervals["clip_score"]
+    assert -2.2 < low < -2 < high < -1.8
+    assert means["clip_score"] == pytest.approx(np.mean(per_image["clip_score"]))
+
+
+def test_a_set_with_an_image_that_does_not_exist_has_no_mean_and_no_interval():
+    finite = np.array([True] * 6 + [False])
+    values = {"lpips_dense": np.arange(7.0), "kid": metrics.Distance(1.0, (0.0, 2.0)), "generation_time": 0.5}
+    means, per_image, intervals = metrics.summarise(values, finite, None)
+    assert np.isnan([means["lpips_dense"], means["kid"], per_image["lpips_dense"][-1]]).all()
+    assert means["generation_time"] == 0.5
+    assert intervals == {"lpips_dense": None, "kid": None}
 
 
 # ---------------------------------------------------------------- LPIPS

@@ -36,8 +36,8 @@ def make_record(method="magnitude", rates=RATES, clip=None, images=32, model="sh
         fallen = 1 - (score or 0) / 83.0
         taken = round(4_800_000 * rate)
         kept = 5_300_628 - (0 if method in MASKS else round(0.4 * taken))
-        metrics = {"clip_score": score, "kid": 90 * fallen, "fid": 14 + 260 * fallen ** 2 + 6 * rate, "lpips": 0.42 + 0.3 * fallen,
-                   "lpips_dense": 0.55 * math.sqrt(max(rate, 0) * max(fallen, 0.05)),
+        metrics = {"clip_score": score, "kid": 90 * fallen, "fid": 14 + 260 * fallen ** 2 + 6 * rate,
+                   "lpips": 0.42 + 0.3 * fallen, "lpips_dense": 0.55 * math.sqrt(max(rate, 0) * max(fallen, 0.05)),
                    "generation_time": 0.171 * (kept / 5_300_628) ** 0.5 + 0.002 * math.sin(31 * rate)}
         per_image = {name: [None if metrics[name] is None else metrics[name] + x * scale for x in of_images]
                      for name, scale in (("clip_score", 1.0), ("lpips", 0.01), ("lpips_dense", 0.01 * (rate > 0)))}
@@ -66,7 +66,8 @@ def make_record(method="magnitude", rates=RATES, clip=None, images=32, model="sh
         backbones={"clip_score": "bundled shapes-clip", "fid": "bundled shapes-squeezenet (64 outputs)",
                    "lpips": "bundled shapes-squeezenet (unweighted)",
                    "lpips_dense": "bundled shapes-squeezenet (unweighted)"},
-        notes={"reference_images": 2048, "floors": {"fid": 1.5, "kid": 0.2}, "fid_feature_size": 64, "captions_truncated": 0, "captions_skipped": 0},
+        notes={"reference_images": 2048, "floors": {"fid": 1.5, "kid": 0.2}, "fid_feature_size": 64,
+               "captions_truncated": 0, "captions_skipped": 0},
         versions={"python": "3.11.7", "torch": "2.15.0", "diffusers": "0.42.0", "transformers": "5.23.0"},
         dense=points[0], points=points[1:])
 

@@ -40,8 +40,8 @@ def make_record(rates=(0.1, 0.2), images=3):
     return Record(
         model="shapes-unet", dataset="shapes", method="magnitude",
         samples=[{"id": f"prompts-{i:05d}", "caption": f"a [red  cross] and {i}"} for i in range(images)],
-        settings={"seed": 0, "seeds": 1, "steps": 20, "guidance_scale": 4.0, "device": "cpu", "metrics": ["clip_score", "fid"],
-                  "scope": "layer"},
+        settings={"seed": 0, "seeds": 1, "steps": 20, "guidance_scale": 4.0, "device": "cpu",
+                  "metrics": ["clip_score", "fid"], "scope": "layer"},
         backbones={"clip_score": "bundled shapes-clip", "fid": "bundled shapes-squeezenet"},
         notes={"reference_images": 2048}, versions={"python": "3.11.7", "torch": "2.15.0"},
         dense=make_point(0.0, images), points=[make_point(rate, images) for rate in rates])
