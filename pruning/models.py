@@ -274,6 +274,14 @@ def fingerprint(module) -> str:
     return f"{type(module).__name__} {digest.hexdigest()[:12]}"
 
 
+def fingerprint_rest(pipeline) -> str:
+    """A hash of the weights of all that the pipeline has beside its denoiser."""
+    import torch
+    parts = sorted((name, fingerprint(part)) for name, part in pipeline.components.items()
+                   if isinstance(part, torch.nn.Module) and name != denoiser_name(pipeline))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
+
 def machine(device: str) -> Dict[str, Any]:
     """What computes, for the record."""
     import torch

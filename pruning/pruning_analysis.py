@@ -18,21 +18,33 @@ import math
 import shutil
 import subprocess
 import time
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Dict, List, Optional
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from pruning import UserError, captions, command, costs, findings, methods, metrics, models, plots, records, saving
+from pruning import (
+    UserError,
+    captions,
+    command,
+    costs,
+    findings,
+    kept,
+    methods,
+    metrics,
+    models,
+    plots,
+    records,
+    saving,
+)
 from pruning.captions import DATASETS
 from pruning.methods import METHODS
 from pruning.metrics import BACKBONES, DISTANCES, METRICS
 from pruning.summaries import answer
 
 RATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-STAGES = ("prune", "generate", "time", "measure")  # of a point, in this order
 RECOVERY_IMAGES = 128  # dense images whose denoiser calls the iterative method trains on
 
 
@@ -52,30 +64,28 @@ class Experiment:
     samples: List[captions.Sample]  # those of the record, once for each noise seed
     originals: np.ndarray  # uint8 (n, size, size, 3), as all arrays below a row a sample
     networks: Dict[str, Any]  # family of backbones -> its network
+    earlier: Optional[records.Record]  # which an earlier run left and `record` goes on with
     caption_embeddings: Optional[np.ndarray] = None  # (n, d)
     reference: Dict[str, np.ndarray] = field(default_factory=dict)  # backbone -> its features of real images (m, d)
     dense_images: Optional[np.ndarray] = None  # uint8 (n, size, size, 3), made by the point at rate 0
+    call: Optional[dict] = None  # keyword arguments of a denoiser call for a batch, and for one image
+    single_call: Optional[dict] = None
 
 
-def run_pruning_experiment(experiment: Experiment, rate: float, on_batch=None) -> records.Point:
-    """Measure one point: prune the dense denoiser to `rate`, make the images, score them. Rate 0 is the dense model."""
-    pipeline, samples = experiment.pipeline, experiment.samples
-    clock = [time.perf_counter()]
-    denoiser, pruned = pruned_copy(experiment, rate)
-    experiment.record.notes["left_out"] = pruned.left_out
-    counted = costs.count_parameters(denoiser)
-    use(experiment, denoiser)
-    clock.append(time.perf_counter())
+def run_pruning_experiment(experiment: Experiment, rate: float, on_batch=None, measured=None) -> records.Point:
+    """Measure one point: prune the dense denoiser to `rate`, make the images, score them. Rate 0 is the dense model.
 
-    call, counted_call = warm_up(experiment, denoiser)
-    made = models.generate(pipeline, samples, on_batch=on_batch, **experiment.sampling)
-    images = made.pixels
+    measured: the point as an earlier run left it, where only metrics are missing; its images are taken from disk.
+    """
+    drawn = None if measured is None else kept_images(experiment, rate)
+    if drawn is None:
+        measured, drawn = prune_and_draw(experiment, rate, on_batch)
+    elif on_batch:
+        on_batch(len(drawn.pixels))
+    started = time.perf_counter()
+
+    images = drawn.pixels
     dense_images = images if rate == 0 else experiment.dense_images
-    clock.append(time.perf_counter())
-
-    seconds = time_costs(experiment, denoiser, call)
-    clock.append(time.perf_counter())
-
     clip, features, perceptual = (experiment.networks.get(family) for family in ("clip", "features", "lpips"))
     embedded = functools.lru_cache(None)(lambda: metrics.embed_images(clip, images))
     featured = functools.lru_cache(None)(lambda: metrics.image_features(features, images))
@@ -88,23 +98,83 @@ def run_pruning_experiment(experiment: Experiment, rate: float, on_batch=None) -
         "lpips_dense": lambda: metrics.lpips(perceptual, images, dense_images),
         "ssim_dense": lambda: metrics.ssim(images, dense_images),
         "psnr_dense": lambda: metrics.psnr(images, dense_images),
-        "generation_time": lambda: made.seconds_each,
+        "generation_time": lambda: drawn.seconds_each,
     }
     values = {name: measure[name]() for name in experiment.record.settings["metrics"]}
     dense = experiment.record.dense.per_image if rate else None
-    means, per_image, intervals = metrics.summarise(values, made.finite, dense, experiment.record.settings["seeds"])
+    means, per_image, intervals = metrics.summarise(values, drawn.finite, dense, experiment.record.settings["seeds"])
     if rate == 0:
+        experiment.dense_images = images
         experiment.record.notes["seed_spread"] = seed_spread(experiment, images, per_image)
-    clock.append(time.perf_counter())
+    return replace(measured, metrics=means, intervals=intervals, per_image=per_image,
+                   seconds={**measured.seconds, "measure": round(time.perf_counter() - started, 3)})
 
-    save_images(images, images_folder(experiment, rate))
-    experiment.dense_images = dense_images
+
+def prune_and_draw(experiment: Experiment, rate: float, on_batch=None):
+    """A point without its metrics, and its images: prune, make what is not on disk, time the denoiser beside dense."""
+    clock = [time.perf_counter()]
+    denoiser, pruned = pruned_copy(experiment, rate)
+    experiment.record.notes["left_out"] = pruned.left_out
+    counted = costs.count_parameters(denoiser)
+    use(experiment, denoiser)
+    clock.append(time.perf_counter())
+    counted.update(warm_up(experiment, denoiser))
+    clock.append(time.perf_counter())
+    drawn = make_images(experiment, rate, on_batch)
+    clock.append(time.perf_counter())
+    timed = time_costs(experiment, denoiser, drawn.seconds_each)
+    clock.append(time.perf_counter())
+    prune, warm, generate, timing = np.diff(clock)
     return records.Point(
         rate=rate, sparsity=pruned.taken / pruned.total, unit=pruned.unit, units_total=pruned.total,
-        units_asked=pruned.asked, units_taken=pruned.taken, **counted, **counted_call, **seconds,
-        image_seconds=made.seconds_each,
-        metrics=means, intervals=intervals, per_image=per_image,
-        seconds=dict(zip(STAGES, np.diff(clock).round(3).tolist())))
+        units_asked=pruned.asked, units_taken=pruned.taken, **counted, **timed, metrics={}, intervals={}, per_image={},
+        seconds={"prune": round(prune, 3), "generate": round(generate, 3), "time": round(warm + timing, 3)}), drawn
+
+
+def make_images(experiment: Experiment, rate: float, on_batch=None) -> models.Images:
+    """The images of a point, by whole batches, as they were made or are made now; each is kept once it is there."""
+    samples, size = experiment.samples, experiment.sampling["batch_size"]
+    for start in range(0, len(samples), size):
+        batch = range(start, min(start + size, len(samples)))
+        if None in [kept_image(experiment, rate, index) for index in batch]:
+            made = models.generate(experiment.pipeline, [samples[index] for index in batch], **experiment.sampling)
+            for index, pixels, finite in zip(batch, made.pixels, made.finite):
+                kept.save(kept.Made(pixels, bool(finite), made.seconds_each), image_file(experiment, rate, index),
+                            made_by(experiment, rate, samples[index]))
+        if on_batch:
+            on_batch(len(batch))
+    return kept_images(experiment, rate)
+
+
+def kept_images(experiment: Experiment, rate: float) -> Optional[models.Images]:
+    """The images of a point from disk, None where one is missing or was made otherwise."""
+    found = [kept_image(experiment, rate, index) for index in range(len(experiment.samples))]
+    if None in found:
+        return None
+    pixels, finite, seconds = zip(*found)
+    return models.Images(np.stack(pixels), np.array(finite), float(np.mean(seconds)))
+
+
+def kept_image(experiment: Experiment, rate: float, index: int) -> Optional[kept.Made]:
+    """An image of a point from disk, None where it is missing or was made otherwise."""
+    return kept.load(image_file(experiment, rate, index), made_by(experiment, rate, experiment.samples[index]))
+
+
+def image_file(experiment: Experiment, rate: float, index: int) -> Path:
+    """Where an image of a point lies, as plots finds it."""
+    method = experiment.record.method
+    return experiment.folder / "images" / method / findings.rate_folder(rate) / kept.file_name(index)
+
+
+def made_by(experiment: Experiment, rate: float, sample: captions.Sample) -> str:
+    """The hash of all that decides the pixels of an image."""
+    settings, versions = experiment.record.settings, experiment.record.versions
+    sampled = {name: settings[name] for name in (
+        "steps", "guidance_scale", "image_size", "dtype", "compile", "offload", "device", "pipeline", "denoiser")}
+    packages = {name: versions[name] for name in ("torch", "diffusers", "transformers")}
+    pruned = origin(experiment, rate) if rate else {}
+    return kept.made_by(**sampled, **packages, pruned=pruned, sample=sample.id, caption=sample.caption,
+                          noise=settings["seed"] + sample.repeat)
 
 
 def seed_spread(experiment: Experiment, images: np.ndarray, per_image: dict) -> Dict[str, float]:
@@ -148,33 +218,39 @@ def take_back(experiment: Experiment) -> None:
     experiment.dense.to("cpu")
 
 
-def warm_up(experiment: Experiment, denoiser):
-    """Make all ready to be timed: the arguments of a denoiser call for a batch, and what a call costs in counts."""
+def warm_up(experiment: Experiment, denoiser) -> Dict[str, int]:
+    """Make all ready to be timed, which also tells what a call of the denoiser costs in counts."""
     samples, sampling = experiment.samples, experiment.sampling
-    batch = sampling["batch_size"]
-    call = models.first_call(experiment.pipeline, samples[:batch], **sampling)
-    one = models.first_call(experiment.pipeline, samples[:1], **sampling)
-    counted = {"macs": costs.count_macs(denoiser, one), "peak_bytes": costs.peak_bytes(denoiser, one)}
+    if experiment.call is None:  # what the pipeline passes is alike at every rate
+        batch = sampling["batch_size"]
+        experiment.call = models.first_call(experiment.pipeline, samples[:batch], **sampling)
+        experiment.single_call = models.first_call(experiment.pipeline, samples[:1], **sampling)
+    counts = {"macs": costs.count_macs(denoiser, experiment.single_call),
+              "peak_bytes": costs.peak_bytes(denoiser, experiment.single_call)}
     if experiment.compile:
         for part in (denoiser, experiment.dense):
             part.compile()
+        batch = sampling["batch_size"]
         for count in {min(batch, len(samples)), len(samples) % batch or batch}:  # each size is compiled apart
             models.generate(experiment.pipeline, samples[:count], **{**sampling, "steps": 1})
-    return call, counted
+    return counts
 
 
-def time_costs(experiment: Experiment, denoiser, call: dict) -> Dict[str, float]:
-    """Seconds of a denoiser call beside those of dense, taken in turn, and of an image of the dense model."""
-    sampling = experiment.sampling
+def time_costs(experiment: Experiment, denoiser, image_seconds: float) -> Dict[str, float]:
+    """Seconds of a denoiser call and of an image, each beside what it would have been with dense at that moment.
+
+    Calls are taken in turn. An image of the dense model is what it took when those were made, times what the dense
+    denoiser's call has become since, so that a busy machine slows both.
+    """
     place = (lambda denoiser: use(experiment, denoiser)) if experiment.offload else None
     dense = experiment.dense if experiment.offload else experiment.dense.to(experiment.device)
-    dense_seconds, seconds = costs.denoiser_seconds([dense, denoiser], call, place=place)
-    use(experiment, dense)
-    made = models.generate(experiment.pipeline, experiment.samples[:sampling["batch_size"]], **sampling)
+    dense_seconds, seconds = costs.denoiser_seconds([dense, denoiser], experiment.call, place=place)
     take_back(experiment)
     models.set_denoiser(experiment.pipeline, denoiser, "cpu" if experiment.offload else experiment.device)
-    return {"denoiser_seconds": seconds, "dense_denoiser_seconds": dense_seconds,
-            "dense_image_seconds": made.seconds_each}
+    before = experiment.record.dense
+    since = dense_seconds / before.dense_denoiser_seconds if before else 1.0
+    return {"denoiser_seconds": seconds, "dense_denoiser_seconds": dense_seconds, "image_seconds": image_seconds,
+            "dense_image_seconds": since * (before.image_seconds if before else image_seconds)}
 
 
 def prepare(args) -> Experiment:
@@ -187,7 +263,11 @@ def prepare(args) -> Experiment:
     dtype = args.dtype or ("float32" if device == "cpu" else "bfloat16")
     model = args.model or DATASETS[args.dataset].default_model
     kind = args.metric_backbones or DATASETS[args.dataset].backbones
-    families = {name: METRICS[name].backbone for name in args.metrics if METRICS[name].backbone}
+    path = own_path(args)
+    earlier = None if args.overwrite else earlier_record(path)
+    measured = earlier.settings["metrics"] if earlier else []
+    chosen = [name for name in METRICS if name in args.metrics or name in measured]  # all points have the same
+    families = {name: METRICS[name].backbone for name in chosen if METRICS[name].backbone}
     networks = {family: metrics.load_backbone(kind, family, device) for family in dict.fromkeys(families.values())}
     pipeline = models.load_pipeline(model, "cpu" if args.offload else device, dtype)
     dense = models.take_denoiser(pipeline)
@@ -201,22 +281,20 @@ def prepare(args) -> Experiment:
         model=models.label(model), dataset=args.dataset, method=args.method,
         samples=[{"id": sample.id, "caption": sample.caption} for sample in samples],
         settings={**sampling, **options, "seeds": args.seeds, "resize": captions.RESIZE_RULE,
-                  "metrics": list(args.metrics), "metric_backbones": kind,
-                  "denoiser": models.fingerprint(dense), "dtype": dtype, "compile": args.compile,
+                  "metrics": chosen, "metric_backbones": kind, "denoiser": models.fingerprint(dense),
+                  "pipeline": models.fingerprint_rest(pipeline), "dtype": dtype, "compile": args.compile,
                   "offload": args.offload, **models.machine(device)},
         backbones={name: f"{BACKBONES[kind][family]}, {weights[family]}" for name, family in families.items()},
         notes={"captions_skipped": skipped, "code": [code_version()]}, versions=models.versions(),
         dense=None, points=[])
-    path = records.record_path(args.results_dir, record.model, record.dataset, record.method)
-    if path.exists() and not args.overwrite:
-        record = continued(path, record)
-
+    if earlier:
+        record = continued(earlier, record, path)
     experiment = Experiment(
         record=record, folder=path.parent, pipeline=pipeline, dense=dense, device=device,
         offload=args.offload, compile=args.compile, options=options, sampling=sampling,
         samples=[sample._replace(repeat=repeat) for repeat in range(args.seeds) for sample in samples],
         originals=np.tile(captions.load_originals(samples, sampling["image_size"]), (args.seeds, 1, 1, 1)),
-        networks=networks)
+        networks=networks, earlier=earlier)
     if "clip_score" in families:
         experiment.caption_embeddings, record.notes["captions_truncated"] = metrics.embed_captions(
             networks["clip"], [sample.caption for sample in experiment.samples])
@@ -272,15 +350,27 @@ def code_version() -> str:
         return "unknown"
 
 
-def continued(path: Path, record: records.Record) -> records.Record:
-    """The record at `path`, where it was measured as `record` would be; else a UserError that names the differences."""
-    earlier = records.read_record(path)
-    differences = records.protocol_differences(earlier, record, with_method=True)
+def earlier_record(path: Path) -> Optional[records.Record]:
+    """The record at `path`, None where there is none. A broken file is set aside under another name."""
+    try:
+        return records.read_record(path) if path.exists() else None
+    except records.BrokenRecordError as error:
+        print(f"{error}; {kept.set_aside(path)}, and measured again from the images", file=sys.stderr)
+        return None
+
+
+def continued(earlier: records.Record, record: records.Record, path: Path) -> records.Record:
+    """What was measured earlier, for `record` to go on with; a UserError names what differs in the measuring.
+
+    Metrics may differ: those that it lacks are measured on its images.
+    """
+    differences = records.protocol_differences(earlier, record, continuing=True)
     if differences:
         raise UserError(f"{path} was measured otherwise ({'; '.join(differences)}): "
                         "use the same settings, another --results_dir, or --overwrite to start afresh")
-    earlier.notes["code"] = list(dict.fromkeys([*earlier.notes.get("code", []), *record.notes["code"]]))
-    return earlier
+    code = list(dict.fromkeys([*earlier.notes.get("code", []), *record.notes["code"]]))
+    return replace(record, dense=earlier.dense, points=earlier.points,
+                   notes={**earlier.notes, **record.notes, "code": code})
 
 
 def add_recovery(experiment: Experiment, args) -> None:
@@ -304,44 +394,85 @@ def walk_file(experiment: Experiment) -> Path:
 def sweep(args) -> Path:
     """Measure the dense model and every rate that the record lacks, then draw. Returns the record's path."""
     experiment = prepare(args)
-    record, count = experiment.record, len(experiment.samples)
-    path = records.record_path(args.results_dir, record.model, record.dataset, record.method)
-    if record.dense is None:  # afresh: no image of an earlier run stays beside the new ones
-        shutil.rmtree(images_folder(experiment, 0).parent, ignore_errors=True)
-    measured = {point.rate: point for point in record.points}
-    folders = saved_folders(args)
-    unsaved = [rate for rate in folders if not saving.is_saved(folders[rate], origin(experiment, rate))]
-    todo: List[Optional[float]] = [rate for rate in args.rates if rate not in measured or rate in unsaved]
-    if set(todo) - set(measured):
-        experiment.dense_images = load_images(images_folder(experiment, 0), count)
-    if record.dense is None or (set(todo) - set(measured) and experiment.dense_images is None):
-        todo = [None, *todo]  # the dense model first
-    if todo and METHODS[record.method].recovers:
-        add_recovery(experiment, args)
-    try:
-        with tqdm(total=len(set(todo) - set(measured)) * count, unit="image", disable=not todo) as bar:
-            for rate in todo:
-                bar.set_description("dense" if rate is None else f"{record.method} {rate:g}")
-                if rate in measured:  # by an earlier run that did not save it
-                    use(experiment, pruned_copy(experiment, rate)[0])
-                    save_pruned(experiment, folders[rate], measured[rate])
-                    continue
-                point = run_pruning_experiment(experiment, rate or 0.0, on_batch=bar.update)
-                if rate is not None:
-                    record.points = sorted([*record.points, point], key=lambda p: p.rate)
-                elif record.dense is None:
-                    record.dense = point
-                records.write_record(record, path)
-                if rate in unsaved:
-                    save_pruned(experiment, folders[rate], point)
-        if findings.left_out(record):
-            print(findings.left_out(record), file=sys.stderr)
-        if walk_file(experiment).exists():
-            walk_file(experiment).unlink()
-    finally:
-        if record.points:  # also after Ctrl-C: what is finished is worth a look
-            plots.draw_all(record, experiment.folder, experiment.folder / "images", args.tolerance)
+    path = own_path(args)
+    with kept.only_writer(path):
+        if args.overwrite:  # no image of an earlier run stays beside the new ones
+            shutil.rmtree(image_file(experiment, 0.0, 0).parents[1], ignore_errors=True)
+        elif earlier_record(path) != experiment.earlier:
+            raise UserError(f"{path} was written by another process meanwhile: give the same command again")
+        try:
+            measure_all(experiment, args, path)
+        finally:
+            if experiment.record.points:  # also after Ctrl-C: what is finished is worth a look
+                plots.draw_all(experiment.record, experiment.folder, experiment.folder / "images", args.tolerance)
+            if args.discard_images:
+                discard_images(experiment)
+    if findings.left_out(experiment.record):
+        print(findings.left_out(experiment.record), file=sys.stderr)
     return path
+
+
+def measure_all(experiment: Experiment, args, path: Path) -> None:
+    """Measure what the record lacks, metrics of its points and points, and write it after each."""
+    record, folders = experiment.record, saved_folders(args)
+    known = {point.rate: point for point in (record.dense, *record.points) if point}
+    lacking = any(set(point.metrics) != set(record.settings["metrics"]) for point in known.values())
+    unsaved = [rate for rate in folders if not saving.is_saved(folders[rate], origin(experiment, rate))]
+    missing = [rate for rate in args.rates if rate not in known]
+    again = [0.0, *(point.rate for point in record.points)] if lacking else []
+    if not (missing or again or unsaved):
+        return
+    if missing and not again:
+        drawn = kept_images(experiment, 0.0) if record.dense else None
+        experiment.dense_images = None if drawn is None else drawn.pixels
+        again = [0.0] if drawn is None else []
+    recovers = METHODS[record.method].recovers
+    if recovers and (missing or unsaved or any(kept_images(experiment, rate) is None for rate in again if rate)):
+        add_recovery(experiment, args)
+
+    with tqdm(total=len([*again, *missing]) * len(experiment.samples), unit="image",
+              disable=not (again or missing)) as bar:
+        def measured(rate):
+            bar.set_description(f"{record.method} {rate:g}" if rate else "dense")
+            return run_pruning_experiment(experiment, rate, on_batch=bar.update, measured=known.get(rate))
+
+        scored = []
+        for rate in again:
+            if rate:
+                scored.append(measured(rate))
+            else:
+                record.dense = measured(rate)
+        if lacking:  # at once, as all points have the same metrics
+            record.points = scored
+        if again:
+            records.write_record(record, path)
+        for rate in sorted({*missing, *unsaved}):
+            if rate in known:  # by an earlier run that did not save it
+                use(experiment, pruned_copy(experiment, rate)[0])
+            else:
+                known[rate] = measured(rate)
+                record.points = sorted([*record.points, known[rate]], key=lambda point: point.rate)
+                records.write_record(record, path)
+            if rate in unsaved:
+                save_pruned(experiment, folders[rate], known[rate])
+            if args.discard_images:
+                discard_images(experiment, rate)
+    if walk_file(experiment).exists():
+        walk_file(experiment).unlink()
+
+
+def discard_images(experiment: Experiment, *rates: float) -> None:
+    """Delete the images of these rates, or of all and dense, that no figure shows."""
+    for rate in rates or (0.0, *(point.rate for point in experiment.record.points)):
+        for index in range(plots.ROWS, len(experiment.samples)):
+            with suppress(FileNotFoundError):
+                image_file(experiment, rate, index).unlink()
+
+
+def own_path(args) -> Path:
+    """Where the record of these arguments lives."""
+    model = args.model or DATASETS[args.dataset].default_model
+    return records.record_path(args.results_dir, models.label(model), args.dataset, args.method)
 
 
 def saved_folders(args) -> Dict[float, Path]:
@@ -367,30 +498,6 @@ def save_pruned(experiment: Experiment, folder: Path, point: records.Point) -> N
     measured = {name: value for name, value in asdict(point).items() if name not in ("per_image", "seconds")}
     saving.save(experiment.pipeline, models.denoiser_name(experiment.pipeline), folder, sampling,
                 origin(experiment, point.rate), measured)
-
-
-def images_folder(experiment: Experiment, rate: float) -> Path:
-    """Where the images of a point lie, as plots finds them."""
-    return experiment.folder / "images" / experiment.record.method / findings.rate_folder(rate)
-
-
-def save_images(images: np.ndarray, folder: Path) -> None:
-    """Write images as 0000.png, 0001.png, …; the folder appears only when whole."""
-    part = folder.with_name(folder.name + ".part")
-    for old in (part, folder):
-        shutil.rmtree(old, ignore_errors=True)
-    part.mkdir(parents=True)
-    for i, image in enumerate(images):
-        Image.fromarray(image).save(part / f"{i:04d}.png")
-    part.rename(folder)
-
-
-def load_images(folder: Path, count: int) -> Optional[np.ndarray]:
-    """The images that save_images wrote, or None where they are not all there."""
-    files = [folder / f"{i:04d}.png" for i in range(count)]
-    if not all(file.is_file() for file in files):
-        return None
-    return np.stack([np.asarray(captions.open_rgb(file)) for file in files])
 
 
 def add_arguments(parser: command.Parser) -> None:
@@ -433,6 +540,8 @@ def add_arguments(parser: command.Parser) -> None:
     command.add_tolerance(parser)
     parser.add_argument("--save_pruned", type=Path, metavar="DIR",
                         help="keep the pruned pipeline as a folder that --model takes; several rates: in DIR/RATE")
+    parser.add_argument("--discard_images", action="store_true",
+                        help="keep on disk only the images that the figure shows; later metrics make them again")
     parser.add_argument("--overwrite", action="store_true", help="start afresh where there is a record")
 
 

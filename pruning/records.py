@@ -21,6 +21,10 @@ from pruning.methods import METHODS
 SCHEMA_VERSION = 3
 
 
+class BrokenRecordError(UserError):
+    """A file that is no JSON at all: cut off, or never a record."""
+
+
 # What a value of the JSON may be: each kind of field says so in words for the error, and tests it.
 
 def _field(words, fits):
@@ -145,9 +149,9 @@ def read_record(path) -> Record:
     try:
         return _parse(json.loads(Path(path).read_bytes(), parse_constant=_no_constant))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
+        raise BrokenRecordError(f"{path} is not JSON: {error}") from None
     except RecursionError:
-        raise UserError(f"{path} is no record: it is nested too deeply") from None
+        raise BrokenRecordError(f"{path} is no record: it is nested too deeply") from None
     except ValueError as error:
         raise UserError(f"{path} is no record this program can read: {error}") from None
     except OSError as error:
@@ -296,20 +300,22 @@ def record_path(results_dir, model: str, dataset: str, method: str) -> Path:
     return Path(results_dir) / folder_name(model) / dataset / f"{method}.json"
 
 
-def protocol_differences(a: Record, b: Record, with_method: bool = False) -> List[str]:
+def protocol_differences(a: Record, b: Record, continuing: bool = False) -> List[str]:
     """How the measuring of two records differs, as 'steps: 20 and 30'; empty where they may share a figure.
 
-    The method and its options count only `with_method`, as they must for one record to continue another.
+    continuing: where b is to go on with a. The method and its options count then too, and which metrics does not.
     """
     pairs = {"model": (a.model, b.model), "dataset": (a.dataset, b.dataset)}
-    if with_method:
+    if continuing:
         pairs["method"] = (a.method, b.method)
-    options = {option for method in METHODS.values() for option in method.options}
+    left_out = {"metrics"} if continuing else {option for method in METHODS.values() for option in method.options}
     for part in ("settings", "backbones", "versions"):
         left, right = getattr(a, part), getattr(b, part)
         for name in {**left, **right}:
-            if part != "settings" or with_method or name not in options:
-                pairs[name if part == "settings" else f"{part}.{name}"] = (left.get(name), right.get(name))
+            if part == "settings" and name in left_out or part == "backbones" and continuing and not (
+                    name in left and name in right):
+                continue
+            pairs[name if part == "settings" else f"{part}.{name}"] = (left.get(name), right.get(name))
     differences = [f"{name}: {_shown(left)} and {_shown(right)}"
                    for name, (left, right) in pairs.items() if left != right]
     if a.samples != b.samples:

@@ -229,7 +229,7 @@ def test_a_model_without_a_name_is_refused(model):
 
 
 def test_equal_protocols_have_no_differences():
-    assert protocol_differences(make_record(), make_record(rates=(0.5,)), with_method=True) == []
+    assert protocol_differences(make_record(), make_record(rates=(0.5,)), continuing=True) == []
 
 
 @pytest.mark.parametrize(("change", "words"), [
@@ -253,5 +253,5 @@ def test_the_method_and_its_options_count_only_when_asked():
     other = make_record()
     other.method, other.settings["scope"] = "iterative", "global"
     assert protocol_differences(make_record(), other) == []
-    assert protocol_differences(make_record(), other, with_method=True) == [
+    assert protocol_differences(make_record(), other, continuing=True) == [
         "method: magnitude and iterative", "scope: layer and global"]
