@@ -5,6 +5,7 @@ a folder and a hub id take the same path.
 """
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import platform
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 import numpy as np
+from tqdm import tqdm
 
 from pruning import UserError, check_name, saving
 from pruning.costs import synchronize
@@ -182,22 +184,12 @@ class Images(NamedTuple):
 def generate(pipeline, samples, *, seed: int, steps: int, guidance_scale: float, image_size: int, batch_size: int,
              on_batch=None) -> Images:
     """Make one image a sample. `on_batch(count)` is told of every finished batch."""
-    # Without binning the size asked for is the size that is sampled; not every pipeline has it, or guidance.
-    options = {"guidance_scale": guidance_scale, "use_resolution_binning": False}
-    takes = inspect.signature(type(pipeline).__call__).parameters
-    options = {name: value for name, value in options.items() if name in takes}
     pixels, finite, seconds = [], [], 0.0
     for start in range(0, len(samples), batch_size):
         batch = samples[start:start + batch_size]
-        generators = [noise_generator(sample, seed) for sample in batch]
         synchronize(pipeline.device)
         started = time.perf_counter()
-        try:
-            made = pipeline(
-                prompt=[sample.caption for sample in batch], generator=generators, num_inference_steps=steps,
-                height=image_size, width=image_size, output_type="np", **options).images
-        except ValueError as error:  # how pipelines refuse what they are given, an image size above all
-            raise UserError(f"{type(pipeline).__name__} cannot make these images: {_first_line(error)}") from error
+        made = _by_halves(pipeline, batch, seed, steps, guidance_scale, image_size)
         synchronize(pipeline.device)
         seconds += time.perf_counter() - started
         if made.shape[1:3] != (image_size, image_size):
@@ -209,6 +201,78 @@ def generate(pipeline, samples, *, seed: int, steps: int, guidance_scale: float,
         if on_batch:
             on_batch(len(batch))
     return Images(np.concatenate(pixels), np.concatenate(finite), seconds / len(samples))
+
+
+def _call(pipeline, batch, seed: int, steps: int, guidance_scale: float, image_size: int) -> np.ndarray:
+    """The images of a batch in [0, 1], (n, h, w, 3)."""
+    # Without binning the size asked for is the size that is sampled; not every pipeline has it, or guidance.
+    options = {"guidance_scale": guidance_scale, "use_resolution_binning": False}
+    takes = inspect.signature(type(pipeline).__call__).parameters
+    options = {name: value for name, value in options.items() if name in takes}
+    try:
+        return pipeline(
+            prompt=[sample.caption for sample in batch], num_inference_steps=steps, height=image_size,
+            width=image_size, output_type="np", generator=[noise_generator(sample, seed) for sample in batch],
+            **options).images
+    except ValueError as error:  # how pipelines refuse what they are given, an image size above all
+        raise UserError(f"{type(pipeline).__name__} cannot make these images: {_first_line(error)}") from error
+
+
+def _by_halves(pipeline, batch, *settings) -> np.ndarray:
+    """_call, in halves where the GPU has no memory for the whole, with a message."""
+    import torch
+    try:
+        return _call(pipeline, batch, *settings)
+    except torch.cuda.OutOfMemoryError as error:
+        if len(batch) == 1:
+            raise UserError("the GPU has no memory for one image; try --offload model, --dtype bfloat16 or a smaller "
+                            f"--image_size ({_first_line(error)})") from error
+    torch.cuda.empty_cache()  # not in the handler, which holds on to the tensors of the failed call
+    half = len(batch) // 2
+    tqdm.write(f"no GPU memory for {len(batch)} images at once: going on by halves, as --batch_size {half} would")
+    return np.concatenate([_by_halves(pipeline, part, *settings) for part in (batch[:half], batch[half:])])
+
+
+def fitting_batch_size(pipeline, sample, device: str, guidance_scale: float, image_size: int) -> int:
+    """The largest of 32, 16 … 1 images that the GPU has memory for at once; 8 on a CPU, which gains no more."""
+    import torch
+    if torch.device(device).type == "cpu":
+        return 8
+    size = 32
+    while size > 1:
+        try:
+            _call(pipeline, [sample] * size, 0, 1, guidance_scale, image_size)
+            break
+        except torch.cuda.OutOfMemoryError:
+            size //= 2
+        torch.cuda.empty_cache()
+    return size
+
+
+def remember_prompts(pipeline, most_bytes: int = 2 ** 31) -> None:
+    """Let the pipeline encode each batch of prompts once: every rate draws the same ones.
+
+    Kept on the CPU, up to so many bytes; what comes after is encoded anew.
+    """
+    import torch
+    encode, known, held = pipeline.encode_prompt, {}, [0]
+
+    @functools.wraps(encode)
+    def remembering(*args, **kwargs):
+        key = repr((args, sorted(kwargs.items())))
+        if any(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values())):
+            return encode(*args, **kwargs)
+        if key not in known:
+            encoded = encode(*args, **kwargs)
+            size = sum(part.numel() * part.element_size() for part in encoded if isinstance(part, torch.Tensor))
+            if held[0] + size > most_bytes:
+                return encoded
+            held[0] += size
+            known[key] = [(part.to("cpu"), part.device) if isinstance(part, torch.Tensor) else (part, None)
+                          for part in encoded]
+        return tuple(part.to(device) if device else part for part, device in known[key])
+
+    pipeline.encode_prompt = remembering
 
 
 def first_call(pipeline, samples, **settings) -> dict:

@@ -36,6 +36,7 @@ from pruning import (
     metrics,
     models,
     plots,
+    processes,
     records,
     saving,
 )
@@ -68,6 +69,7 @@ class Experiment:
     caption_embeddings: Optional[np.ndarray] = None  # (n, d)
     reference: Dict[str, np.ndarray] = field(default_factory=dict)  # backbone -> its features of real images (m, d)
     dense_images: Optional[np.ndarray] = None  # uint8 (n, size, size, 3), made by the point at rate 0
+    dense_values: Optional[Dict[str, list]] = None  # metric -> values of these images
     call: Optional[dict] = None  # keyword arguments of a denoiser call for a batch, and for one image
     single_call: Optional[dict] = None
 
@@ -82,6 +84,8 @@ def run_pruning_experiment(experiment: Experiment, rate: float, on_batch=None, m
         measured, drawn = prune_and_draw(experiment, rate, on_batch)
     elif on_batch:
         on_batch(len(drawn.pixels))
+    if not processes.first:
+        return measured
     started = time.perf_counter()
 
     images = drawn.pixels
@@ -101,26 +105,30 @@ def run_pruning_experiment(experiment: Experiment, rate: float, on_batch=None, m
         "generation_time": lambda: drawn.seconds_each,
     }
     values = {name: measure[name]() for name in experiment.record.settings["metrics"]}
-    dense = experiment.record.dense.per_image if rate else None
+    dense = experiment.dense_values if rate else None
     means, per_image, intervals = metrics.summarise(values, drawn.finite, dense, experiment.record.settings["seeds"])
     if rate == 0:
-        experiment.dense_images = images
+        experiment.dense_images, experiment.dense_values = images, per_image
         experiment.record.notes["seed_spread"] = seed_spread(experiment, images, per_image)
     return replace(measured, metrics=means, intervals=intervals, per_image=per_image,
                    seconds={**measured.seconds, "measure": round(time.perf_counter() - started, 3)})
 
 
 def prune_and_draw(experiment: Experiment, rate: float, on_batch=None):
-    """A point without its metrics, and its images: prune, make what is not on disk, time the denoiser beside dense."""
+    """A point without its metrics, and its images: prune, make what is not on disk, time the denoiser beside dense.
+
+    Of several processes the first does it all, and the others make images only.
+    """
     clock = [time.perf_counter()]
     denoiser, pruned = pruned_copy(experiment, rate)
-    experiment.record.notes["left_out"] = pruned.left_out
-    counted = costs.count_parameters(denoiser)
     use(experiment, denoiser)
     clock.append(time.perf_counter())
-    counted.update(warm_up(experiment, denoiser))
+    counted = {**costs.count_parameters(denoiser), **warm_up(experiment, denoiser)}
     clock.append(time.perf_counter())
     drawn = make_images(experiment, rate, on_batch)
+    if not processes.first:
+        return None, None
+    experiment.record.notes["left_out"] = pruned.left_out
     clock.append(time.perf_counter())
     timed = time_costs(experiment, denoiser, drawn.seconds_each)
     clock.append(time.perf_counter())
@@ -131,18 +139,32 @@ def prune_and_draw(experiment: Experiment, rate: float, on_batch=None):
         seconds={"prune": round(prune, 3), "generate": round(generate, 3), "time": round(warm + timing, 3)}), drawn
 
 
-def make_images(experiment: Experiment, rate: float, on_batch=None) -> models.Images:
-    """The images of a point, by whole batches, as they were made or are made now; each is kept once it is there."""
+def make_images(experiment: Experiment, rate: float, on_batch=None) -> Optional[models.Images]:
+    """The images of a point, by whole batches, as they were made or are made now; each is kept once it is there.
+
+    Several processes share out the batches; the first gets the images, the others None.
+    """
     samples, size = experiment.samples, experiment.sampling["batch_size"]
-    for start in range(0, len(samples), size):
-        batch = range(start, min(start + size, len(samples)))
+    # Cut by the order of samples, not by how many processes there are, so that batches are the same for any number.
+    batches = [range(start, min(start + size, len(samples))) for start in range(0, len(samples), size)]
+
+    def make(batch):
         if None in [kept_image(experiment, rate, index) for index in batch]:
             made = models.generate(experiment.pipeline, [samples[index] for index in batch], **experiment.sampling)
             for index, pixels, finite in zip(batch, made.pixels, made.finite):
                 kept.save(kept.Made(pixels, bool(finite), made.seconds_each), image_file(experiment, rate, index),
-                            made_by(experiment, rate, samples[index]))
+                          made_by(experiment, rate, samples[index]))
         if on_batch:
             on_batch(len(batch))
+
+    for batch in batches[processes.rank::processes.count]:
+        make(batch)
+    processes.wait()
+    if not processes.first:
+        return None
+    for number, batch in enumerate(batches):
+        if number % processes.count:  # another's, which is there by now, or else is made here
+            make(batch)
     return kept_images(experiment, rate)
 
 
@@ -202,8 +224,14 @@ def seed_spread(experiment: Experiment, images: np.ndarray, per_image: dict) -> 
 
 def pruned_copy(experiment: Experiment, rate: float):
     """A pruned copy of the dense denoiser, and what the method says of it."""
+    method = experiment.record.method
     denoiser = copy.deepcopy(experiment.dense).to("cpu" if experiment.offload else experiment.device)
-    return denoiser, methods.prune(experiment.record.method, denoiser, rate, **experiment.options)
+    if not METHODS[method].recovers:
+        return denoiser, methods.prune(method, denoiser, rate, **experiment.options)
+    # Training may not end alike in each of several processes: the first does it for all.
+    pruned = methods.prune(method, denoiser, rate, **experiment.options) if processes.first else None
+    processes.share(denoiser)
+    return denoiser, pruned
 
 
 def use(experiment: Experiment, denoiser) -> None:
@@ -256,10 +284,11 @@ def time_costs(experiment: Experiment, denoiser, image_seconds: float) -> Dict[s
 def prepare(args) -> Experiment:
     """Load what the points share, first what can fail first; refuse to continue a record of other settings."""
     options = method_options(args)
-    device = models.pick_device(args.device)
+    device = processes.begin(models.pick_device(args.device))
     if args.offload and device == "cpu":
         raise UserError(f"--offload {args.offload} keeps parts of a GPU's work on the CPU; here all is on the CPU")
-    samples, skipped = captions.load_samples(args.dataset, args.num_images, args.seed, args.data_dir)
+    with processes.in_turn():
+        samples, skipped = captions.load_samples(args.dataset, args.num_images, args.seed, args.data_dir)
     dtype = args.dtype or ("float32" if device == "cpu" else "bfloat16")
     model = args.model or DATASETS[args.dataset].default_model
     kind = args.metric_backbones or DATASETS[args.dataset].backbones
@@ -268,12 +297,19 @@ def prepare(args) -> Experiment:
     measured = earlier.settings["metrics"] if earlier else []
     chosen = [name for name in METRICS if name in args.metrics or name in measured]  # all points have the same
     families = {name: METRICS[name].backbone for name in chosen if METRICS[name].backbone}
-    networks = {family: metrics.load_backbone(kind, family, device) for family in dict.fromkeys(families.values())}
-    pipeline = models.load_pipeline(model, "cpu" if args.offload else device, dtype)
+    networks = {family: metrics.load_backbone(kind, family, device)
+                for family in dict.fromkeys(families.values()) if processes.first}
+    with processes.in_turn():
+        pipeline = models.load_pipeline(model, "cpu" if args.offload else device, dtype)
     dense = models.take_denoiser(pipeline)
     sampling = models.sampling_settings(pipeline, model, {
         name: getattr(args, name) for name in ("steps", "guidance_scale", "image_size")})
-    sampling.update(seed=args.seed, batch_size=args.batch_size)
+    sampling.update(seed=args.seed, batch_size=args.batch_size or (earlier and earlier.settings["batch_size"]))
+    models.remember_prompts(pipeline)
+    if not sampling["batch_size"]:
+        models.set_denoiser(pipeline, dense, device, args.offload)
+        sampling["batch_size"] = processes.agree(models.fitting_batch_size(
+            pipeline, samples[0], device, sampling["guidance_scale"], sampling["image_size"]))
 
     weights = {family: models.fingerprint(network.model if isinstance(network, metrics.Clip) else network)
                for family, network in networks.items()}
@@ -284,7 +320,8 @@ def prepare(args) -> Experiment:
                   "metrics": chosen, "metric_backbones": kind, "denoiser": models.fingerprint(dense),
                   "pipeline": models.fingerprint_rest(pipeline), "dtype": dtype, "compile": args.compile,
                   "offload": args.offload, **models.machine(device)},
-        backbones={name: f"{BACKBONES[kind][family]}, {weights[family]}" for name, family in families.items()},
+        backbones={name: f"{BACKBONES[kind][family]}, {weights[family]}" for name, family in families.items()
+                   if family in weights},
         notes={"captions_skipped": skipped, "code": [code_version()]}, versions=models.versions(),
         dense=None, points=[])
     if earlier:
@@ -295,6 +332,8 @@ def prepare(args) -> Experiment:
         samples=[sample._replace(repeat=repeat) for repeat in range(args.seeds) for sample in samples],
         originals=np.tile(captions.load_originals(samples, sampling["image_size"]), (args.seeds, 1, 1, 1)),
         networks=networks, earlier=earlier)
+    if not processes.first:
+        return experiment
     if "clip_score" in families:
         experiment.caption_embeddings, record.notes["captions_truncated"] = metrics.embed_captions(
             networks["clip"], [sample.caption for sample in experiment.samples])
@@ -395,6 +434,9 @@ def sweep(args) -> Path:
     """Measure the dense model and every rate that the record lacks, then draw. Returns the record's path."""
     experiment = prepare(args)
     path = own_path(args)
+    if not processes.first:
+        measure_all(experiment, args, path)
+        return path
     with kept.only_writer(path):
         if args.overwrite:  # no image of an earlier run stays beside the new ones
             shutil.rmtree(image_file(experiment, 0.0, 0).parents[1], ignore_errors=True)
@@ -419,45 +461,48 @@ def measure_all(experiment: Experiment, args, path: Path) -> None:
     lacking = any(set(point.metrics) != set(record.settings["metrics"]) for point in known.values())
     unsaved = [rate for rate in folders if not saving.is_saved(folders[rate], origin(experiment, rate))]
     missing = [rate for rate in args.rates if rate not in known]
-    again = [0.0, *(point.rate for point in record.points)] if lacking else []
+    again = list(known) if lacking else []  # all at once, as all points have the same metrics
     if not (missing or again or unsaved):
         return
-    if missing and not again:
-        drawn = kept_images(experiment, 0.0) if record.dense else None
+    if record.dense:
+        experiment.dense_values = record.dense.per_image
+        drawn = kept_images(experiment, 0.0)
         experiment.dense_images = None if drawn is None else drawn.pixels
-        again = [0.0] if drawn is None else []
-    recovers = METHODS[record.method].recovers
-    if recovers and (missing or unsaved or any(kept_images(experiment, rate) is None for rate in again if rate)):
+    if missing and not again and experiment.dense_images is None:
+        again = [0.0]
+    for rate in again:
+        if kept_images(experiment, rate) is None:
+            known.pop(rate, None)
+    processes.wait()  # until all have seen what there is, before it changes
+    if METHODS[record.method].recovers and processes.first and (unsaved or {*missing, *again} - set(known) - {0.0}):
         add_recovery(experiment, args)
 
-    with tqdm(total=len([*again, *missing]) * len(experiment.samples), unit="image",
-              disable=not (again or missing)) as bar:
-        def measured(rate):
-            bar.set_description(f"{record.method} {rate:g}" if rate else "dense")
-            return run_pruning_experiment(experiment, rate, on_batch=bar.update, measured=known.get(rate))
+    def measure(rate):
+        bar.set_description(f"{record.method} {rate:g}" if rate else "dense")
+        known[rate] = run_pruning_experiment(experiment, rate, on_batch=bar.update, measured=known.get(rate))
 
-        scored = []
-        for rate in again:
-            if rate:
-                scored.append(measured(rate))
-            else:
-                record.dense = measured(rate)
-        if lacking:  # at once, as all points have the same metrics
-            record.points = scored
-        if again:
+    def write():
+        if processes.first:
+            record.dense, *record.points = (known[rate] for rate in sorted(known))
             records.write_record(record, path)
+
+    with tqdm(total=len([*again, *missing]) * len(experiment.samples), unit="image",
+              disable=not (again or missing) or not processes.first) as bar:
+        for rate in again:
+            measure(rate)
+        if again:
+            write()
         for rate in sorted({*missing, *unsaved}):
-            if rate in known:  # by an earlier run that did not save it
+            if rate in missing:
+                measure(rate)
+                write()
+            else:  # measured by an earlier run that did not save it
                 use(experiment, pruned_copy(experiment, rate)[0])
-            else:
-                known[rate] = measured(rate)
-                record.points = sorted([*record.points, known[rate]], key=lambda point: point.rate)
-                records.write_record(record, path)
-            if rate in unsaved:
+            if rate in unsaved and processes.first:
                 save_pruned(experiment, folders[rate], known[rate])
-            if args.discard_images:
+            if args.discard_images and processes.first:
                 discard_images(experiment, rate)
-    if walk_file(experiment).exists():
+    if processes.first and walk_file(experiment).exists():
         walk_file(experiment).unlink()
 
 
@@ -515,7 +560,8 @@ def add_arguments(parser: command.Parser) -> None:
     parser.add_argument("--steps", type=command.positive, help="denoising steps (default: the model's own)")
     parser.add_argument("--guidance_scale", type=float, help="(default: the model's own)")
     parser.add_argument("--image_size", type=command.positive, help="pixels a side (default: the model's own)")
-    parser.add_argument("--batch_size", type=command.positive, default=8, help="images made together")
+    parser.add_argument("--batch_size", type=command.positive,
+                        help="images made together (default: what the GPU has memory for; 8 on a CPU)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     parser.add_argument("--dtype", type=command.name_in("dtype", ("float32", "float16", "bfloat16")),
                         help="(default: float32 on the CPU, else bfloat16)")

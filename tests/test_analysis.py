@@ -101,7 +101,7 @@ def test_offloading_changes_no_image_and_no_count(tmp_path):
         args.num_images, args.results_dir = 2, tmp_path / str(choice)
         experiment = pruning_analysis.prepare(args)
         experiment.offload = choice
-        pruning_analysis.run_pruning_experiment(experiment, 0.0)
+        experiment.record.dense = pruning_analysis.run_pruning_experiment(experiment, 0.0)
         point = pruning_analysis.run_pruning_experiment(experiment, 0.5)
         pruning_analysis.save_pruned(experiment, tmp_path / f"{choice}-pruned", point)
         seen[choice] = (point.metrics["lpips_dense"], point.macs, point.parameters)

@@ -1,0 +1,213 @@
+"""A sweep can be cut off anywhere: no image is made twice, no file stays half-written, the record ends the same."""
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pruning import UserError, kept, models, plots, pruning_analysis
+from pruning.records import read_record
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = ["--num_images", "6", "--steps", "2", "--batch_size", "2", "--device", "cpu", "--rates", "0.3", "0.8"]
+CHEAP = ["--metrics", "clip_score", "lpips_dense", "fid"]
+
+
+def sweep(folder, *flags):
+    pruning_analysis.main([*QUICK, "--results_dir", str(folder), *flags])
+    return read_record(Path(folder) / "shapes-unet" / "shapes" / "magnitude.json")
+
+
+def without_times(record):
+    """All that a record says but for how long things took."""
+    data = json.loads(json.dumps(pruning_analysis.asdict(record)))
+    for point in (data["dense"], *data["points"]):
+        for name in [name for name in point if "seconds" in name]:
+            del point[name]
+        point["metrics"].pop("generation_time", None)
+    return data
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, sweep(folder, *CHEAP)
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """How many images each call of the pipeline with all its steps makes, as they come."""
+    counts, generate = [], models.generate
+
+    def counting(pipeline, samples, **settings):
+        if settings["steps"] > 1:  # which a warm-up has not
+            counts.append(len(samples))
+        return generate(pipeline, samples, **settings)
+
+    monkeypatch.setattr(models, "generate", counting)
+    return counts
+
+
+def test_a_run_cut_off_between_images_makes_only_those_that_are_missing(tmp_path, made, monkeypatch, whole):
+    counting = models.generate
+
+    def cut_off(*args, **settings):
+        if len(made) == 5:  # three batches of dense, two at 0.3
+            raise KeyboardInterrupt
+        return counting(*args, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "generate", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(tmp_path, *CHEAP)
+    assert made == [2] * 5
+    assert without_times(sweep(tmp_path, *CHEAP)) == without_times(whole[1])
+    assert made == [2] * 9
+
+
+def test_a_metric_added_later_makes_no_image_and_is_as_if_measured_at_once(tmp_path, made, whole):
+    sweep(tmp_path, "--metrics", "clip_score")
+    before = len(made)
+    record = sweep(tmp_path, "--metrics", "fid", "lpips_dense")
+    assert len(made) == before
+    assert without_times(record) == without_times(whole[1])
+
+
+def test_an_image_of_other_settings_or_a_changed_file_is_not_taken(tmp_path, made):
+    sweep(tmp_path, *CHEAP)
+    folder = tmp_path / "shapes-unet" / "shapes"
+    (folder / "magnitude.json").unlink()
+    before = len(made)
+    sweep(tmp_path, *CHEAP, "--guidance_scale", "3")
+    assert len(made) == before + 9  # all anew
+    (folder / "magnitude.json").unlink()
+    Image.new("RGB", (64, 64)).save(folder / "images/magnitude/0.3/0001.png")  # without the hash of what made it
+    sweep(tmp_path, *CHEAP, "--guidance_scale", "3")
+    assert len(made) == before + 9 + 1  # its batch
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:len(data) // 2], lambda data: b"", lambda data: os.urandom(500)],
+                         ids=["cut", "empty", "garbage"])
+@pytest.mark.parametrize("file", ["magnitude.json", "images/magnitude/0.3/0001.png", "images/magnitude/dense/0000.png"])
+def test_a_broken_file_is_set_aside_with_a_message_and_measured_again(file, damage, tmp_path, whole, capfd):
+    sweep(tmp_path, *CHEAP)
+    path = tmp_path / "shapes-unet" / "shapes" / file
+    broken = damage(path.read_bytes())
+    path.write_bytes(broken)
+    if file.endswith("png"):  # or nothing would look at it
+        (tmp_path / "shapes-unet/shapes/magnitude.json").unlink()
+    assert without_times(sweep(tmp_path, *CHEAP)) == without_times(whole[1])
+    aside = path.with_name(path.name + ".broken")
+    assert aside.read_bytes() == broken
+    said = capfd.readouterr()
+    assert aside.name in said.err + said.out
+
+
+def test_discarded_images_leave_those_of_the_figure_and_are_made_again_when_needed(tmp_path, made, whole):
+    flags = ["--num_images", str(plots.ROWS + 2)]
+    discarded = sweep(tmp_path, "--metrics", "clip_score", "--discard_images", *flags)
+    files = sorted(path.name for path in (tmp_path / "shapes-unet/shapes/images/magnitude/0.3").iterdir())
+    assert files == [kept.file_name(index) for index in range(plots.ROWS)]
+    before = len(made)
+    record = sweep(tmp_path, *CHEAP, *flags)
+    assert len(made) == before + 3  # the last batch of dense and both rates
+    assert record.points[1].per_image["clip_score"] == discarded.points[1].per_image["clip_score"]
+
+
+def test_a_second_process_on_the_same_record_is_turned_away(tmp_path):
+    path = tmp_path / "shapes-unet" / "shapes" / "magnitude.json"
+    with kept.only_writer(path):
+        with pytest.raises(UserError, match="another process is writing"):
+            sweep(tmp_path, *CHEAP)
+        code = f"from pruning import kept; from pathlib import Path\nwith kept.only_writer(Path({str(path)!r})): pass"
+        other = subprocess.run([sys.executable, "-c", code], cwd=str(ROOT), capture_output=True, text=True)
+        assert "another process is writing" in other.stderr
+    assert list(path.parent.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not os.access("/proc", os.R_OK), reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write into"), kept.only_writer(tmp_path / "file" / "x" / "r.json"):
+        pass
+
+
+def test_a_full_disk_leaves_no_half_image_and_is_one_line(tmp_path, monkeypatch):
+    def full(self, file, **options):
+        Path(file).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        kept.save(kept.Made(np.zeros((4, 4, 3), np.uint8), True, 1.0), tmp_path / "0000.png", "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+# A process that has imported all, for sweeps to fork from: imports take longer than the sweeps.
+ZYGOTE = """
+import os, sys
+sys.path.insert(0, {root!r})
+import torch
+torch.set_num_threads({threads})
+import diffusers, transformers, lpips, matplotlib.figure
+from diffusers import StableDiffusionPipeline
+from pruning import command, pruning_analysis
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        command.run(lambda: pruning_analysis.main({flags!r}))
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+def test_a_sweep_killed_at_20_moments_ends_with_the_record_of_an_undisturbed_one(tmp_path, whole):
+    flags = [*QUICK, *CHEAP, "--results_dir", str(tmp_path)]
+    code = ZYGOTE.format(root=str(ROOT), flags=flags, threads=torch.get_num_threads())
+    zygote = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL, text=True)
+
+    def run(seconds=None):
+        """Start a sweep, kill it after so many seconds; its exit status, and how long it ran."""
+        zygote.stdin.write("\\n")
+        zygote.stdin.flush()
+        child, started = int(zygote.stdout.readline()), time.monotonic()
+        if seconds is not None:
+            time.sleep(seconds)
+            os.kill(child, signal.SIGKILL)
+        return int(zygote.stdout.readline()), time.monotonic() - started
+
+    try:
+        record, killed, rng = tmp_path / "shapes-unet/shapes/magnitude.json", 0, np.random.RandomState(0)
+        assert run()[0] == 0
+        _, span = run()  # of one with nothing left to do: what is loaded
+        begin = span
+        for _ in range(60):
+            if killed >= 20:
+                break
+            if rng.rand() < 0.3:  # begin again from nothing, as a longer sweep would have more to do
+                for path in sorted(tmp_path.rglob("*"), reverse=True):
+                    path.rmdir() if path.is_dir() else path.unlink()
+            status, _ = run(rng.uniform(0.3 * begin, 2.5 * begin))
+            killed += os.WIFSIGNALED(status)
+        assert killed >= 20
+        assert run()[0] == 0
+    finally:
+        zygote.stdin.close()
+        zygote.wait()
+    assert without_times(read_record(record)) == without_times(whole[1])
+    assert not [path for path in tmp_path.rglob("*") if path.name.endswith((".part", ".lock"))]
