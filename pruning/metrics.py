@@ -131,6 +131,25 @@ def load_backbone(kind: str, family: str, device="cpu"):
     return network.to(device)
 
 
+def backbone_files(kind: str, family: str) -> list:
+    """The files of a network of BACKBONES, fetched by loading it once. Raises UserError as load_backbone."""
+    load_backbone(kind, family)
+    if kind == "bundled":
+        path = _bundled_path("clip" if family == "clip" else "squeezenet.safetensors")
+        return sorted(path.iterdir()) if path.is_dir() else [path]
+    if family == "clip":
+        from huggingface_hub import try_to_load_from_cache
+
+        config = try_to_load_from_cache(CLIP_ID, "config.json", revision=CLIP_REVISION)
+        return sorted(path for path in Path(config).parent.iterdir() if path.is_file())
+    import torch
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+    from torchvision.models import AlexNet_Weights
+
+    url = URL_INCEPTION_V3 if family == "features" else AlexNet_Weights.IMAGENET1K_V1.url
+    return [Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]]
+
+
 @contextlib.contextmanager
 def _loading(what: str, remedy: str):
     """Make one line of whatever a library raises while it loads weights, and drop its deprecation warnings."""

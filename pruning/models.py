@@ -13,7 +13,7 @@ import time
 import warnings
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Dict, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 from tqdm import tqdm
@@ -84,6 +84,19 @@ def load_pipeline(model: str, device: str = "cpu", dtype: str = "float32"):
         raise UserError(f"cannot load model {model!r}: {_first_line(error)}{hint}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def fetch(model: str) -> List[Path]:
+    """Bring a model's files to this machine without loading them; their paths. Raises UserError as load_pipeline."""
+    from diffusers import DiffusionPipeline
+
+    source = model_source(model)
+    if not Path(source).is_dir():
+        try:
+            source = DiffusionPipeline.download(source, use_safetensors=True)
+        except Exception as error:  # the boundary to the hub
+            raise UserError(f"cannot fetch model {model!r}: {_first_line(error)}") from error
+    return sorted(path for path in Path(source).rglob("*") if path.is_file())
 
 
 def check_release(config: dict) -> None:

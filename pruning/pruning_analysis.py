@@ -304,7 +304,7 @@ def prepare(args) -> Experiment:
     dense = models.take_denoiser(pipeline)
     sampling = models.sampling_settings(pipeline, model, {
         name: getattr(args, name) for name in ("steps", "guidance_scale", "image_size")})
-    sampling.update(seed=args.seed, batch_size=args.batch_size or (earlier and earlier.settings["batch_size"]))
+    sampling.update(seed=args.seed, batch_size=args.batch_size or (earlier and earlier.settings.get("batch_size")))
     models.remember_prompts(pipeline)
     if not sampling["batch_size"]:
         models.set_denoiser(pipeline, dense, device, args.offload)
