@@ -75,6 +75,14 @@ def add_tolerance(parser) -> None:
                         help=f"share of the dense model's {QUALITY} that pruning may cost")
 
 
+def shard(text: str) -> tuple:
+    """Which part of several: 'i/n' with i from 1 to n."""
+    part, slash, count = text.partition("/")
+    if not (slash and part.isdigit() and count.isdigit() and 1 <= int(part) <= int(count)):
+        raise argparse.ArgumentTypeError(f"a shard is i/n with i from 1 to n, 2/4 say; got {text!r}")
+    return int(part), int(count)
+
+
 positive = partial(at_least, 1)
 not_negative = partial(at_least, 0)
 

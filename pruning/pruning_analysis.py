@@ -517,7 +517,7 @@ def discard_images(experiment: Experiment, *rates: float) -> None:
 def own_path(args) -> Path:
     """Where the record of these arguments lives."""
     model = args.model or DATASETS[args.dataset].default_model
-    return records.record_path(args.results_dir, models.label(model), args.dataset, args.method)
+    return records.record_path(args.results_dir, models.label(model), args.dataset, args.method, args.shard)
 
 
 def saved_folders(args) -> Dict[float, Path]:
@@ -589,6 +589,7 @@ def add_arguments(parser: command.Parser) -> None:
     parser.add_argument("--discard_images", action="store_true",
                         help="keep on disk only the images that the figure shows; later metrics make them again")
     parser.add_argument("--overwrite", action="store_true", help="start afresh where there is a record")
+    parser.set_defaults(shard=None)
 
 
 def main(argv=None) -> None:
@@ -598,8 +599,15 @@ def main(argv=None) -> None:
     parser.add_argument("--num_images", type=command.positive, default=32, help="images a rate")
     parser.add_argument("--rates", nargs="+", type=command.rate, default=list(RATES), help="rates to measure")
     parser.add_argument("--results_dir", type=Path, default=ROOT / "results", help="where records and graphs go")
+    parser.add_argument("--shard", type=command.shard, metavar="i/n",
+                        help="measure every n-th rate from the i-th on, as a part for merge_results.py")
     args = parser.parse_args(argv)
     args.rates = sorted(set(args.rates))
+    if args.shard:
+        part, count = args.shard
+        if count > len(args.rates):
+            raise UserError(f"--shard {part}/{count}: there are but {len(args.rates)} rates to share out")
+        args.rates = args.rates[part - 1::count]
     path = sweep(args)
     print(path.with_suffix(".txt").read_text(encoding="utf-8"))
     print(path)

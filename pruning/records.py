@@ -295,9 +295,34 @@ def folder_name(model: str) -> str:
     return name
 
 
-def record_path(results_dir, model: str, dataset: str, method: str) -> Path:
-    """Where the record of (model, dataset, method) lives."""
-    return Path(results_dir) / folder_name(model) / dataset / f"{method}.json"
+def record_path(results_dir, model: str, dataset: str, method: str, shard=None) -> Path:
+    """Where the record of (model, dataset, method) lives, or the part (i, n) of it that is measured apart."""
+    part = ".{}of{}".format(*shard) if shard else ""
+    return Path(results_dir) / folder_name(model) / dataset / f"{method}{part}.json"
+
+
+def merge(found: Dict[Path, Record]) -> Record:
+    """The parts of one record that were measured apart, as one. Raises UserError where they cannot be.
+
+    Dense and the settings are those of the first; what differs in the measuring, or a rate measured twice, is named.
+    """
+    (first, merged), *others = found.items()
+    merged = dataclasses.replace(merged, points=list(merged.points))
+    where = {point.rate: first for point in merged.points}
+    for path, record in others:
+        differences = protocol_differences(merged, record, continuing=True)
+        if differences:
+            raise UserError(f"{first} and {path} were measured differently: {'; '.join(differences)}")
+        for point in record.points:
+            if point.rate in where:
+                raise UserError(f"{where[point.rate]} and {path} both hold rate {point.rate:g} of {record.method} on "
+                                f"{record.model}; move one away, or name it with --results_file")
+            where[point.rate] = path
+            merged.points.append(point)
+        if set(record.dense.metrics) != set(merged.dense.metrics):
+            raise UserError(f"{first} and {path} hold different metrics; measure those that one lacks first")
+    merged.points.sort(key=lambda point: point.rate)
+    return merged
 
 
 def protocol_differences(a: Record, b: Record, continuing: bool = False) -> List[str]:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from pruning import UserError, check_name, command, plots
 from pruning.findings import in_order
 from pruning.methods import METHODS
-from pruning.records import find_records, folder_name, protocol_differences, read_record
+from pruning.records import find_records, folder_name, merge, protocol_differences, read_record
 from pruning.summaries import answer
 
 
@@ -70,7 +70,7 @@ def main(argv=None) -> None:
 
 
 def read_records(paths, methods=None) -> dict:
-    """Path -> record, of these methods. Raises UserError where a method has none, or one has two."""
+    """Path -> record, of these methods; parts measured apart are one. Raises UserError where a method has none."""
     found = {path: read_record(path) for path in paths}
     for method in methods or []:
         check_name("method", method, list(dict.fromkeys([*METHODS, *(record.method for record in found.values())])))
@@ -79,14 +79,10 @@ def read_records(paths, methods=None) -> dict:
     found = {path: record for path, record in found.items() if not methods or record.method in methods}
     if not found:
         raise UserError("there is no record to draw; run a sweep first")
-    seen = {}
+    parts = {}
     for path, record in found.items():
-        key = (record.model, record.dataset, record.method)
-        if key in seen:
-            raise UserError(f"{seen[key]} and {path} are records of the same model, dataset and method; "
-                            "choose one with --results_file or --results_dir")
-        seen[key] = path
-    return found
+        parts.setdefault((record.model, record.dataset, record.method), {})[path] = record
+    return {min(several): merge(several) for several in parts.values()}
 
 
 # What two models may differ in and still share a figure.

@@ -1,4 +1,5 @@
 """Figures and summaries: up is better, gaps stay gaps, and the sentences say what the numbers say."""
+import dataclasses
 import json
 import math
 import subprocess
@@ -9,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pruning import UserError, findings, plots, summaries, visualize_results
+from pruning import UserError, findings, merge_results, plots, summaries, visualize_results
 from pruning.intervals import mean_interval
 from pruning.methods import METHODS
-from pruning.records import Point, Record, record_path, write_record
+from pruning.records import Point, Record, read_record, record_path, write_record
 
 ROOT = Path(__file__).resolve().parents[1]
 RATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -387,11 +388,39 @@ def test_bad_input_is_one_line_and_draws_nothing(results, arguments, words):
     assert pictures(results) == []
 
 
-def test_two_records_of_the_same_are_refused(results):
+def test_two_records_of_the_same_rate_are_refused(results):
     first = record_path(results, "shapes-unet", "coco", "magnitude")
     (first.parent / "copy.json").write_bytes(first.read_bytes())
-    with pytest.raises(UserError, match="same model, dataset and method"):
+    with pytest.raises(UserError, match="both hold rate 0.1 of magnitude"):
         visualize_results.main(["--results_dir", str(results)])
+
+
+def test_parts_of_a_sweep_that_land_in_one_folder_are_drawn_and_merged_as_one(tmp_path, capsys):
+    whole = make_record(rates=(0.1, 0.2, 0.3))
+    for part, rates in (((1, 2), (0.1, 0.3)), ((2, 2), (0.2,))):
+        points = [point for point in whole.points if point.rate in rates]
+        path = record_path(tmp_path, whole.model, whole.dataset, whole.method, part)
+        write_record(dataclasses.replace(whole, points=points), path)
+    visualize_results.main(["--results_dir", str(tmp_path)])
+    assert "rate 0.2, which has 96.6 % of dense" in capsys.readouterr().out
+    merge_results.main(["--results_dir", str(tmp_path)])
+    merged = record_path(tmp_path, whole.model, whole.dataset, whole.method)
+    assert read_record(merged) == read_record(written_alone(whole, tmp_path / "alone"))
+    assert [path.name for path in merged.parent.glob("*.json")] == ["magnitude.json"]
+
+
+def written_alone(record, folder):
+    write_record(record, folder / "r.json")
+    return folder / "r.json"
+
+
+def test_parts_that_were_measured_differently_are_not_merged(tmp_path):
+    for part, images in (((1, 2), 32), ((2, 2), 16)):
+        record = make_record(rates=(0.1 * part[0],), images=images)
+        write_record(record, record_path(tmp_path, record.model, record.dataset, record.method, part))
+    with pytest.raises(UserError, match="samples: 32 and 16"):
+        merge_results.main(["--results_dir", str(tmp_path)])
+    assert len(list(tmp_path.rglob("*.json"))) == 2
 
 
 def test_drawing_starts_without_torch_from_any_folder(tmp_path):
