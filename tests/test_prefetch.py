@@ -1,0 +1,115 @@
+"""What a run needs is fetched beforehand, and with it the run touches no network."""
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from test_captions import mirror  # noqa: F401, a fixture
+
+from pruning import captions, models, prefetch
+from pruning.records import read_record
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the model hub as it takes to download someone/shapes, which is the bundled model."""
+
+    folder = models.MODELS["shapes-unet"].folder
+
+    def answer(self):
+        """Headers, and the body of what was asked for."""
+        path = self.path.partition("?")[0]
+        body, headers = None, {}
+        if path.startswith("/api/models/someone/shapes"):
+            names = [str(file.relative_to(self.folder)) for file in self.folder.rglob("*") if file.is_file()]
+            body = json.dumps({"id": "someone/shapes", "modelId": "someone/shapes", "sha": COMMIT, "tags": [],
+                               "private": False, "downloads": 0, "likes": 0, "pipeline_tag": "text-to-image",
+                               "siblings": [{"rfilename": name} for name in names]}).encode()
+            headers["Content-Type"] = "application/json"
+        elif path.startswith("/someone/shapes/resolve/"):
+            file = self.folder / path.split("/", 5)[5]
+            if file.is_file():
+                body = file.read_bytes()
+                headers.update({"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(body).hexdigest()}"'})
+        self.send_response(200 if body is not None else 404)
+        for name, value in {**headers, "Content-Length": str(len(body or b""))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        return body or b""
+
+    def do_HEAD(self):
+        """Headers alone."""
+        self.answer()
+
+    def do_GET(self):
+        """All."""
+        body = self.answer()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        """Nothing."""
+
+
+@pytest.fixture
+def hub():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def run(code, environment):
+    """Run a program from the repository's root with this environment alone; its stdout."""
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=str(ROOT), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_what_was_fetched_is_enough_for_a_run_that_may_open_no_socket(tmp_path, mirror, hub):  # noqa: F811
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment.update(HF_ENDPOINT=hub, HF_HOME=str(tmp_path / "hf"), HF_HUB_DISABLE_XET="1", NO_PROXY="127.0.0.1")
+    flags = ["--model", "someone/shapes", "--dataset", "coco", "--num_images", "2", "--metric_backbones", "bundled"]
+    said = run(f"from pruning import captions, prefetch\ncaptions.COCO_ARCHIVE_HASH = {captions.COCO_ARCHIVE_HASH!r}\n"
+               f"prefetch.main({flags!r})", environment)
+    assert "coco, 4 images: 4 files" in said  # those of the samples, and as many others for the floor
+    assert "model someone/shapes: " in said
+    assert said.count("sha256") == 5
+    exported = dict(line[len("export "):].split("=", 1) for line in said.splitlines() if line.startswith("export "))
+    assert exported["HF_HUB_OFFLINE"] == "1"
+
+    del environment["HF_ENDPOINT"], environment["PRUNING_COCO_URL"]
+    offline = run(
+        "import socket, sys\n"
+        "def refuse(*_, **__):\n    raise AssertionError('a socket was opened')\n"
+        "socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse\n"
+        "from pruning import pruning_analysis\n"
+        f"pruning_analysis.main({[*flags, '--steps', '2', '--rates', '0.5', '--results_dir', str(tmp_path / 'r')]!r})",
+        {**environment, **exported})
+    assert "How far?" in offline
+    record = read_record(tmp_path / "r/someone--shapes/coco/magnitude.json")
+    assert len(record.points[0].per_image["clip_score"]) == 2
+
+
+def test_the_bundled_model_needs_nothing_fetched(capsys):
+    prefetch.main(["--dataset", "shapes"])
+    said = capsys.readouterr().out
+    assert "shapes, 32 images: from code" in said
+    assert "model shapes-unet: " in said
+
+
+def test_the_digest_tells_a_changed_file(tmp_path):
+    (tmp_path / "a").write_bytes(b"one")
+    before = prefetch.digest([tmp_path / "a"])
+    assert before == prefetch.digest([tmp_path / "a"])
+    (tmp_path / "a").write_bytes(b"two")
+    assert before != prefetch.digest([tmp_path / "a"])

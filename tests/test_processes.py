@@ -1,0 +1,130 @@
+"""Images shared out over processes are those that one process makes, and a process that dies ends the others."""
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pruning import merge_results, pruning_analysis
+from pruning.records import read_record
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = ["--num_images", "6", "--steps", "2", "--batch_size", "2", "--device", "cpu", "--rates", "0.5"]
+
+
+def launch(processes, *flags):
+    """Start the command on so many processes of this machine, as a user would."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_LOG_LEVEL": "error"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes),
+         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+         str(ROOT / "pruning" / "pruning_analysis.py"), *QUICK, *flags],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=str(ROOT))
+
+
+def finished(processes, *flags):
+    running = launch(processes, *flags)
+    out, err = running.communicate(timeout=600)
+    assert running.returncode == 0, err
+    return out
+
+
+def record_and_images(folder, method):
+    own = folder / "shapes-unet" / "shapes"
+    files = sorted((own / "images" / method).rglob("*.png"))
+    return read_record(own / f"{method}.json"), {
+        str(file.relative_to(own)): np.asarray(Image.open(file)).astype(int) for file in files}
+
+
+def assert_alike(one, several):
+    """At most a grey level apart, as thread counts differ, and metrics to 1e-3."""
+    (record, images), (other, others) = one, several
+    assert images.keys() == others.keys()
+    assert len(images) == 2 * len(record.samples)
+    assert max(abs(images[name] - others[name]).max() for name in images) <= 1
+    for a, b in zip((record.dense, *record.points), (other.dense, *other.points)):
+        for name, value in a.metrics.items():
+            if name not in ("generation_time", "psnr_dense"):
+                assert b.metrics[name] == pytest.approx(value, rel=1e-3, abs=2e-3), name
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    pruning_analysis.main([*QUICK, "--results_dir", str(folder), "--method", "structured"])
+    return record_and_images(folder, "structured")
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_several_processes_make_the_record_that_one_makes(processes, alone, tmp_path):
+    out = finished(processes, "--method", "structured", "--results_dir", str(tmp_path))
+    assert out.count("How far?") == 2  # the summary and the last line, of one process alone
+    assert_alike(alone, record_and_images(tmp_path, "structured"))
+
+
+@pytest.mark.slow
+def test_more_processes_than_batches_are_no_harm(alone, tmp_path):
+    """Three processes and one batch, of six."""
+    finished(3, "--method", "structured", "--results_dir", str(tmp_path), "--batch_size", "6")
+    record, images = record_and_images(tmp_path, "structured")
+    assert max(abs(images[name] - alone[1][name]).max() for name in images) <= 1
+
+
+@pytest.mark.slow
+def test_what_is_trained_is_the_same_in_all_processes(tmp_path):
+    flags = ["--method", "iterative", "--recovery_steps", "2", "--metrics", "lpips_dense", "--rates", "0.2"]
+    pruning_analysis.main([*QUICK, *flags, "--results_dir", str(tmp_path / "one")])
+    finished(2, *flags, "--results_dir", str(tmp_path / "two"))
+    assert_alike(record_and_images(tmp_path / "one", "iterative"), record_and_images(tmp_path / "two", "iterative"))
+
+
+def workers(launcher):
+    """The processes that run the command below a launcher."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            pid, parent = int(path.parent.name), int(path.read_text().rpartition(")")[2].split()[1])
+            arguments = (path.parent / "cmdline").read_bytes().decode()
+        except (OSError, ValueError):
+            continue
+        if parent == launcher.pid and "pruning_analysis.py" in arguments:
+            found.append(pid)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes in /proc")
+def test_a_process_that_dies_ends_the_others_with_a_message_and_the_next_start_goes_on(alone, tmp_path):
+    flags = ["--method", "structured", "--results_dir", str(tmp_path)]
+    running = launch(2, *flags)
+    for _ in range(600):  # until the first images are there
+        if list(tmp_path.rglob("0*.png")):
+            break
+        time.sleep(0.1)
+    first, second = sorted(workers(running))
+    os.kill(second, signal.SIGKILL)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode != 0
+    assert str(second) in err
+    assert not Path(f"/proc/{first}").exists()
+    finished(2, *flags)
+    assert_alike(alone, record_and_images(tmp_path, "structured"))
+
+
+def test_shards_share_out_the_rates_and_are_one_record_when_merged(tmp_path):
+    flags = [*QUICK[:-2], "--metrics", "clip_score", "lpips_dense", "--rates", "0.2", "0.5", "0.8"]
+    pruning_analysis.main([*flags, "--results_dir", str(tmp_path / "whole")])
+    for part in ("1/2", "2/2"):
+        pruning_analysis.main([*flags, "--results_dir", str(tmp_path / "parts"), "--shard", part])
+    merge_results.main(["--results_dir", str(tmp_path / "parts")])
+    whole, parts = (read_record(tmp_path / name / "shapes-unet/shapes/magnitude.json") for name in ("whole", "parts"))
+    assert [point.rate for point in parts.points] == [0.2, 0.5, 0.8]
+    assert [p.per_image for p in parts.points] == [p.per_image for p in whole.points]
+    assert not list((tmp_path / "parts").rglob("*of2.json"))
