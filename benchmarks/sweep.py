@@ -1,0 +1,206 @@
+"""Time a sweep beside bare image making and beside the way sweeps are usually written, in one run on one machine.
+
+example:
+  python benchmarks/sweep.py --num_images 64 --parts bare usual
+"""
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if __package__ in (None, ""):
+    sys.path[0] = str(ROOT)  # instead of benchmarks/
+
+import contextlib
+import cProfile
+import io
+import platform
+import pstats
+import subprocess
+import tempfile
+import time
+
+import diffusers
+import numpy as np
+import torch
+from torch.nn.utils import prune
+
+from pruning import captions, command, methods, metrics, models, pruning_analysis
+from pruning.methods import magnitude
+from pruning.records import read_record
+
+MODEL, METHOD = "shapes-unet", "magnitude"
+
+
+def seconds(call, times: int = 1) -> float:
+    """Median wall time of calls."""
+    taken = []
+    for _ in range(times):
+        started = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - started)
+    return float(np.median(taken))
+
+
+def flags(count: int, folder) -> list:
+    """Of the command."""
+    return ["--method", METHOD, "--num_images", str(count), "--results_dir", str(folder)]
+
+
+def our_sweep(count: int, folder: Path) -> None:
+    """The command itself, in this process, where everything is imported already."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        pruning_analysis.main(flags(count, folder))
+
+
+def bare_loop(count: int) -> None:
+    """The same images in the same batches by the pipeline of the model, and nothing else."""
+    samples, _ = captions.load_samples("shapes", count)
+    pipeline = models.load_pipeline(MODEL)
+    own = models.MODELS[MODEL]
+    for _ in range(1 + len(pruning_analysis.RATES)):
+        for start in range(0, count, 8):
+            batch = samples[start:start + 8]
+            pipeline(prompt=[sample.caption for sample in batch], num_inference_steps=own.steps,
+                     guidance_scale=own.guidance_scale, output_type="np",
+                     generator=[models.noise_generator(sample, 0) for sample in batch])
+
+
+def usual_way(count: int) -> list:
+    """A sweep as it is usually written: at each rate everything anew, and one image at a time.
+
+    The pipeline is loaded again, torch's pruning makes masks of each layer, and torchmetrics' FID sees the real
+    images again. Gives clip_score, lpips and fid of dense and of each rate.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    samples, _ = captions.load_samples("shapes", count)
+    reference = captions.load_originals(captions.reference_samples("shapes", samples), 64)
+    own, found = models.MODELS[MODEL], []
+    clip, features, perceptual = (metrics.load_backbone("bundled", name) for name in ("clip", "features", "lpips"))
+    for rate in (0.0, *pruning_analysis.RATES):
+        pipeline = models.load_pipeline(MODEL)
+        for layer in pipeline.unet.modules():
+            if rate and isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
+                prune.l1_unstructured(layer, "weight", amount=rate)
+                prune.remove(layer, "weight")
+        distance = FrechetInceptionDistance(feature=features)
+        scores, apart = [], []
+        for sample in samples:
+            image = pipeline(prompt=sample.caption, num_inference_steps=own.steps, guidance_scale=own.guidance_scale,
+                             generator=models.noise_generator(sample, 0), output_type="np").images
+            pixels = (image * 255).round().astype(np.uint8)
+            original = captions.load_originals([sample], 64)
+            text, _ = metrics.embed_captions(clip, [sample.caption])
+            scores.append(metrics.clip_score(metrics.embed_images(clip, pixels), text)[0])
+            apart.append(metrics.lpips(perceptual, pixels, original)[0])
+            distance.update(torch.from_numpy(pixels).permute(0, 3, 1, 2), real=False)
+        for start in range(0, len(reference), 32):
+            distance.update(torch.from_numpy(reference[start:start + 32]).permute(0, 3, 1, 2), real=True)
+        found.append({"clip_score": np.mean(scores), "lpips": np.mean(apart), "fid": distance.compute().item()})
+    return found
+
+
+def sweeps(count: int, with_usual: bool) -> list:
+    """Rows: what was timed, seconds, and how it compares."""
+    with tempfile.TemporaryDirectory() as folder:
+        bare_loop(8)  # a warm-up
+        profile = cProfile.Profile()
+        bare = [seconds(lambda: bare_loop(count))]
+        profile.enable()
+        own = seconds(lambda: our_sweep(count, Path(folder) / "a"))
+        profile.disable()
+        bare.append(seconds(lambda: bare_loop(count)))  # on both sides, as the machine drifts
+        bare = float(np.mean(bare))
+        process = seconds(lambda: subprocess.run(
+            [sys.executable, str(ROOT / "pruning" / "pruning_analysis.py"), *flags(count, Path(folder) / "b")],
+            check=True, capture_output=True))
+        record = read_record(Path(folder) / "a" / MODEL / "shapes" / f"{METHOD}.json")
+        rows = [("bare image making", bare, ""), ("the sweep, after imports", own, f"{own / bare:.2f} x bare"),
+                ("the sweep, whole process", process, f"{process / bare:.2f} x bare")]
+        if with_usual:
+            started = time.perf_counter()
+            found = usual_way(count)
+            usual = time.perf_counter() - started
+            points = [record.dense, *record.points]
+            apart = {name: max(abs(point.metrics[name] - other[name]) for point, other in zip(points, found))
+                     for name in found[0]}
+            rows.append(("the usual way, after imports", usual, f"{usual / own:.1f} x the sweep; farthest apart: "
+                         + ", ".join(f"{name} {value:.2g}" for name, value in apart.items())))
+        stages = {name: sum(point.seconds[name] for point in (record.dense, *record.points))
+                  for name in record.dense.seconds}
+        rows.append(("of the sweep, in points", sum(stages.values()),
+                     ", ".join(f"{name} {value:.1f}" for name, value in stages.items())))
+        text = io.StringIO()
+        pstats.Stats(profile, stream=text).sort_stats("cumulative").print_stats(45)
+        print(text.getvalue(), file=sys.stderr)
+    return rows
+
+
+def distances() -> list:
+    """FID of 50 images in 2,048 features, by us and by torchmetrics."""
+    from torchmetrics.image.fid import _compute_fid
+
+    rng = np.random.RandomState(0)
+    a, b = rng.normal(size=(50, 2048)), rng.normal(size=(50, 2048))
+    ours = seconds(lambda: metrics.fid(a, b), times=9)
+    stats = [(torch.tensor(x.mean(0)), torch.tensor(np.cov(x.T))) for x in (a, b)]
+    theirs = seconds(lambda: _compute_fid(*stats[0], *stats[1]), times=3)
+    value, other = metrics.fid(a, b).value, _compute_fid(*stats[0], *stats[1]).item()
+    return [("FID, 50 x 2,048 features", ours, f"{theirs / ours:.0f} x faster than torchmetrics' {theirs:.2f} s; "
+             f"{value:.4f} and {other:.4f}")]
+
+
+def threshold() -> list:
+    """The exact global threshold over Stable Diffusion 1.5's UNet, beside one pass over its weights."""
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+    unet.to_empty(device="cpu")
+    weights = magnitude.prunable_weights(unet)
+    with torch.no_grad():
+        for weight in weights.values():
+            weight.normal_()
+        one = seconds(lambda: sum(weight.abs().sum().item() for weight in weights.values()), times=3)
+        whole = seconds(lambda: methods.prune("magnitude", unet, 0.5, scope="global"))
+    return [("global magnitude pruning, 860 M weights", whole,
+             f"{whole / one:.1f} x one abs().sum() pass ({one:.2f} s)")]
+
+
+def starts() -> list:
+    """How long commands take as processes that need no model."""
+    rows = []
+    for script, arguments in (("visualize_results", ["--compare"]), *((name, ["--help"]) for name in (
+            "pruning_analysis", "test_single_rate", "visualize_results", "generate_synthetic_graph"))):
+        with tempfile.TemporaryDirectory() as folder:
+            extra = ["--output_dir", folder] if arguments == ["--compare"] else []
+            taken = seconds(lambda: subprocess.run(
+                [sys.executable, str(ROOT / "pruning" / f"{script}.py"), *arguments, *extra],  # noqa: B023
+                check=True, capture_output=True), times=3)
+        rows.append((f"{script}.py {' '.join(arguments)}", taken, ""))
+    return rows
+
+
+PARTS = ("bare", "usual", "fid", "threshold", "starts")
+
+
+def main(argv=None) -> None:
+    """Run the parts asked for and print a markdown table."""
+    parser = command.Parser(__doc__)
+    parser.add_argument("--num_images", type=command.positive, default=64, help="images a rate")
+    parser.add_argument("--parts", nargs="+", type=command.name_in("part", PARTS), default=list(PARTS),
+                        help=f"what to time, of {', '.join(PARTS)}")
+    args = parser.parse_args(argv)
+    rows = []
+    if {"bare", "usual"} & set(args.parts):
+        rows += sweeps(args.num_images, "usual" in args.parts)
+    for name, part in (("fid", distances), ("threshold", threshold), ("starts", starts)):
+        rows += part() if name in args.parts else []
+    print(f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, "
+          f"torch {torch.__version__}, {args.num_images} images a rate\n\n| what | seconds | |\n|---|---|---|")
+    for name, taken, note in rows:
+        print(f"| {name} | {taken:.2f} | {note} |")
+
+
+if __name__ == "__main__":
+    command.run(main)
