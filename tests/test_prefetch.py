@@ -29,11 +29,15 @@ class Hub(http.server.BaseHTTPRequestHandler):
         """Headers, and the body of what was asked for."""
         path = self.path.partition("?")[0]
         body, headers = None, {}
-        if path.startswith("/api/models/someone/shapes"):
-            names = [str(file.relative_to(self.folder)) for file in self.folder.rglob("*") if file.is_file()]
+        files = {str(file.relative_to(self.folder)): file for file in self.folder.rglob("*") if file.is_file()}
+        if path.startswith("/api/models/someone/shapes/tree/"):
+            body = json.dumps([{"type": "file", "path": name, "size": file.stat().st_size, "oid": COMMIT}
+                               for name, file in files.items()]).encode()
+            headers["Content-Type"] = "application/json"
+        elif path.startswith("/api/models/someone/shapes"):
             body = json.dumps({"id": "someone/shapes", "modelId": "someone/shapes", "sha": COMMIT, "tags": [],
                                "private": False, "downloads": 0, "likes": 0, "pipeline_tag": "text-to-image",
-                               "siblings": [{"rfilename": name} for name in names]}).encode()
+                               "siblings": [{"rfilename": name} for name in files]}).encode()
             headers["Content-Type"] = "application/json"
         elif path.startswith("/someone/shapes/resolve/"):
             file = self.folder / path.split("/", 5)[5]
