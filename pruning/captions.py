@@ -73,8 +73,9 @@ def _read_captions(path: Path, entries, expected: str) -> Tuple[dict, int]:
                 first[name] = min(first.get(name, (order, caption)), (order, caption))
             else:
                 skipped += 1
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, csv.Error) as error:
-        raise UserError(f"cannot read {path} ({error}); expected {expected}") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError,
+            csv.Error) as error:
+        raise UserError(f"cannot read {path} ({str(error)[:200]}); expected {expected}") from error
     if not first:
         raise UserError(f"no captions in {path}; expected {expected}")
     return {name: caption for name, (_, caption) in first.items()}, skipped
@@ -94,7 +95,7 @@ def _token_entries(path: Path):
     """Lines of `name.jpg#0<TAB>caption`."""
     with open(path, encoding="utf-8-sig") as lines:
         for line in filter(str.strip, lines):
-            match = re.fullmatch(r"([^\t]+)#(\d+)\t(.*)", line.rstrip("\n"))
+            match = re.fullmatch(r"([^\t]+)#(\d{1,9})\t(.*)", line.rstrip("\n"))
             name, order, caption = match.groups() if match else ("", 0, "")
             yield name, int(order), caption
 

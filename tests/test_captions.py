@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pooch
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from pruning import UserError, captions
@@ -345,6 +347,77 @@ def test_missing_flickr8k_parts_are_errors_that_name_them(tmp_path):
     (folder / "Flicker8k_Dataset").rename(folder / "Pictures")
     with pytest.raises(UserError, match="Flicker8k_Dataset/ or .*Images/"):
         load_samples("flickr8k", 1, 0, folder)
+
+
+# ---------------------------------------------------------------- files that are not to be trusted
+
+READERS = {"coco": ("annotations/captions_val2017.json", "val2017"), "token": ("Flickr8k.token.txt", "Images"),
+           "kaggle": ("captions.txt", "Images")}
+ANY = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+                    lambda part: st.lists(part, max_size=3) | st.dictionaries(st.text(max_size=5), part, max_size=3),
+                    max_leaves=6)
+
+
+def read_any(folder, layout, content):
+    """Load a sample of a captions file with this content: one whose image lies in the image folder, or a UserError."""
+    captions_file, images = READERS[layout]
+    (folder / captions_file).parent.mkdir(parents=True, exist_ok=True)
+    (folder / images).mkdir(exist_ok=True)
+    (folder / captions_file).write_bytes(content)
+    found, said = [], ""
+    try:
+        found, _ = load_samples("coco" if layout == "coco" else "flickr8k", 1, 0, folder)
+    except UserError as error:
+        said = str(error)
+    assert bool(found) != bool(said)
+    assert all(sample.open_image.args[0].parent == folder / images for sample in found)
+    assert "\n" not in said
+    assert len(said) < 1000
+
+
+@pytest.mark.parametrize("layout", READERS)
+@ANY
+@given(start=st.sampled_from([b"", b"image,caption\n", b"1.jpg#0\t", b'{"images": [', b"[" * 60_000]),
+       content=st.binary(max_size=80))
+def test_any_bytes_for_captions_are_samples_or_one_line(tmp_path, layout, start, content):
+    read_any(tmp_path, layout, start + content)
+
+
+@ANY
+@given(data=st.data())
+def test_any_value_anywhere_in_cocos_captions_is_a_sample_or_one_line(tmp_path, data):
+    content = coco_json(3)
+    part = data.draw(st.sampled_from(["images", "annotations"]))
+    field = data.draw(st.sampled_from(["", "id", "image_id", "file_name", "caption"]))
+    value = data.draw(JSON | st.sampled_from(["../../x.jpg", "/etc/x.jpg", "..\\x.jpg", "a\0.jpg"]))
+    if field:
+        content[part][1][field] = value
+    else:
+        content[part][1] = value
+    read_any(tmp_path, "coco", json.dumps(content).encode())
+
+
+@pytest.mark.parametrize(("layout", "content"), [
+    ("token", b"".join(b"%d.jpg#0\tA dog .\n" % n for n in range(10 ** 6))),
+    ("token", b"x" * 10 ** 7 + b"#0\tA dog .\n"), ("token", b"1.jpg#" + b"1" * 10 ** 7 + b"\tA dog .\n"),
+    ("token", b"#1" * (5 * 10 ** 6)), ("kaggle", b'image,caption\n1.jpg,"' + b"x" * 10 ** 7),
+    ("coco", b'{"images": [], "annotations": [], "x": "' + b"x" * 10 ** 7),
+], ids=["a million lines", "a long name", "a long number", "many numbers", "a long row", "a long string"])
+def test_huge_captions_do_no_harm(tmp_path, layout, content):
+    """Nothing in the readers takes more than in proportion."""
+    read_any(tmp_path, layout, content)
+
+
+def test_an_archive_is_unpacked_nowhere_but_in_the_cache(mirror, monkeypatch):
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as members:
+        members.writestr("../../outside.json", "{}")
+        members.writestr("annotations/captions_val2017.json", json.dumps(coco_json()))
+    mirror.files[mirror.archive] = archive.getvalue()
+    monkeypatch.setattr(captions, "COCO_ARCHIVE_HASH", "md5:" + hashlib.md5(archive.getvalue()).hexdigest())
+    load_samples("coco", 1)
+    assert not list(mirror.cache.parent.parent.rglob("outside.json"))
 
 
 # ---------------------------------------------------------------- images
