@@ -310,6 +310,9 @@ def prepare(args) -> Experiment:
         models.set_denoiser(pipeline, dense, device, args.offload)
         sampling["batch_size"] = processes.agree(models.fitting_batch_size(
             pipeline, samples[0], device, sampling["guidance_scale"], sampling["image_size"]))
+        if args.offload:
+            pipeline.remove_all_hooks()
+        dense.to("cpu")
 
     weights = {family: models.fingerprint(network.model if isinstance(network, metrics.Clip) else network)
                for family, network in networks.items()}
@@ -319,7 +322,7 @@ def prepare(args) -> Experiment:
         settings={**sampling, **options, "seeds": args.seeds, "resize": captions.RESIZE_RULE,
                   "metrics": chosen, "metric_backbones": kind, "denoiser": models.fingerprint(dense),
                   "pipeline": models.fingerprint_rest(pipeline), "dtype": dtype, "compile": args.compile,
-                  "offload": args.offload, **models.machine(device)},
+                  "offload": args.offload, **processes.agree(models.machine(device))},
         backbones={name: f"{BACKBONES[kind][family]}, {weights[family]}" for name, family in families.items()
                    if family in weights},
         notes={"captions_skipped": skipped, "code": [code_version()]}, versions=models.versions(),
