@@ -33,7 +33,6 @@ from pruning.findings import (
     interval,
     metrics_of,
     rate_folder,
-    relative,
     relative_curve,
     relative_interval,
     removes,
