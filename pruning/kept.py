@@ -15,6 +15,7 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from pruning import UserError
+from pruning.records import whole_file
 
 
 class Made(NamedTuple):
@@ -40,17 +41,8 @@ def save(made: Made, path: Path, origin: str) -> None:
     notes = PngImagePlugin.PngInfo()
     for name, value in (("made_by", origin), ("finite", str(int(made.finite))), ("seconds", repr(made.seconds))):
         notes.add_text(name, value)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Not forced to the disk at once: what a power cut leaves broken is found broken and made again.
+    with whole_file(path, sync=False) as part:  # what a power cut leaves broken is found broken and made again
         Image.fromarray(made.pixels).save(part, format="PNG", pnginfo=notes, compress_level=1)
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        with suppress(OSError):
-            part.unlink()
 
 
 def load(path: Path, origin: str) -> Optional[Made]:

@@ -6,6 +6,7 @@ example:
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -13,6 +14,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(ROOT)  # instead of pruning/, whose file names must not shadow packages
 
 from pruning import UserError, command, plots
+from pruning.kept import only_writer
 from pruning.records import find_records, merge, read_record, write_record
 from pruning.summaries import answer
 
@@ -33,9 +35,12 @@ def main(argv=None) -> None:
     if not merged:
         raise UserError(f"no record in {args.results_dir} lies there in parts")
     for path, (record, several) in merged.items():
-        write_record(record, path)
-        for part in set(several) - {path}:
-            part.unlink()
+        with ExitStack() as locks:
+            for each in {path, *several}:
+                locks.enter_context(only_writer(each))
+            write_record(record, path)
+            for part in set(several) - {path}:
+                part.unlink()
         plots.draw_all(record, path.parent, path.parent / "images", args.tolerance)
         print(path)
         print(answer(record, args.tolerance))

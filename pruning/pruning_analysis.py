@@ -43,7 +43,7 @@ from pruning import (
 from pruning.captions import DATASETS
 from pruning.methods import METHODS
 from pruning.metrics import BACKBONES, DISTANCES, METRICS
-from pruning.summaries import answer
+from pruning.summaries import answer, summary
 
 RATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 RECOVERY_IMAGES = 128  # dense images whose denoiser calls the iterative method trains on
@@ -448,7 +448,7 @@ def sweep(args) -> Path:
         try:
             measure_all(experiment, args, path)
         finally:
-            if experiment.record.points:  # also after Ctrl-C: what is finished is worth a look
+            if experiment.record.dense and not args.shard:  # also after Ctrl-C: what is finished is worth a look
                 plots.draw_all(experiment.record, experiment.folder, experiment.folder / "images", args.tolerance)
             if args.discard_images:
                 discard_images(experiment)
@@ -612,9 +612,10 @@ def main(argv=None) -> None:
             raise UserError(f"--shard {part}/{count}: there are but {len(args.rates)} rates to share out")
         args.rates = args.rates[part - 1::count]
     path = sweep(args)
-    print(path.with_suffix(".txt").read_text(encoding="utf-8"))
+    record = records.read_record(path)
+    print(summary(record, args.tolerance))
     print(path)
-    print(answer(records.read_record(path), args.tolerance))
+    print(answer(record, args.tolerance))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import uuid
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -259,15 +260,19 @@ def _layout(value, indent: str = "") -> str:
 
 
 @contextmanager
-def whole_file(path):
-    """Yield a path beside `path` to write to, which takes its place when the block ends well; else it is removed."""
+def whole_file(path, sync: bool = True):
+    """Yield a path beside `path` to write to, which takes its place when the block ends well; else it is removed.
+
+    sync: wait until it is on the disk, so that not even a power cut leaves half of it.
+    """
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")  # also unique among machines
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
+        if sync:
+            with open(part, "rb+") as file:
+                os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None

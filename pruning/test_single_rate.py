@@ -22,7 +22,7 @@ __test__ = False  # its name looks like a test's to pytest
 
 def table(record: records.Record) -> str:
     """Dense and pruned side by side, a line a quantity."""
-    dense, point = record.dense, record.points[0]
+    dense, point = record.dense, [*record.points, record.dense][0]  # at rate 0, dense is all there is
     rows = [("", "dense", f"{record.method} {point.rate:g}", "better", "95 % interval"),
             (f"sparsity ({point.unit})", f"{dense.sparsity:.4f}", f"{point.sparsity:.4f}", "", ""),
             ("parameters", f"{dense.parameters:,}", f"{point.parameters:,}", "", ""),

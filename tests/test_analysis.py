@@ -44,8 +44,8 @@ def measurements(record):
     numbers = []
     for point in [record.dense, *record.points]:
         numbers += [point.rate, point.sparsity, point.units_taken, point.parameters, point.nonzero_parameters]
-        numbers += [value for name, value in sorted(point.metrics.items()) if name != "generation_time"]
-        numbers += [value for _, values in sorted(point.per_image.items()) for value in values]
+        numbers += [value or 0 for name, value in sorted(point.metrics.items()) if name != "generation_time"]
+        numbers += [value or 0 for _, values in sorted(point.per_image.items()) for value in values]
     return numbers
 
 

@@ -183,7 +183,7 @@ def test_a_sweep_killed_at_20_moments_ends_with_the_record_of_an_undisturbed_one
 
     def run(seconds=None):
         """Start a sweep, kill it after so many seconds; its exit status, and how long it ran."""
-        zygote.stdin.write("\\n")
+        zygote.stdin.write("\n")
         zygote.stdin.flush()
         child, started = int(zygote.stdout.readline()), time.monotonic()
         if seconds is not None:
