@@ -76,7 +76,7 @@ def share_of_dense(point: Point, dense: Point) -> str:
         return f"no finite {QUALITY}"
     low, high = interval(QUALITY, point, dense)
     spread = f" (95 % interval {100 * low / dense_score:.1f} to {100 * high / dense_score:.1f})" if low == low else ""
-    return f"{100 * score / dense_score:.1f} % of dense{spread}"
+    return f"{100 * score / dense_score:.1f} % of dense{spread}".replace("-", "−")
 
 
 def _saving(point: Point, record: Record) -> str:
