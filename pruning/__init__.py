@@ -2,10 +2,17 @@
 from __future__ import annotations
 
 import difflib
+import os
+from pathlib import Path
 
 
 class UserError(Exception):
     """Something the user can put right; the commands print it as one line and exit with 2."""
+
+
+def cache_folder() -> Path:
+    """Where data is fetched to, and what was computed from it is kept: $PRUNING_CACHE, or a folder in the home."""
+    return Path(os.environ.get("PRUNING_CACHE") or Path.home() / ".cache" / "pruning_analysis")
 
 
 def check_name(what: str, name: str, names) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from pruning import UserError, check_name
+from pruning import UserError, cache_folder, check_name
 from pruning.shapes import scenes
 
 # The bucket of images.cocodataset.org under its provider's name: the host's own has no valid TLS certificate.
@@ -298,7 +298,7 @@ def load_originals(samples: List[Sample], size: int) -> np.ndarray:
 
 def _fetch_coco_captions() -> Path:
     """The cache folder, with the captions in it; it is laid out as a data folder is."""
-    cache = Path(os.environ.get("PRUNING_CACHE") or Path.home() / ".cache" / "pruning_analysis") / "coco"
+    cache = cache_folder() / "coco"
     with _fetching("COCO's captions"):
         (cache / COCO_IMAGES).mkdir(parents=True, exist_ok=True)
         if not (cache / COCO_CAPTIONS).exists():

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from pruning import UserError
+from pruning import UserError, cache_folder
 from pruning.records import whole_file
 
 
@@ -64,6 +64,21 @@ def load(path: Path, origin: str) -> Optional[Made]:
     except Exception as error:  # Pillow raises what the broken bytes lead it to
         tqdm.write(f"{path} is no image that can be read ({error}): {set_aside(path)}, and it is made again")
         return None
+
+
+def features(compute, images: np.ndarray, origin: dict) -> np.ndarray:
+    """compute(images) of real images, as an earlier run with the same `origin` of what computes left it in the cache.
+
+    Where the cache cannot be read or written it is computed each time.
+    """
+    content = hashlib.sha256(np.ascontiguousarray(images)).hexdigest()
+    path = cache_folder() / "features" / f"{made_by(**origin, shape=images.shape, content=content)}.npy"
+    with suppress(OSError, ValueError, EOFError):
+        return np.load(path, allow_pickle=False)
+    found = compute(images)
+    with suppress(UserError), whole_file(path, sync=False) as part, open(part, "wb") as file:
+        np.save(file, found)
+    return found
 
 
 def set_aside(path: Path) -> str:

@@ -7,6 +7,7 @@ resized only where a network demands its own size.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import warnings
@@ -67,6 +68,7 @@ BACKBONES = {
 }
 
 BUNDLED = Path(__file__).resolve().parent / "shapes"
+KERNEL_ENTRIES = 2 ** 22  # of a kernel matrix held at a time
 CLIP_ID, CLIP_REVISION = "openai/clip-vit-base-patch16", "57c216476eefef5ab752ec549e440a49ae4ae5f3"
 
 
@@ -344,7 +346,26 @@ def clip_score(image_embeddings, caption_embeddings) -> np.ndarray:
     return 100 * np.sum(image_embeddings * caption_embeddings, axis=1, dtype=np.float64)
 
 
-# ---------------------------------------------------------------- FID
+# ---------------------------------------------------------------- sets of images
+
+class Reference:
+    """Features (m, d) of real images, and what distances take from them alone, computed once for many sets."""
+
+    def __init__(self, features):
+        self.features = np.asarray(features, np.float64)
+        self._sums = {}
+
+    @functools.cached_property
+    def covariance_root(self) -> np.ndarray:
+        """As _covariance_root."""
+        return _covariance_root(self.features)
+
+    def kernel_sums(self, kernel) -> np.ndarray:
+        """As _kernel_sums."""
+        if kernel not in self._sums:
+            self._sums[kernel] = _kernel_sums(self.features, kernel)
+        return self._sums[kernel]
+
 
 def image_features(network, images, batch_size: int = 32) -> np.ndarray:
     """Features (n, d) in float64, by the "features" network of load_backbone."""
@@ -354,18 +375,18 @@ def image_features(network, images, batch_size: int = 32) -> np.ndarray:
                     images).astype(np.float64)
 
 
-def fid(features, reference) -> Distance:
+def fid(features, reference: Reference) -> Distance:
     """Fréchet distance of the Gaussians fitted to two sets of features (Heusel et al., 2017, eq. 6).
 
-    features: (n, d); reference: (m, d). Exact: with A'A and B'B the covariances, the
+    features: (n, d). Exact: with A'A and B'B the covariances, the
     trace of the root of their product is the nuclear norm of AB', so that few images
     cost little. NaN where a set has fewer than two images. Biased upward for small n:
     compare at equal n alone.
     """
-    if min(len(features), len(reference)) < 2:
+    if min(len(features), len(reference.features)) < 2:
         return Distance(math.nan, None)
-    shift = features.mean(axis=0) - reference.mean(axis=0)
-    a, b = _covariance_root(features), _covariance_root(reference)
+    shift = features.mean(axis=0) - reference.features.mean(axis=0)
+    a, b = _covariance_root(features), reference.covariance_root
     distance = shift @ shift + np.sum(a * a) + np.sum(b * b) - 2 * np.linalg.norm(a @ b.T, "nuc")
     return Distance(max(0.0, float(distance)), None)  # not below zero but by rounding; no interval heals its bias
 
@@ -379,45 +400,58 @@ def _covariance_root(features) -> np.ndarray:
 
 # ---------------------------------------------------------------- kernel distances
 
-def kid(features, reference) -> Distance:
-    """1000 times the unbiased MMD² of two sets of features (n, d), (m, d) with the kernel (x·y/d + 1)³.
+def kid(features, reference: Reference) -> Distance:
+    """1000 times the unbiased MMD² of two sets of features (n, d) with the kernel (x·y/d + 1)³.
 
     Bińkowski et al., 2018, over all pairs, where others average over random subsets. May be below 0.
     """
-    width = features.shape[1]
-    return _unbiased_mmd(features, reference, lambda a, b: (a @ b.T / width + 1) ** 3)
+    return _unbiased_mmd(features, reference, _cubic)
 
 
-def cmmd(embeddings, reference) -> Distance:
-    """1000 times the unbiased MMD² of two sets of unit CLIP embeddings (n, d), (m, d) with a Gaussian kernel of σ 10.
+def cmmd(embeddings, reference: Reference) -> Distance:
+    """1000 times the unbiased MMD² of two sets of unit CLIP embeddings (n, d) with a Gaussian kernel of σ 10.
 
     Jayasumana et al., 2024, eq. 4 without the diagonal, so that it is about 0 for two sets of one distribution
     whatever their number. May be below 0.
     """
-    return _unbiased_mmd(embeddings, reference, lambda a, b: np.exp(-(
-        np.sum(a * a, 1)[:, None] + np.sum(b * b, 1) - 2 * a @ b.T) / 200))
+    return _unbiased_mmd(embeddings, reference, _gaussian)
 
 
-def _unbiased_mmd(x, y, kernel) -> Distance:
+def _cubic(a, b):
+    return (a @ b.T / a.shape[1] + 1) ** 3
+
+
+def _gaussian(a, b):
+    return np.exp(-(np.sum(a * a, 1)[:, None] + np.sum(b * b, 1) - 2 * a @ b.T) / 200)
+
+
+def _kernel_sums(x, kernel) -> np.ndarray:
+    """Of each row of x (n, d), the sum of the kernel with all others (n,); of some rows at a time, to spare memory."""
+    rows = max(1, KERNEL_ENTRIES // len(x))
+    return np.concatenate([
+        block.sum(axis=1) - block[np.arange(len(block)), np.arange(start, start + len(block))]
+        for start in range(0, len(x), rows) for block in [kernel(x[start:start + rows], x)]])
+
+
+def _unbiased_mmd(x, reference: Reference, kernel) -> Distance:
     """1000 times the U-statistic of MMD² (Gretton et al., 2012, eq. 3), its interval by the jackknife over both sets.
 
     NaN where a set has fewer than two.
     """
-    n, m = len(x), len(y)
+    n, m = len(x), len(reference.features)
     if min(n, m) < 2:
         return Distance(math.nan, None)
-    x, y = x.astype(np.float64), y.astype(np.float64)
-    xx, yy, xy = kernel(x, x), kernel(y, y), kernel(x, y)
-    of_x, of_y = xx.sum(1) - np.diag(xx), yy.sum(1) - np.diag(yy)
+    x = x.astype(np.float64)
+    of_x, of_y, between = _kernel_sums(x, kernel), reference.kernel_sums(kernel), kernel(x, reference.features)
 
-    def mmd(sum_x, n, sum_y, m, sum_xy):
-        return sum_x / (n * (n - 1)) + sum_y / (m * (m - 1)) - 2 * sum_xy / (n * m)
+    def mmd(sum_x, n, sum_y, m, sum_between):
+        return sum_x / (n * (n - 1)) + sum_y / (m * (m - 1)) - 2 * sum_between / (n * m)
 
-    value = mmd(of_x.sum(), n, of_y.sum(), m, xy.sum())
+    value = mmd(of_x.sum(), n, of_y.sum(), m, between.sum())
     if min(n, m) < FEWEST:
         return Distance(1000 * value, None)
-    without_x = mmd(of_x.sum() - 2 * of_x, n - 1, of_y.sum(), m, xy.sum() - xy.sum(1))
-    without_y = mmd(of_x.sum(), n, of_y.sum() - 2 * of_y, m - 1, xy.sum() - xy.sum(0))
+    without_x = mmd(of_x.sum() - 2 * of_x, n - 1, of_y.sum(), m, between.sum() - between.sum(1))
+    without_y = mmd(of_x.sum(), n, of_y.sum() - 2 * of_y, m - 1, between.sum() - between.sum(0))
     variance = sum((len(left) - 1) * left.var() for left in (without_x, without_y))
     reach = student(min(n, m) - 1) * math.sqrt(variance)
     return Distance(1000 * value, (1000 * (value - reach), 1000 * (value + reach)))
@@ -454,31 +488,28 @@ def psnr(images, others) -> np.ndarray:
         return 10 * np.log10(255 ** 2 / np.array(squares))
 
 
-def ssim(images, others, batch_size: int = 32) -> np.ndarray:
+def ssim(images, others) -> np.ndarray:
     """Structural similarity of paired images (n,): Wang et al., 2004, eq. 13, by a Gaussian window of σ 1.5.
 
     The mean over channels and all places, the image mirrored at its edges for the 11 × 11 window, as torchmetrics does.
     """
-    import torch
-    from torch.nn.functional import conv2d, pad
+    from scipy.ndimage import gaussian_filter1d
 
     _check_pairs(images, others)
-    offsets = torch.arange(11, dtype=torch.float64) - 5
-    row = torch.exp(-offsets ** 2 / (2 * 1.5 ** 2))
-    row = (row / row.sum()).repeat(3, 1)[:, None]
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
     def blur(x):
-        x = pad(x, (5, 5, 5, 5), mode="reflect")
-        return conv2d(conv2d(x, row[..., None, :], groups=3), row[..., None], groups=3)
+        for axis in (0, 1):
+            x = gaussian_filter1d(x, 1.5, axis=axis, mode="mirror", truncate=3.5)
+        return x
 
-    def compute(*pair):
-        a, b = (_to_tensor(batch, "cpu").double() for batch in pair)
+    def compute(a, b):
+        a, b = a.astype(np.float64), b.astype(np.float64)
         mean_a, mean_b = blur(a), blur(b)
-        spread = blur(a * a) - mean_a ** 2 + blur(b * b) - mean_b ** 2
+        spread = blur(a * a + b * b) - mean_a ** 2 - mean_b ** 2
         together = blur(a * b) - mean_a * mean_b
-        c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-        similar = ((2 * mean_a * mean_b + c1) * (2 * together + c2)
-                   / ((mean_a ** 2 + mean_b ** 2 + c1) * (spread + c2)))
-        return similar.mean(dim=(1, 2, 3))
+        return np.mean((2 * mean_a * mean_b + c1) * (2 * together + c2)
+                       / ((mean_a ** 2 + mean_b ** 2 + c1) * (spread + c2)))
 
-    return _batched(compute, batch_size, "SSIM", images, others)
+    pairs = tqdm(zip(images, others), total=len(images), desc="SSIM", delay=2, leave=False)
+    return np.array([compute(*pair) for pair in pairs])

@@ -369,5 +369,5 @@ def machine(device: str) -> Dict[str, Any]:
 
 def versions() -> Dict[str, str]:
     """Versions of what decides the numbers."""
-    packages = ("torch", "diffusers", "transformers", "lpips", "numpy")
+    packages = ("torch", "diffusers", "transformers", "lpips", "numpy", "pillow")
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}

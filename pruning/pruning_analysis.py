@@ -46,6 +46,8 @@ from pruning.metrics import BACKBONES, DISTANCES, METRICS
 from pruning.summaries import answer, summary
 
 RATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+DESCRIBE = {"clip": metrics.embed_images, "features": metrics.image_features}
+REFERENCE_ROWS = 256  # real images held at a time
 RECOVERY_IMAGES = 128  # dense images whose denoiser calls the iterative method trains on
 
 
@@ -67,7 +69,7 @@ class Experiment:
     networks: Dict[str, Any]  # family of backbones -> its network
     earlier: Optional[records.Record]  # which an earlier run left and `record` goes on with
     caption_embeddings: Optional[np.ndarray] = None  # (n, d)
-    reference: Dict[str, np.ndarray] = field(default_factory=dict)  # backbone -> its features of real images (m, d)
+    reference: Dict[str, metrics.Reference] = field(default_factory=dict)  # backbone -> its features of real images
     dense_images: Optional[np.ndarray] = None  # uint8 (n, size, size, 3), made by the point at rate 0
     dense_values: Optional[Dict[str, list]] = None  # metric -> values of these images
     call: Optional[dict] = None  # keyword arguments of a denoiser call for a batch, and for one image
@@ -271,14 +273,18 @@ def time_costs(experiment: Experiment, denoiser, image_seconds: float) -> Dict[s
     denoiser's call has become since, so that a busy machine slows both.
     """
     place = (lambda denoiser: use(experiment, denoiser)) if experiment.offload else None
+    before = experiment.record.dense
+    if before is None:  # this is the dense one
+        seconds, = costs.denoiser_seconds([denoiser], experiment.call, place=place)
+        return {"denoiser_seconds": seconds, "dense_denoiser_seconds": seconds, "image_seconds": image_seconds,
+                "dense_image_seconds": image_seconds}
     dense = experiment.dense if experiment.offload else experiment.dense.to(experiment.device)
     dense_seconds, seconds = costs.denoiser_seconds([dense, denoiser], experiment.call, place=place)
     take_back(experiment)
     models.set_denoiser(experiment.pipeline, denoiser, "cpu" if experiment.offload else experiment.device)
-    before = experiment.record.dense
-    since = dense_seconds / before.dense_denoiser_seconds if before else 1.0
+    since = dense_seconds / before.denoiser_seconds
     return {"denoiser_seconds": seconds, "dense_denoiser_seconds": dense_seconds, "image_seconds": image_seconds,
-            "dense_image_seconds": since * (before.image_seconds if before else image_seconds)}
+            "dense_image_seconds": since * before.image_seconds}
 
 
 def prepare(args) -> Experiment:
@@ -346,23 +352,36 @@ def prepare(args) -> Experiment:
 
 def add_reference(experiment: Experiment, samples, args) -> None:
     """What sets of images are compared with: features of real images, and how near as many other real ones come."""
-    record, size = experiment.record, experiment.sampling["image_size"]
+    record = experiment.record
     sets = [name for name in record.settings["metrics"] if name in DISTANCES]
     if not sets:
         return
-    reference = captions.load_originals(captions.reference_samples(args.dataset, samples), size)
+    reference = captions.reference_samples(args.dataset, samples)
     others = captions.other_samples(args.dataset, samples, args.seed, args.data_dir)
-    originals = captions.load_originals(others, size)
-    real = {}
-    for family in {METRICS[name].backbone for name in sets}:
-        describe = metrics.embed_images if family == "clip" else metrics.image_features
-        experiment.reference[family] = describe(experiment.networks[family], reference)
-        real[family] = describe(experiment.networks[family], originals) if others else None
+    families = sorted({METRICS[name].backbone for name in sets})
+    described = describe_originals(experiment, families, reference)
+    experiment.reference = {family: metrics.Reference(described[family]) for family in families}
     record.notes["reference_images"] = len(reference)
-    if "features" in real:
-        record.notes["fid_feature_size"] = experiment.reference["features"].shape[1]
+    if "features" in families:
+        record.notes["fid_feature_size"] = described["features"].shape[1]
+    real = describe_originals(experiment, families, others) if others else {}
     record.notes["floors"] = {name: DISTANCES[name](real[family], experiment.reference[family]).value
                               for name in sets for family in [METRICS[name].backbone] if others}
+
+
+def describe_originals(experiment: Experiment, families: List[str], samples) -> Dict[str, np.ndarray]:
+    """What networks make of the samples' originals, (n, d) each; of some at a time, as there may be thousands."""
+    described = {family: [] for family in families}
+    for start in tqdm(range(0, len(samples), REFERENCE_ROWS), desc="real images", delay=2, leave=False):
+        originals = captions.load_originals(samples[start:start + REFERENCE_ROWS], experiment.sampling["image_size"])
+        for family in families:
+            describe = functools.partial(DESCRIBE[family], experiment.networks[family])
+            backbone = next(text for name, text in experiment.record.backbones.items()
+                            if METRICS[name].backbone == family)
+            described[family].append(kept.features(describe, originals, {
+                "backbone": backbone, "versions": experiment.record.versions, "device": experiment.device,
+                "code": Path(metrics.__file__).read_text(encoding="utf-8")}))
+    return {family: np.concatenate(rows) for family, rows in described.items()}
 
 
 def method_options(args) -> Dict[str, Any]:

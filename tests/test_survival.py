@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from pruning import UserError, kept, models, plots, pruning_analysis
@@ -154,32 +153,33 @@ def test_a_full_disk_leaves_no_half_image_and_is_one_line(tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
-# A process that has imported all, for sweeps to fork from: imports take longer than the sweeps.
+# A process that has imported all and swept once, for sweeps to fork from: to start takes longer than to sweep.
+# Of one thread, as a fork has none of the others.
 ZYGOTE = """
 import os, sys
 sys.path.insert(0, {root!r})
 import torch
-torch.set_num_threads({threads})
-import diffusers, transformers, lpips, matplotlib.figure
-from diffusers import StableDiffusionPipeline
+torch.set_num_threads(1)
 from pruning import command, pruning_analysis
+flags = {flags!r}
+null = os.open(os.devnull, os.O_WRONLY)
+said = os.fdopen(os.dup(1), "w")
+os.dup2(null, 1)
+pruning_analysis.main([*flags, {whole!r}])
+print("ready", file=said, flush=True)
 for line in sys.stdin:
     child = os.fork()
     if child == 0:
-        os.setsid()
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        os.dup2(null, 2)
-        command.run(lambda: pruning_analysis.main({flags!r}))
+        command.run(lambda: pruning_analysis.main([*flags, {killed!r}]))
         os._exit(0)
-    print(child, flush=True)
-    print(os.waitpid(child, 0)[1], flush=True)
+    print(child, file=said, flush=True)
+    print(os.waitpid(child, 0)[1], file=said, flush=True)
 """
 
 
-def test_a_sweep_killed_at_20_moments_ends_with_the_record_of_an_undisturbed_one(tmp_path, whole):
-    flags = [*QUICK, *CHEAP, "--results_dir", str(tmp_path)]
-    code = ZYGOTE.format(root=str(ROOT), flags=flags, threads=torch.get_num_threads())
+def test_a_sweep_killed_at_20_moments_ends_with_the_record_of_an_undisturbed_one(tmp_path):
+    code = ZYGOTE.format(root=str(ROOT), flags=[*QUICK, *CHEAP, "--results_dir"], whole=str(tmp_path / "whole"),
+                         killed=str(tmp_path / "killed"))
     zygote = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                               stderr=subprocess.DEVNULL, text=True)
 
@@ -194,23 +194,26 @@ def test_a_sweep_killed_at_20_moments_ends_with_the_record_of_an_undisturbed_one
                 os.kill(child, signal.SIGKILL)
         return int(zygote.stdout.readline()), time.monotonic() - started
 
+    whole, record = (tmp_path / name / "shapes-unet/shapes/magnitude.json" for name in ("whole", "killed"))
+    images, met, rng = record.parent / "images", set(), np.random.RandomState(0)
     try:
-        record, killed, rng = tmp_path / "shapes-unet/shapes/magnitude.json", 0, np.random.RandomState(0)
-        assert run()[0] == 0
-        _, span = run()  # of one with nothing left to do: what is loaded
-        begin = span
+        assert zygote.stdout.readline() == "ready\n"
+        status, span = run()
+        assert status == 0
+        killed = 0
         for _ in range(60):
-            if killed >= 20:
+            if killed == 20:
                 break
-            if rng.rand() < 0.3:  # begin again from nothing, as a longer sweep would have more to do
-                for path in sorted(tmp_path.rglob("*"), reverse=True):
-                    path.rmdir() if path.is_dir() else path.unlink()
-            status, _ = run(rng.uniform(0.3 * begin, 2.5 * begin))
+            if rng.rand() < 0.4:  # begin again from nothing, as a longer sweep would have more to do
+                shutil.rmtree(str(record.parent), ignore_errors=True)
+            status, _ = run(rng.uniform(0, span))
             killed += os.WIFSIGNALED(status)
-        assert killed >= 20
+            met.add((len(list(images.rglob("0*.png"))), record.exists()))
+        assert killed == 20
+        assert len(met) > 4  # moments that differ: before the first image, between images, between points, at the end
         assert run()[0] == 0
     finally:
         zygote.stdin.close()
         zygote.wait()
-    assert without_times(read_record(record)) == without_times(whole[1])
+    assert without_times(read_record(record)) == without_times(read_record(whole))
     assert not [path for path in tmp_path.rglob("*") if path.name.endswith((".part", ".lock"))]

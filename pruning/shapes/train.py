@@ -492,8 +492,8 @@ def evaluate(model: str, count: int = 500) -> dict:
         scores[name] = float(metrics.clip_score(seen, embedded).mean())
         found[name] = float((texts[(seen @ embedded.T).argmax(1)] == texts).mean())
     features = metrics.load_backbone("bundled", "features")
-    reference = metrics.image_features(features, captions.load_originals(
-        captions.reference_samples("shapes", []), scenes.SIZE))
+    reference = metrics.Reference(metrics.image_features(features, captions.load_originals(
+        captions.reference_samples("shapes", []), scenes.SIZE)))
     return {
         "scenes": count,
         "vae_psnr_db": float((10 * torch.log10(4 / torch.cat(errors))).mean()),
@@ -501,8 +501,8 @@ def evaluate(model: str, count: int = 500) -> dict:
         "clip_score_dense_over_real": scores["dense"] / scores["real"],
         "retrieval_real": found["real"], "retrieval_dense": found["dense"],
         "retrieval_dense_over_real": found["dense"] / found["real"],
-        "fid_dense": metrics.fid(metrics.image_features(features, made), reference),
-        "fid_real": metrics.fid(metrics.image_features(features, originals), reference),
+        "fid_dense": metrics.fid(metrics.image_features(features, made), reference).value,
+        "fid_real": metrics.fid(metrics.image_features(features, originals), reference).value,
     }
 
 
