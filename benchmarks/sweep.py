@@ -15,6 +15,7 @@ if __package__ in (None, ""):
 import contextlib
 import cProfile
 import io
+import os
 import platform
 import pstats
 import subprocess
@@ -105,20 +106,25 @@ def usual_way(count: int) -> list:
 def sweeps(count: int, with_usual: bool) -> list:
     """Rows: what was timed, seconds, and how it compares."""
     with tempfile.TemporaryDirectory() as folder:
-        bare_loop(8)  # a warm-up
-        profile = cProfile.Profile()
+        folder = Path(folder)
+        bare_loop(8)  # a warm-up, as the next: it imports what only a sweep needs
+        our_sweep(1, folder / "warm-up")
         bare = [seconds(lambda: bare_loop(count))]
-        profile.enable()
-        own = seconds(lambda: our_sweep(count, Path(folder) / "a"))
-        profile.disable()
-        bare.append(seconds(lambda: bare_loop(count)))  # on both sides, as the machine drifts
-        bare = float(np.mean(bare))
+        os.environ["PRUNING_CACHE"] = str(folder / "cache")
+        own = seconds(lambda: our_sweep(count, folder / "first"))  # with nothing known of the real images
+        bare.append(seconds(lambda: bare_loop(count)))
+        again = seconds(lambda: our_sweep(count, folder / "again"))
+        bare.append(seconds(lambda: bare_loop(count)))  # on both sides of each, as the machine drifts
         process = seconds(lambda: subprocess.run(
-            [sys.executable, str(ROOT / "pruning" / "pruning_analysis.py"), *flags(count, Path(folder) / "b")],
+            [sys.executable, str(ROOT / "pruning" / "pruning_analysis.py"), *flags(count, folder / "process")],
             check=True, capture_output=True))
-        record = read_record(Path(folder) / "a" / MODEL / "shapes" / f"{METHOD}.json")
-        rows = [("bare image making", bare, ""), ("the sweep, after imports", own, f"{own / bare:.2f} x bare"),
-                ("the sweep, whole process", process, f"{process / bare:.2f} x bare")]
+        bare.append(seconds(lambda: bare_loop(count)))
+        record = read_record(folder / "again" / MODEL / "shapes" / f"{METHOD}.json")
+        rows = [("bare image making, median of four", float(np.median(bare)), ", ".join(f"{t:.1f}" for t in bare))]
+        for name, taken, beside in (("the first sweep on a machine, after imports", own, bare[:2]),
+                                    ("the sweep, after imports", again, bare[1:3]),
+                                    ("the sweep, whole process", process, bare[2:])):
+            rows.append((name, taken, f"{taken / np.mean(beside):.2f} x the bare ones before and after"))
         if with_usual:
             started = time.perf_counter()
             found = usual_way(count)
@@ -126,16 +132,23 @@ def sweeps(count: int, with_usual: bool) -> list:
             points = [record.dense, *record.points]
             apart = {name: max(abs(point.metrics[name] - other[name]) for point, other in zip(points, found))
                      for name in found[0]}
-            rows.append(("the usual way, after imports", usual, f"{usual / own:.1f} x the sweep; farthest apart: "
+            rows.append(("the usual way, after imports", usual, f"{usual / again:.1f} x the sweep; farthest apart: "
                          + ", ".join(f"{name} {value:.2g}" for name, value in apart.items())))
         stages = {name: sum(point.seconds[name] for point in (record.dense, *record.points))
                   for name in record.dense.seconds}
         rows.append(("of the sweep, in points", sum(stages.values()),
                      ", ".join(f"{name} {value:.1f}" for name, value in stages.items())))
-        text = io.StringIO()
-        pstats.Stats(profile, stream=text).sort_stats("cumulative").print_stats(45)
-        print(text.getvalue(), file=sys.stderr)
     return rows
+
+
+def profile(count: int) -> None:
+    """Print where a sweep's time goes, by function."""
+    with tempfile.TemporaryDirectory() as folder:
+        our_sweep(1, Path(folder) / "warm-up")
+        found = cProfile.Profile()
+        found.runcall(our_sweep, count, Path(folder) / "sweep")
+    stats = pstats.Stats(found)
+    stats.sort_stats("cumulative").print_stats(r"pruning/\w+\.py", 45)
 
 
 def distances() -> list:
@@ -181,19 +194,21 @@ def starts() -> list:
     return rows
 
 
-PARTS = ("bare", "usual", "fid", "threshold", "starts")
+PARTS = ("bare", "usual", "fid", "threshold", "starts", "profile")
 
 
 def main(argv=None) -> None:
     """Run the parts asked for and print a markdown table."""
     parser = command.Parser(__doc__)
     parser.add_argument("--num_images", type=command.positive, default=64, help="images a rate")
-    parser.add_argument("--parts", nargs="+", type=command.name_in("part", PARTS), default=list(PARTS),
+    parser.add_argument("--parts", nargs="+", type=command.name_in("part", PARTS), default=list(PARTS[:-1]),
                         help=f"what to time, of {', '.join(PARTS)}")
     args = parser.parse_args(argv)
     rows = []
     if {"bare", "usual"} & set(args.parts):
         rows += sweeps(args.num_images, "usual" in args.parts)
+    if "profile" in args.parts:
+        profile(args.num_images)
     for name, part in (("fid", distances), ("threshold", threshold), ("starts", starts)):
         rows += part() if name in args.parts else []
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, "

@@ -5,7 +5,6 @@ import math
 from typing import Optional, Tuple
 
 import numpy as np
-from scipy.special import stdtrit
 
 LEVEL = 0.95
 RESAMPLES = 2000
@@ -49,6 +48,7 @@ def _studentised(centred: np.ndarray) -> np.ndarray:
 
 def student(freedom: int) -> float:
     """How many standard errors an interval reaches to either side, by Student's t."""
+    from scipy.special import stdtrit  # here, or each --help would wait for it
     return float(stdtrit(freedom, (1 + LEVEL) / 2))
 
 

@@ -135,22 +135,30 @@ def test_a_second_process_on_the_same_record_is_turned_away(tmp_path):
     assert list(path.parent.iterdir()) == []
 
 
-@pytest.mark.skipif(os.geteuid() == 0 and not os.access("/proc", os.R_OK), reason="root may write anywhere")
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+def test_results_that_cannot_be_written_are_one_line_before_anything_is_measured(tmp_path, made):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write into"), kept.only_writer(tmp_path / "file" / "x" / "r.json"):
-        pass
+    with pytest.raises(UserError, match="cannot write into"):
+        sweep(tmp_path / "file", *CHEAP)
+    (tmp_path / "folder").mkdir(mode=0o500)
+    if not os.access(str(tmp_path / "folder"), os.W_OK):  # which root always may
+        with pytest.raises(UserError, match="cannot write into"):
+            sweep(tmp_path / "folder", *CHEAP)
+    assert not made
 
 
-def test_a_full_disk_leaves_no_half_image_and_is_one_line(tmp_path, monkeypatch):
-    def full(self, file, **options):
-        Path(file).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Image.Image, "save", full)
-    with pytest.raises(UserError, match="No space left on device"):
-        kept.save(kept.Made(np.zeros((4, 4, 3), np.uint8), True, 1.0), tmp_path / "0000.png", "x")
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize(("limit", "first"), [(2000, "0000.png"), (9000, "magnitude_images.png")])
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(limit, first, tmp_path, whole):
+    """A limit on the size of files, beyond which the system refuses to write as it does on a full disk."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(UserError, match=f"cannot write .*{first}"):
+            sweep(tmp_path, *CHEAP)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix not in (".png", ".json")]
+    assert without_times(sweep(tmp_path, *CHEAP)) == without_times(whole[1])
 
 
 # A process that has imported all and swept once, for sweeps to fork from: to start takes longer than to sweep.
