@@ -32,10 +32,10 @@ from tqdm import tqdm
 
 from benchmarks import peers
 from benchmarks.widths import measure_widths
-from pruning import UserError, command, costs, methods, models, plots
+from pruning import UserError, command, costs, methods, models, plots, whole_file
 from pruning.captions import Sample
 from pruning.methods import METHODS, surgery
-from pruning.records import whole_file, write_json
+from pruning.records import write_json
 
 RATES = (0.1, 0.3, 0.5, 0.7, 0.9)
 AIM = 0.10  # how near a removing method's share of dense's time at rate 0.5 is to be to its share of the MACs

@@ -68,17 +68,17 @@ def bare_loop(count: int) -> None:
                      generator=[models.noise_generator(sample, 0) for sample in batch])
 
 
-def usual_way(count: int) -> list:
+def usual_way(count: int) -> tuple:
     """A sweep as it is usually written: at each rate everything anew, and one image at a time.
 
     The pipeline is loaded again, torch's pruning makes masks of each layer, and torchmetrics' FID sees the real
-    images again. Gives clip_score, lpips and fid of dense and of each rate.
+    images again. Gives clip_score, lpips and fid of dense and of each rate, the seconds it took, and those of images.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     samples, _ = captions.load_samples("shapes", count)
     reference = captions.load_originals(captions.reference_samples("shapes", samples), 64)
-    own, found = models.MODELS[MODEL], []
+    own, found, spent, begun = models.MODELS[MODEL], [], 0.0, time.perf_counter()
     clip, features, perceptual = (metrics.load_backbone("bundled", name) for name in ("clip", "features", "lpips"))
     for rate in (0.0, *pruning_analysis.RATES):
         pipeline = models.load_pipeline(MODEL)
@@ -89,8 +89,10 @@ def usual_way(count: int) -> list:
         distance = FrechetInceptionDistance(feature=features)
         scores, apart = [], []
         for sample in samples:
+            started = time.perf_counter()
             image = pipeline(prompt=sample.caption, num_inference_steps=own.steps, guidance_scale=own.guidance_scale,
                              generator=models.noise_generator(sample, 0), output_type="np").images
+            spent += time.perf_counter() - started
             pixels = (image * 255).round().astype(np.uint8)
             original = captions.load_originals([sample], 64)
             text, _ = metrics.embed_captions(clip, [sample.caption])
@@ -100,40 +102,39 @@ def usual_way(count: int) -> list:
         for start in range(0, len(reference), 32):
             distance.update(torch.from_numpy(reference[start:start + 32]).permute(0, 3, 1, 2), real=True)
         found.append({"clip_score": np.mean(scores), "lpips": np.mean(apart), "fid": distance.compute().item()})
-    return found
+    return found, time.perf_counter() - begun, spent
 
 
-def sweeps(count: int, with_usual: bool) -> list:
+def sweeps(count: int, rounds: int, with_usual: bool) -> list:
     """Rows: what was timed, seconds, and how it compares."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        bare_loop(8)  # a warm-up, as the next: it imports what only a sweep needs
-        our_sweep(1, folder / "warm-up")
-        bare = [seconds(lambda: bare_loop(count))]
+        our_sweep(1, folder / "warm-up")  # it imports what a sweep needs
         os.environ["PRUNING_CACHE"] = str(folder / "cache")
-        own = seconds(lambda: our_sweep(count, folder / "first"))  # with nothing known of the real images
-        bare.append(seconds(lambda: bare_loop(count)))
-        again = seconds(lambda: our_sweep(count, folder / "again"))
-        bare.append(seconds(lambda: bare_loop(count)))  # on both sides of each, as the machine drifts
-        process = seconds(lambda: subprocess.run(
-            [sys.executable, str(ROOT / "pruning" / "pruning_analysis.py"), *flags(count, folder / "process")],
-            check=True, capture_output=True))
-        bare.append(seconds(lambda: bare_loop(count)))
-        record = read_record(folder / "again" / MODEL / "shapes" / f"{METHOD}.json")
-        rows = [("bare image making, median of four", float(np.median(bare)), ", ".join(f"{t:.1f}" for t in bare))]
-        for name, taken, beside in (("the first sweep on a machine, after imports", own, bare[:2]),
-                                    ("the sweep, after imports", again, bare[1:3]),
-                                    ("the sweep, whole process", process, bare[2:])):
-            rows.append((name, taken, f"{taken / np.mean(beside):.2f} x the bare ones before and after"))
+        first = seconds(lambda: our_sweep(count, folder / "first"))  # with nothing kept of the real images
+        bare, own, process = [], [], []
+        for turn in range(rounds):  # in turn, as the machine drifts
+            bare.append(seconds(lambda: bare_loop(count)))
+            own.append(seconds(lambda: our_sweep(count, folder / f"own {turn}")))  # noqa: B023
+            process.append(seconds(lambda: subprocess.run(
+                [sys.executable, str(ROOT / "pruning" / "pruning_analysis.py"),
+                 *flags(count, folder / f"process {turn}")], check=True, capture_output=True)))  # noqa: B023
+        record = read_record(folder / f"own {rounds - 1}" / MODEL / "shapes" / f"{METHOD}.json")
+        sweep = float(np.median(own))
+        rows = [("bare image making", float(np.median(bare)), "")]
+        for name, taken in (("the sweep, after imports", own), ("the sweep, whole process", process)):
+            ratios = np.array(taken) / np.array(bare)
+            rows.append((name, float(np.median(taken)), f"{np.median(ratios):.2f} x bare, of {rounds} rounds "
+                         f"{ratios.min():.2f} to {ratios.max():.2f}"))
+        rows.append(("the first sweep on a machine, after imports", first, f"{first / sweep:.2f} x later ones"))
         if with_usual:
-            started = time.perf_counter()
-            found = usual_way(count)
-            usual = time.perf_counter() - started
+            found, usual, images = usual_way(count)
             points = [record.dense, *record.points]
-            apart = {name: max(abs(point.metrics[name] - other[name]) for point, other in zip(points, found))
-                     for name in found[0]}
-            rows.append(("the usual way, after imports", usual, f"{usual / again:.1f} x the sweep; farthest apart: "
-                         + ", ".join(f"{name} {value:.2g}" for name, value in apart.items())))
+            apart = [", ".join(f"{name} {max(abs(ours.metrics[name] - other[name]) for ours, other in pairs):.2g}"
+                               for name in found[0])
+                     for pairs in (list(zip(points, found))[:1], list(zip(points, found))[1:])]
+            rows.append(("the usual way, after imports", usual, f"{usual / sweep:.1f} x the sweep, images alone "
+                         f"{images / sweep:.1f} x; apart for dense by {apart[0]}, pruned by at most {apart[1]}"))
         stages = {name: sum(point.seconds[name] for point in (record.dense, *record.points))
                   for name in record.dense.seconds}
         rows.append(("of the sweep, in points", sum(stages.values()),
@@ -201,12 +202,13 @@ def main(argv=None) -> None:
     """Run the parts asked for and print a markdown table."""
     parser = command.Parser(__doc__)
     parser.add_argument("--num_images", type=command.positive, default=64, help="images a rate")
+    parser.add_argument("--rounds", type=command.positive, default=3, help="times that bare loop and sweep take turns")
     parser.add_argument("--parts", nargs="+", type=command.name_in("part", PARTS), default=list(PARTS[:-1]),
                         help=f"what to time, of {', '.join(PARTS)}")
     args = parser.parse_args(argv)
     rows = []
     if {"bare", "usual"} & set(args.parts):
-        rows += sweeps(args.num_images, "usual" in args.parts)
+        rows += sweeps(args.num_images, args.rounds, "usual" in args.parts)
     if "profile" in args.parts:
         profile(args.num_images)
     for name, part in (("fid", distances), ("threshold", threshold), ("starts", starts)):

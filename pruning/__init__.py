@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import difflib
 import os
+import uuid
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -22,3 +24,25 @@ def check_name(what: str, name: str, names) -> str:
     near = [known for known in names if name and known.startswith(name)] or difflib.get_close_matches(name, list(names))
     hint = f", did you mean {near[0]!r}?" if near else ""
     raise UserError(f"unknown {what} {name!r}{hint} (one of: {', '.join(names)})")
+
+
+@contextmanager
+def whole_file(path, sync: bool = True):
+    """Yield a path beside `path` to write to, which takes its place when the block ends well; else it is removed.
+
+    sync: wait until it is on the disk, so that not even a power cut leaves half of it.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")  # also unique among machines
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        if sync:
+            with open(part, "rb+") as file:
+                os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        with suppress(OSError):
+            part.unlink()

@@ -14,8 +14,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from pruning import UserError, cache_folder
-from pruning.records import whole_file
+from pruning import UserError, cache_folder, whole_file
 
 
 class Made(NamedTuple):
@@ -89,6 +88,8 @@ def set_aside(path: Path) -> str:
             break
     try:
         path.rename(aside)
+    except FileNotFoundError:  # another process was faster
+        return "set aside by another process"
     except OSError as error:
         raise UserError(f"cannot read {path}, nor set it aside: {error.strerror or error}") from None
     return f"set aside as {aside.name}"

@@ -15,7 +15,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pruning import UserError
+from pruning import UserError, whole_file
 from pruning.findings import (
     ARROWS,
     COST,
@@ -41,7 +41,7 @@ from pruning.findings import (
 )
 from pruning.methods import METHODS
 from pruning.metrics import METRICS
-from pruning.records import Record, whole_file
+from pruning.records import Record
 from pruning.summaries import comparison_summary, fid_note, protocol, summary, units
 
 ROWS, CELL = 6, 160  # of the figure of images: captions, and pixels an image

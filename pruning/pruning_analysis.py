@@ -56,7 +56,7 @@ class Experiment:
     """What all points of a record share, made once by prepare()."""
 
     record: records.Record
-    folder: Path  # of the record and its images
+    path: Path  # of the record; its images lie beside it
     pipeline: Any
     dense: Any  # the dense denoiser, on the CPU, never changed
     device: str
@@ -187,7 +187,7 @@ def kept_image(experiment: Experiment, rate: float, index: int) -> Optional[kept
 def image_file(experiment: Experiment, rate: float, index: int) -> Path:
     """Where an image of a point lies, as plots finds it."""
     method = experiment.record.method
-    return experiment.folder / "images" / method / findings.rate_folder(rate) / kept.file_name(index)
+    return experiment.path.parent / "images" / method / findings.rate_folder(rate) / kept.file_name(index)
 
 
 def made_by(experiment: Experiment, rate: float, sample: captions.Sample) -> str:
@@ -299,7 +299,8 @@ def prepare(args) -> Experiment:
     model = args.model or DATASETS[args.dataset].default_model
     kind = args.metric_backbones or DATASETS[args.dataset].backbones
     path = own_path(args)
-    earlier = None if args.overwrite else earlier_record(path)
+    with processes.in_turn():
+        earlier = None if args.overwrite else earlier_record(path)
     measured = earlier.settings["metrics"] if earlier else []
     chosen = [name for name in METRICS if name in args.metrics or name in measured]  # all points have the same
     families = {name: METRICS[name].backbone for name in chosen if METRICS[name].backbone}
@@ -336,7 +337,7 @@ def prepare(args) -> Experiment:
     if earlier:
         record = continued(earlier, record, path)
     experiment = Experiment(
-        record=record, folder=path.parent, pipeline=pipeline, dense=dense, device=device,
+        record=record, path=path, pipeline=pipeline, dense=dense, device=device,
         offload=args.offload, compile=args.compile, options=options, sampling=sampling,
         samples=[sample._replace(repeat=repeat) for repeat in range(args.seeds) for sample in samples],
         originals=np.tile(captions.load_originals(samples, sampling["image_size"]), (args.seeds, 1, 1, 1)),
@@ -449,7 +450,7 @@ def add_recovery(experiment: Experiment, args) -> None:
 
 def walk_file(experiment: Experiment) -> Path:
     """Where a recovering method keeps its last denoiser until the sweep is finished."""
-    return experiment.folder / f"{experiment.record.method}.walk.safetensors"
+    return experiment.path.with_suffix(".walk.safetensors")
 
 
 def sweep(args) -> Path:
@@ -468,7 +469,7 @@ def sweep(args) -> Path:
             measure_all(experiment, args, path)
         finally:
             if experiment.record.dense and not args.shard:  # also after Ctrl-C: what is finished is worth a look
-                plots.draw_all(experiment.record, experiment.folder, experiment.folder / "images", args.tolerance)
+                plots.draw_all(experiment.record, path.parent, path.parent / "images", args.tolerance)
             if args.discard_images:
                 discard_images(experiment)
     if findings.left_out(experiment.record):

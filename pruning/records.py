@@ -8,15 +8,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import re
-import uuid
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List
 
-from pruning import UserError
+from pruning import UserError, whole_file
 from pruning.methods import METHODS
 
 SCHEMA_VERSION = 3
@@ -257,28 +254,6 @@ def _layout(value, indent: str = "") -> str:
         lines = [_layout(item, inner) for item in value]
     left, right = "{}" if isinstance(value, dict) else "[]"
     return left + "\n" + ",\n".join(inner + line for line in lines) + "\n" + indent + right
-
-
-@contextmanager
-def whole_file(path, sync: bool = True):
-    """Yield a path beside `path` to write to, which takes its place when the block ends well; else it is removed.
-
-    sync: wait until it is on the disk, so that not even a power cut leaves half of it.
-    """
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")  # also unique among machines
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        if sync:
-            with open(part, "rb+") as file:
-                os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        with suppress(OSError):
-            part.unlink()
 
 
 def find_records(results_dir) -> List[Path]:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pruning import UserError
+from pruning import UserError, whole_file
 from pruning.records import (
     SCHEMA_VERSION,
     Point,
@@ -17,7 +17,6 @@ from pruning.records import (
     protocol_differences,
     read_record,
     record_path,
-    whole_file,
     write_record,
 )
 

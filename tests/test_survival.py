@@ -161,35 +161,40 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(limit, first, t
     assert without_times(sweep(tmp_path, *CHEAP)) == without_times(whole[1])
 
 
-# A process that has imported all and swept once, for sweeps to fork from: to start takes longer than to sweep.
-# Of one thread, as a fork has none of the others.
+# A process for sweeps to fork from that has imported what the first one did, which takes longer than to sweep. It runs
+# nothing itself, as torch does not bear a fork once it has worked.
 ZYGOTE = """
-import os, sys
+import contextlib, importlib, os, sys
 sys.path.insert(0, {root!r})
-import torch
-torch.set_num_threads(1)
 from pruning import command, pruning_analysis
-flags = {flags!r}
-null = os.open(os.devnull, os.O_WRONLY)
-said = os.fdopen(os.dup(1), "w")
-os.dup2(null, 1)
-pruning_analysis.main([*flags, {whole!r}])
-print("ready", file=said, flush=True)
-for line in sys.stdin:
+
+def fork(folder):
     child = os.fork()
     if child == 0:
-        command.run(lambda: pruning_analysis.main([*flags, {killed!r}]))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        command.run(lambda: pruning_analysis.main([*{flags!r}, folder]))
+        with open({modules!r}, "w") as file:
+            file.write("\\n".join(sys.modules))
         os._exit(0)
-    print(child, file=said, flush=True)
-    print(os.waitpid(child, 0)[1], file=said, flush=True)
+    return child
+
+os.waitpid(fork({whole!r}), 0)
+for name in open({modules!r}).read().split():
+    with contextlib.suppress(Exception):
+        importlib.import_module(name)
+print("ready", flush=True)
+for line in sys.stdin:
+    child = fork({killed!r})
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
 """
 
 
 def test_a_sweep_killed_at_20_moments_ends_with_the_record_of_an_undisturbed_one(tmp_path):
     code = ZYGOTE.format(root=str(ROOT), flags=[*QUICK, *CHEAP, "--results_dir"], whole=str(tmp_path / "whole"),
-                         killed=str(tmp_path / "killed"))
+                         killed=str(tmp_path / "killed"), modules=str(tmp_path / "modules"))
     zygote = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                              stderr=subprocess.DEVNULL, text=True)
+                              stderr=subprocess.DEVNULL, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
     def run(seconds=None):
         """Start a sweep, kill it after so many seconds; its exit status, and how long it ran."""

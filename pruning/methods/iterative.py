@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import random
 from itertools import chain
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from pruning import UserError
+from pruning import UserError, whole_file
 from pruning.methods import METHODS, Pruned, magnitude
 
 Call = Tuple[dict, Tensor]  # the keyword arguments of a denoiser call, and the sample that it answered
@@ -150,11 +149,12 @@ def _identity(denoiser: nn.Module, scope: str, recovery_steps: int, calls: Seque
 
 def _save(denoiser: nn.Module, path: Path, identity: str, rate: float) -> None:
     """Write the walk's state whole or not at all. The optimizer starts afresh at each rate, so this is all of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
     state = {name: parameter.detach().contiguous() for name, parameter in denoiser.named_parameters()}
-    save_file(state, part, metadata={"walk": identity, "rate": repr(rate)})
-    os.replace(part, path)
+    with whole_file(path) as part:
+        try:
+            save_file(state, part, metadata={"walk": identity, "rate": repr(rate)})
+        except SafetensorError as error:  # what it makes of a full disk
+            raise OSError(str(error)) from error
 
 
 @torch.no_grad()
