@@ -18,15 +18,16 @@ import io
 import os
 import platform
 import pstats
+import shutil
 import subprocess
 import tempfile
 import time
 
-import diffusers
 import numpy as np
 import torch
 from torch.nn.utils import prune
 
+from benchmarks import big_models
 from pruning import captions, command, methods, metrics, models, pruning_analysis
 from pruning.methods import magnitude
 from pruning.records import read_record
@@ -168,31 +169,38 @@ def distances() -> list:
 
 def threshold() -> list:
     """The exact global threshold over Stable Diffusion 1.5's UNet, beside one pass over its weights."""
-    with torch.device("meta"):
-        unet = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
-    unet.to_empty(device="cpu")
-    weights = magnitude.prunable_weights(unet)
+    unet = big_models.build("sd15")
+    weights = list(magnitude.prunable_weights(unet).values())
+    half = sum(weight.numel() for weight in weights) // 2
     with torch.no_grad():
-        for weight in weights.values():
-            weight.normal_()
-        one = seconds(lambda: sum(weight.abs().sum().item() for weight in weights.values()), times=3)
+        held = big_models.peak_resident_bytes()
+        found = seconds(lambda: magnitude.find_threshold(weights, half), times=3)
         whole = seconds(lambda: methods.prune("magnitude", unet, 0.5, scope="global"))
-    return [("global magnitude pruning, 860 M weights", whole,
-             f"{whole / one:.1f} x one abs().sum() pass ({one:.2f} s)")]
+        extra = (big_models.peak_resident_bytes() - held) / 2 ** 20
+        one = seconds(lambda: sum(weight.abs().sum().item() for weight in weights), times=3)
+    return [("exact global threshold, 860 M weights", found, f"{found / one:.1f} x one abs().sum() pass ({one:.2f} s)"),
+            ("global magnitude pruning of them, with checks", whole,
+             f"{whole / one:.1f} x that pass; memory {extra:+.0f} MiB at most")]
+
+
+COMMANDS = ("pruning_analysis", "test_single_rate", "visualize_results", "generate_synthetic_graph", "merge_results",
+            "prefetch")
 
 
 def starts() -> list:
     """How long commands take as processes that need no model."""
-    rows = []
-    for script, arguments in (("visualize_results", ["--compare"]), *((name, ["--help"]) for name in (
-            "pruning_analysis", "test_single_rate", "visualize_results", "generate_synthetic_graph"))):
-        with tempfile.TemporaryDirectory() as folder:
-            extra = ["--output_dir", folder] if arguments == ["--compare"] else []
-            taken = seconds(lambda: subprocess.run(
-                [sys.executable, str(ROOT / "pruning" / f"{script}.py"), *arguments, *extra],  # noqa: B023
-                check=True, capture_output=True), times=3)
-        rows.append((f"{script}.py {' '.join(arguments)}", taken, ""))
-    return rows
+    def command_seconds(script, *arguments):
+        command_line = [sys.executable, str(ROOT / "pruning" / f"{script}.py"), *arguments]
+        return seconds(lambda: subprocess.run(command_line, check=True, capture_output=True), times=5)
+
+    with tempfile.TemporaryDirectory() as folder:
+        for record in (ROOT / "results" / "bundled" / MODEL / "shapes").glob("*.json"):
+            copied = Path(folder) / MODEL / "shapes" / record.name
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(str(record), str(copied))
+        rows = [("visualize_results.py --compare, four records",
+                 command_seconds("visualize_results", "--compare", "--results_dir", folder), "")]
+    return rows + [(f"{script}.py --help", command_seconds(script, "--help"), "") for script in COMMANDS]
 
 
 PARTS = ("bare", "usual", "fid", "threshold", "starts", "profile")
@@ -207,12 +215,12 @@ def main(argv=None) -> None:
                         help=f"what to time, of {', '.join(PARTS)}")
     args = parser.parse_args(argv)
     rows = []
+    for name, part in (("threshold", threshold), ("fid", distances), ("starts", starts)):  # memory before all else
+        rows += part() if name in args.parts else []
     if {"bare", "usual"} & set(args.parts):
         rows += sweeps(args.num_images, args.rounds, "usual" in args.parts)
     if "profile" in args.parts:
         profile(args.num_images)
-    for name, part in (("fid", distances), ("threshold", threshold), ("starts", starts)):
-        rows += part() if name in args.parts else []
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, "
           f"torch {torch.__version__}, {args.num_images} images a rate\n\n| what | seconds | |\n|---|---|---|")
     for name, taken, note in rows:

@@ -94,16 +94,10 @@ def layer_counts(weights: Sequence[Tensor], rate: float) -> List[int]:
 
 @torch.no_grad()
 def zero_smallest(weights: Sequence[Tensor], count: int) -> None:
-    """Zero exactly the `count` weights of lowest |w|, in place; of equal ones those that come first.
-
-    A radix selection: the bit pattern of |w| as a float32 orders as |w| does, so a histogram of its upper
-    16 bits and one of the lower 16 bits beneath find the threshold exactly, in a memory that does not grow.
-    """
+    """Zero exactly the `count` weights of lowest |w|, in place; of equal ones those that come first."""
     if count <= 0:
         return
-    high, rank = _digit((bits >> 16 for _, bits in _chunks(weights)), count)
-    low, ties = _digit((bits[bits >> 16 == high] & 0xFFFF for _, bits in _chunks(weights)), rank)
-    threshold = high << 16 | low
+    threshold, ties = find_threshold(weights, count)
     for rows, bits in _chunks(weights):
         smallest = bits < threshold
         if ties:
@@ -111,6 +105,17 @@ def zero_smallest(weights: Sequence[Tensor], count: int) -> None:
             smallest.view(-1)[tied] = True
             ties -= len(tied)
         rows.masked_fill_(smallest, 0)
+
+
+def find_threshold(weights: Sequence[Tensor], count: int) -> Tuple[int, int]:
+    """The bit pattern of the `count`-th lowest |w| as a float32, and how many of those equal to it are among them.
+
+    A radix selection: the bit pattern of |w| orders as |w| does, so a histogram of its upper 16 bits and one of
+    the lower 16 bits beneath find the threshold exactly, in a memory that does not grow.
+    """
+    high, rank = _digit((bits >> 16 for _, bits in _chunks(weights)), count)
+    low, ties = _digit((bits[bits >> 16 == high] & 0xFFFF for _, bits in _chunks(weights)), rank)
+    return high << 16 | low, ties
 
 
 def count_zeros(weight: Tensor) -> int:
