@@ -161,6 +161,30 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(limit, first, t
     assert without_times(sweep(tmp_path, *CHEAP)) == without_times(whole[1])
 
 
+def test_features_of_real_images_are_computed_once_and_again_where_anything_differs(tmp_path, monkeypatch):
+    monkeypatch.setenv("PRUNING_CACHE", str(tmp_path))
+    images, computed = np.random.RandomState(0).randint(0, 256, (4, 8, 8, 3)).astype(np.uint8), []
+
+    def features(images=images, **origin):
+        def compute(images):
+            computed.append(origin)
+            return images.mean(axis=(1, 2))
+        found = kept.features(compute, images, origin)
+        assert np.array_equal(found, images.mean(axis=(1, 2)))
+        return len(computed)
+
+    assert [features(weights="a"), features(weights="a")] == [1, 1]
+    assert features(weights="b") == 2
+    other = images.copy()
+    other[0, 0, 0, 0] ^= 1
+    assert features(other, weights="a") == 3
+    for file in tmp_path.rglob("*.npy"):
+        file.write_bytes(file.read_bytes()[:-5])
+    assert [features(weights="a"), features(weights="a")] == [4, 4]
+    monkeypatch.setenv("PRUNING_CACHE", str(next(tmp_path.rglob("*.npy"))))  # where no folder can be made
+    assert [features(weights="a"), features(weights="a")] == [5, 6]
+
+
 # A process for sweeps to fork from that has imported what the first one did, which takes longer than to sweep. It runs
 # nothing itself, as torch does not bear a fork once it has worked.
 ZYGOTE = """
