@@ -74,6 +74,7 @@ class Experiment:
     dense_values: Optional[Dict[str, list]] = None  # metric -> values of these images
     call: Optional[dict] = None  # keyword arguments of a denoiser call for a batch, and for one image
     single_call: Optional[dict] = None
+    calls: int = 0  # of the denoiser while a batch of images is made
 
 
 def run_pruning_experiment(experiment: Experiment, rate: float, on_batch=None, measured=None) -> records.Point:
@@ -153,6 +154,7 @@ def make_images(experiment: Experiment, rate: float, on_batch=None) -> Optional[
     def make(batch):
         if None in [kept_image(experiment, rate, index) for index in batch]:
             made = models.generate(experiment.pipeline, [samples[index] for index in batch], **experiment.sampling)
+            experiment.calls = len(experiment.pipeline.scheduler.timesteps)  # more than steps where each takes two
             for index, pixels, finite in zip(batch, made.pixels, made.finite):
                 kept.save(kept.Made(pixels, bool(finite), made.seconds_each), image_file(experiment, rate, index),
                           made_by(experiment, rate, samples[index]))
@@ -269,12 +271,11 @@ def warm_up(experiment: Experiment, denoiser) -> Dict[str, int]:
 def time_costs(experiment: Experiment, denoiser, image_seconds: float) -> Dict[str, float]:
     """Seconds of a denoiser call and of an image, each beside what it would have been with dense at that moment.
 
-    Calls are taken in turn. An image of the dense model is what it took when those were made, times what the dense
-    denoiser's call has become since, so that a busy machine slows both.
+    Calls are taken in turn. An image of the dense model is this one with dense's calls in place of its own: dense
+    images of another moment, when the machine was busier or less busy, would compare the moments.
     """
     place = (lambda denoiser: use(experiment, denoiser)) if experiment.offload else None
-    before = experiment.record.dense
-    if before is None:  # this is the dense one
+    if experiment.record.dense is None:  # this is the dense one
         seconds, = costs.denoiser_seconds([denoiser], experiment.call, place=place)
         return {"denoiser_seconds": seconds, "dense_denoiser_seconds": seconds, "image_seconds": image_seconds,
                 "dense_image_seconds": image_seconds}
@@ -282,9 +283,10 @@ def time_costs(experiment: Experiment, denoiser, image_seconds: float) -> Dict[s
     dense_seconds, seconds = costs.denoiser_seconds([dense, denoiser], experiment.call, place=place)
     take_back(experiment)
     models.set_denoiser(experiment.pipeline, denoiser, "cpu" if experiment.offload else experiment.device)
-    since = dense_seconds / before.denoiser_seconds
+    together = min(experiment.sampling["batch_size"], len(experiment.samples))
+    in_calls = min(1.0, experiment.calls * seconds / together / image_seconds)  # share of an image's time
     return {"denoiser_seconds": seconds, "dense_denoiser_seconds": dense_seconds, "image_seconds": image_seconds,
-            "dense_image_seconds": since * before.image_seconds}
+            "dense_image_seconds": image_seconds * (1 - in_calls + in_calls * dense_seconds / seconds)}
 
 
 def prepare(args) -> Experiment:
@@ -341,7 +343,7 @@ def prepare(args) -> Experiment:
         offload=args.offload, compile=args.compile, options=options, sampling=sampling,
         samples=[sample._replace(repeat=repeat) for repeat in range(args.seeds) for sample in samples],
         originals=np.tile(captions.load_originals(samples, sampling["image_size"]), (args.seeds, 1, 1, 1)),
-        networks=networks, earlier=earlier)
+        networks=networks, earlier=earlier, calls=sampling["steps"])
     if not processes.first:
         return experiment
     if "clip_score" in families:
@@ -468,8 +470,9 @@ def sweep(args) -> Path:
         try:
             measure_all(experiment, args, path)
         finally:
-            if experiment.record.dense and not args.shard:  # also after Ctrl-C: what is finished is worth a look
-                plots.draw_all(experiment.record, path.parent, path.parent / "images", args.tolerance)
+            # Also after Ctrl-C: what is finished is worth a look.
+            if experiment.record.dense and path.exists() and not args.shard:
+                plots.draw_all(records.read_record(path), path.parent, path.parent / "images", args.tolerance)
             if args.discard_images:
                 discard_images(experiment)
     if findings.left_out(experiment.record):

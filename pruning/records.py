@@ -104,7 +104,7 @@ class Point:
     peak_bytes: int = _count()  # the denoiser's weights and the most that a call for one image holds besides
     denoiser_seconds: float = _seconds()  # of a call for a batch; its median and that of dense, timed in turn
     dense_denoiser_seconds: float = _seconds()
-    image_seconds: float = _seconds()  # mean of all images; that of dense is of one batch right after
+    image_seconds: float = _seconds()  # mean of all images, and of them with dense's calls in place of their own
     dense_image_seconds: float = _seconds()
     metrics: Dict[str, float | None] = _object("numbers or null", _is_number_or_null)
     # 95 %: of clip_score and lpips for the difference to dense, image by image; of others for the value itself

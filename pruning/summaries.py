@@ -118,7 +118,7 @@ def _metric_table(record: Record) -> str:
 
 def _reach(metric: str, point: Point, dense: Point) -> str:
     low, high = interval(metric, point, dense)
-    return f" ± {(high - low) / 2:.2g}" if high > low else ""
+    return f" ± {float(f'{(high - low) / 2:.2g}'):g}" if high > low else ""
 
 
 def _legend(record: Record) -> str:
