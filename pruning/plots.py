@@ -109,16 +109,21 @@ def _plot(axes, x, y, line: Line) -> None:
               markeredgecolor="white", markeredgewidth=0.6)
 
 
-def _label_ends(figure: Figure, axes, ends) -> None:
+def _label_ends(figure: Figure, *panels) -> None:
     """Name lines where they end, right of the axes, pushed apart so that no two names touch.
 
-    ends: (x, y, name, Line) each.
+    panels: axes and the (x, y, name, Line) of each line that ends in it.
     """
-    ends = [end for end in ends if math.isfinite(end[1])]
-    if not ends:
-        axes.text(0.5, 0.5, "no finite value", transform=axes.transAxes, ha="center", color="0.4")
-        return
     figure.draw_without_rendering()  # the layout first: the gap between names depends on the height of the axes
+    for axes, ends in panels:
+        finite = [end for end in ends if math.isfinite(end[1])]
+        if finite:
+            _label_panel(figure, axes, finite)
+        else:
+            axes.text(0.5, 0.5, "no finite value", transform=axes.transAxes, ha="center", color="0.4")
+
+
+def _label_panel(figure: Figure, axes, ends) -> None:
     gap = 13 / (axes.get_window_extent().height / figure.dpi * 72)
     heights = [axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[1] for x, y, _, _ in ends]
     for (x, y, name, line), height in zip(ends, _spread(heights, gap)):
@@ -181,7 +186,7 @@ def draw_accuracy(record: Record, path: Path, tolerance: float = TOLERANCE) -> P
                         if QUALITY in metrics else "") + " A gap: not finite.",
         f"In panels of their own, as a share of dense says nothing: {', '.join(apart)}." if apart else "",
         f"Not drawn, for want of a dense value above 0: {', '.join(undrawn)}." if undrawn else "")
-    _label_ends(figure, axes, [(*_end(rates, curves[name]), formula(name), lines[name]) for name in metrics])
+    _label_ends(figure, (axes, [(*_end(rates, curves[name]), formula(name), lines[name]) for name in metrics]))
     return _save(figure, path)
 
 
@@ -222,7 +227,8 @@ def _limits(axes, record: Record, metric: str) -> List[float]:
     for text, height in (("real images", floor), ("another seed", heights[-1] if spread is not None else None)):
         if height is not None:
             axes.annotate(text, (1, height), xycoords=("axes fraction", "data"), xytext=(-2, 2), ha="right",
-                          textcoords="offset points", fontsize=7.5, color="0.35")
+                          textcoords="offset points", fontsize=7.5, color="0.2",
+                          bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.5})
     return heights
 
 
@@ -287,9 +293,9 @@ def draw_cost(record: Record, path: Path) -> Path:
     _small_print(figure, [
         f"{record.model} on {record.settings['device']}, {protocol(record)}, "
         f"batches of {record.settings.get('batch_size', '?')}",
-        f"x: pruning rate, share of {record.dense.unit} asked for. Dotted: the dense model; its times were taken in "
-        "turn with the pruned one's at each rate (denoiser call: median; image: mean). Peak memory: weights and the "
-        "most that a call holds besides."])
+        f"x: pruning rate, share of {record.dense.unit} asked for. Dotted: the dense model; its calls were timed in "
+        "turn with the pruned one's at each rate (medians), and its image is the pruned one's with dense calls. Peak "
+        "memory: weights and the most that a call holds besides."])
     return _save(figure, path)
 
 
@@ -381,8 +387,7 @@ def draw_comparison(records: Sequence[Record], path: Path, warning: str = "") ->
     _caption(figure, records[0], metrics, f"{units(records)} Bands: 95 % intervals; of clip_score and lpips for the "
              "paired difference to dense. Dashed: real images, or another noise seed. A gap: not finite.",
              f"WARNING: {warning}" if warning else "")
-    for axes, ends in labels:
-        _label_ends(figure, axes, ends)
+    _label_ends(figure, *labels)
     return _save(figure, path)
 
 
@@ -454,8 +459,8 @@ def draw_synthetic(rates: Sequence[float], curves: Dict[str, Dict[str, Sequence[
         axes.text(0.5, height, "SYNTHETIC - not a measurement", transform=axes.transAxes, rotation=14, fontsize=25,
                   color="0.4", alpha=0.35, ha="center", va="center", fontweight="bold", zorder=10)
     figure.suptitle("SYNTHETIC: what one might expect of each method, no model was run")
-    _label_ends(figure, axes, [(*_end(rates, curve["accuracy"]), method, lines[method])
-                               for method, curve in curves.items()])
+    _label_ends(figure, (axes, [(*_end(rates, curve["accuracy"]), method, lines[method])
+                                for method, curve in curves.items()]))
     return _save(figure, path)
 
 
