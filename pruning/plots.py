@@ -226,9 +226,10 @@ def _limits(axes, record: Record, metric: str) -> List[float]:
         axes.axhline(height, color="0.35", linestyle=(0, (6, 3)), linewidth=1, zorder=1)
     for text, height in (("real images", floor), ("another seed", heights[-1] if spread is not None else None)):
         if height is not None:
-            axes.annotate(text, (1, height), xycoords=("axes fraction", "data"), xytext=(-2, 2), ha="right",
-                          textcoords="offset points", fontsize=7.5, color="0.2",
-                          bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.5})
+            below = height == floor  # where no curve can be
+            axes.annotate(text, (1, height), xycoords=("axes fraction", "data"), xytext=(-2, -3 if below else 2),
+                          ha="right", va="top" if below else "bottom", textcoords="offset points", fontsize=7.5,
+                          color="0.35")
     return heights
 
 
