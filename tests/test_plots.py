@@ -294,7 +294,7 @@ def test_the_names_of_lines_do_not_touch():
     axes = figure.add_subplot()
     axes.plot([0, 1], [0, 1])
     lines = plots._lines([], plots.METHODS)
-    plots._label_ends(figure, axes, [(1, 0.5, name, lines[name]) for name in plots.METHODS])
+    plots._label_ends(figure, (axes, [(1, 0.5, name, lines[name]) for name in plots.METHODS]))
     figure.draw_without_rendering()
     boxes = [text.get_window_extent() for text in axes.texts if text.get_text()]
     assert len(boxes) == 4
