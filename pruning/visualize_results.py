@@ -86,7 +86,7 @@ def read_records(paths, methods=None) -> dict:
 
 
 # What two models may differ in and still share a figure.
-MODEL_SETTINGS = ("model", "denoiser", "steps", "guidance_scale")
+MODEL_SETTINGS = ("model", "denoiser", "pipeline", "steps", "guidance_scale")
 
 
 def of_several_models(groups) -> list:

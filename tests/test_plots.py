@@ -336,6 +336,7 @@ def test_compare_draws_models_measured_alike_together_and_names_what_differs_oth
     for model, images in (("shapes-unet", 32), ("shapes-mmdit", 32)):
         for method in ("magnitude", "structured"):
             record = make_record(method, model=model, images=images)
+            record.settings.update(denoiser=f"that of {model}", pipeline=f"the rest of {model}")
             write_record(record, record_path(tmp_path, model, "shapes", method))
     visualize_results.main(["--results_dir", str(tmp_path), "--compare"])
     assert "models_shapes.png" in pictures(tmp_path)
