@@ -220,19 +220,26 @@ def test_a_sweep_killed_at_20_moments_ends_with_the_record_of_an_undisturbed_one
     zygote = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                               stderr=subprocess.DEVNULL, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
-    def run(seconds=None):
-        """Start a sweep, kill it after so many seconds; its exit status, and how long it ran."""
+    whole, record = (tmp_path / name / "shapes-unet/shapes/magnitude.json" for name in ("whole", "killed"))
+    met, rng = set(), np.random.RandomState(0)
+
+    def images():
+        return len(list((record.parent / "images").rglob("0*.png")))
+
+    def run(seconds=None, more=0):
+        """Start a sweep, kill it so many seconds after it made so many images more; its status, and how long it ran."""
+        there = images()
         zygote.stdin.write("\n")
         zygote.stdin.flush()
         child, started = int(zygote.stdout.readline()), time.monotonic()
         if seconds is not None:
+            while images() < there + more and time.monotonic() < started + span:
+                time.sleep(0.001)
             time.sleep(seconds)
             with suppress(ProcessLookupError):  # where it was sooner
                 os.kill(child, signal.SIGKILL)
         return int(zygote.stdout.readline()), time.monotonic() - started
 
-    whole, record = (tmp_path / name / "shapes-unet/shapes/magnitude.json" for name in ("whole", "killed"))
-    images, met, rng = record.parent / "images", set(), np.random.RandomState(0)
     try:
         assert zygote.stdout.readline() == "ready\n"
         status, span = run()
@@ -243,9 +250,10 @@ def test_a_sweep_killed_at_20_moments_ends_with_the_record_of_an_undisturbed_one
                 break
             if rng.rand() < 0.4:  # begin again from nothing, as a longer sweep would have more to do
                 shutil.rmtree(str(record.parent), ignore_errors=True)
-            status, _ = run(rng.uniform(0, span))
+            # Any moment, or one of those while images are made, which are but a small part of all.
+            status, _ = run(rng.uniform(0, span)) if rng.rand() < 0.5 else run(rng.uniform(0, 0.1), rng.randint(1, 12))
             killed += os.WIFSIGNALED(status)
-            met.add((len(list(images.rglob("0*.png"))), record.exists()))
+            met.add((images(), record.exists()))
         assert killed == 20
         assert len(met) > 4  # moments that differ: before the first image, between images, between points, at the end
         assert run()[0] == 0
