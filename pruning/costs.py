@@ -63,16 +63,16 @@ def peak_bytes(denoiser, call: dict) -> int:
 def denoiser_seconds(denoisers: Sequence, call: dict, rounds: int = 5, place: Optional[Callable] = None) -> List[float]:
     """Median seconds of a call of each denoiser, timed in turn so that the machine's drift meets all alike.
 
-    place(denoiser), where given, is called whenever another denoiser's turn comes, to bring it to the device.
+    place(denoiser), where given, is called whenever another denoiser's turn comes, to bring it to the device, and a
+    call to warm up follows. Without it the first of the calls may be cold, which a median leaves out.
     """
     import torch
     seconds, device = [[] for _ in denoisers], _device(call)
     with torch.inference_mode():
-        for turn in range(rounds):
+        for _ in range(rounds):
             for denoiser, own in zip(denoisers, seconds):
                 if place:
                     place(denoiser)
-                if place or turn == 0:
                     denoiser(**call)
                 synchronize(device)
                 started = time.perf_counter()

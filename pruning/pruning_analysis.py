@@ -74,6 +74,7 @@ class Experiment:
     dense_values: Optional[Dict[str, list]] = None  # metric -> values of these images
     call: Optional[dict] = None  # keyword arguments of a denoiser call for a batch, and for one image
     single_call: Optional[dict] = None
+    counts: Dict[tuple, Dict[str, int]] = field(default_factory=dict)  # shapes of a denoiser -> its macs and peak_bytes
     calls: int = 0  # of the denoiser while a batch of images is made
 
 
@@ -257,15 +258,17 @@ def warm_up(experiment: Experiment, denoiser) -> Dict[str, int]:
         batch = sampling["batch_size"]
         experiment.call = models.first_call(experiment.pipeline, samples[:batch], **sampling)
         experiment.single_call = models.first_call(experiment.pipeline, samples[:1], **sampling)
-    counts = {"macs": costs.count_macs(denoiser, experiment.single_call),
-              "peak_bytes": costs.peak_bytes(denoiser, experiment.single_call)}
+    shapes = tuple(tensor.shape for tensor in denoiser.state_dict().values())
+    if shapes not in experiment.counts:  # zeros change neither
+        experiment.counts[shapes] = {"macs": costs.count_macs(denoiser, experiment.single_call),
+                                     "peak_bytes": costs.peak_bytes(denoiser, experiment.single_call)}
     if experiment.compile:
         for part in (denoiser, experiment.dense):
             part.compile()
         batch = sampling["batch_size"]
         for count in {min(batch, len(samples)), len(samples) % batch or batch}:  # each size is compiled apart
             models.generate(experiment.pipeline, samples[:count], **{**sampling, "steps": 1})
-    return counts
+    return experiment.counts[shapes]
 
 
 def time_costs(experiment: Experiment, denoiser, image_seconds: float) -> Dict[str, float]:
