@@ -5,6 +5,8 @@ import os
 from contextlib import contextmanager
 from datetime import timedelta
 
+from pruning import UserError
+
 count = int(os.environ.get("WORLD_SIZE", 1))
 rank = int(os.environ.get("RANK", 0))
 first = rank == 0  # the process that measures, writes and talks
@@ -20,11 +22,21 @@ def begin(device: str) -> str:
     return device if device == "cpu" else f"cuda:{state.local_process_index}"
 
 
+@contextmanager
+def _meeting():
+    """What all processes do together; UserError where another has ended, which has said why."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(f"process {rank} of {count} stopped, as another did ({str(error).splitlines()[0]})") from None
+
+
 def wait() -> None:
     """Go on when all processes have come here."""
     if count > 1:
         from accelerate import PartialState
-        PartialState().wait_for_everyone()
+        with _meeting():
+            PartialState().wait_for_everyone()
 
 
 @contextmanager
@@ -41,8 +53,9 @@ def share(module) -> None:
     """Give the first process's tensors of a module to all others."""
     if count > 1:
         import torch
-        for tensor in module.state_dict().values():
-            torch.distributed.broadcast(tensor, 0)
+        with _meeting():
+            for tensor in module.state_dict().values():
+                torch.distributed.broadcast(tensor, 0)
 
 
 def agree(value):
@@ -50,4 +63,5 @@ def agree(value):
     if count == 1:
         return value
     from accelerate.utils import broadcast_object_list
-    return broadcast_object_list([value])[0]
+    with _meeting():
+        return broadcast_object_list([value])[0]

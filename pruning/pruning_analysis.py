@@ -638,6 +638,8 @@ def main(argv=None) -> None:
             raise UserError(f"--shard {part}/{count}: there are but {len(args.rates)} rates to share out")
         args.rates = args.rates[part - 1::count]
     path = sweep(args)
+    if not processes.first:
+        return
     record = records.read_record(path)
     print(summary(record, args.tolerance))
     print(path)

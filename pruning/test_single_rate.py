@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):
     sys.path[0] = str(ROOT)  # instead of pruning/, whose file names must not shadow packages
 
-from pruning import command, findings, records
+from pruning import command, findings, processes, records
 from pruning.metrics import METRICS
 from pruning.pruning_analysis import add_arguments, sweep
 from pruning.summaries import answer
@@ -50,6 +50,8 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     args.rates, args.overwrite = [args.rate], True  # a quick look replaces the last one
     path = sweep(args)
+    if not processes.first:
+        return
     record = records.read_record(path)
     print(table(record))
     print(path)

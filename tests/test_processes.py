@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -20,19 +22,32 @@ QUICK = ["--num_images", "6", "--steps", "2", "--batch_size", "2", "--device", "
 
 
 def launch(processes, *flags):
-    """Start the command on so many processes of this machine, as a user would."""
+    """Start the command on so many processes of this machine, as a user would; "--cpu" in place would start but one."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_LOG_LEVEL": "error"}
     return subprocess.Popen(
-        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes),
+        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes),
          "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
          str(ROOT / "pruning" / "pruning_analysis.py"), *QUICK, *flags],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=str(ROOT))
 
 
+def workers(launcher):
+    """The processes that run the command below a launcher."""
+    with suppress(psutil.NoSuchProcess):
+        return [child.pid for child in psutil.Process(launcher.pid).children()
+                if str(ROOT / "pruning" / "pruning_analysis.py") in child.cmdline()]
+    return []
+
+
 def finished(processes, *flags):
-    running = launch(processes, *flags)
-    out, err = running.communicate(timeout=600)
+    """Launch, wait for the end, see to it that there were so many processes. What was printed."""
+    running, met = launch(processes, *flags), set()
+    while running.returncode is None:
+        met.update(workers(running))
+        with suppress(subprocess.TimeoutExpired):
+            out, err = running.communicate(timeout=0.5)
     assert running.returncode == 0, err
+    assert len(met) == processes
     return out
 
 
@@ -85,37 +100,35 @@ def test_what_is_trained_is_the_same_in_all_processes(tmp_path):
     assert_alike(record_and_images(tmp_path / "one", "iterative"), record_and_images(tmp_path / "two", "iterative"))
 
 
-def workers(launcher):
-    """The processes that run the command below a launcher."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            pid, parent = int(path.parent.name), int(path.read_text().rpartition(")")[2].split()[1])
-            arguments = (path.parent / "cmdline").read_bytes().decode()
-        except (OSError, ValueError):
-            continue
-        if parent == launcher.pid and "pruning_analysis.py" in arguments:
-            found.append(pid)
-    return found
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes in /proc")
-def test_a_process_that_dies_ends_the_others_with_a_message_and_the_next_start_goes_on(alone, tmp_path):
-    flags = ["--method", "structured", "--results_dir", str(tmp_path)]
+def test_a_process_that_dies_ends_the_others_with_a_message_and_the_next_start_goes_on(tmp_path):
+    longer = ["--method", "structured", "--num_images", "24", "--steps", "6"]  # so that it is not over before the kill
+    flags = [*longer, "--results_dir", str(tmp_path / "killed")]
     running = launch(2, *flags)
-    for _ in range(600):  # until the first images are there
+    for _ in range(6000):  # until the first images are there
         if list(tmp_path.rglob("0*.png")):
             break
-        time.sleep(0.1)
+        time.sleep(0.01)
     first, second = sorted(workers(running))
     os.kill(second, signal.SIGKILL)
     _, err = running.communicate(timeout=60)
     assert running.returncode != 0
     assert str(second) in err
-    assert not Path(f"/proc/{first}").exists()
+    assert not psutil.pid_exists(first)
     finished(2, *flags)
-    assert_alike(alone, record_and_images(tmp_path, "structured"))
+    pruning_analysis.main([*QUICK, *longer, "--results_dir", str(tmp_path / "alone")])
+    assert_alike(*(record_and_images(tmp_path / name, "structured") for name in ("alone", "killed")))
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_ends_the_others_without_a_traceback_of_theirs(tmp_path):
+    flags = ["--dataset", "coco", "--data_dir", str(tmp_path / "nowhere"), "--results_dir", str(tmp_path / "results")]
+    running = launch(2, *flags)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode != 0
+    assert [line for line in err.splitlines() if line.startswith("error:") and "nowhere" in line]
+    assert "[rank1]" not in err  # which torch writes before each line of a traceback
+    assert not (tmp_path / "results").exists()
 
 
 def test_shards_share_out_the_rates_and_are_one_record_when_merged(tmp_path):
