@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,10 +24,13 @@ QUICK = ["--num_images", "6", "--steps", "2", "--batch_size", "2", "--device", "
 
 def launch(processes, *flags):
     """Start the command on so many processes of this machine, as a user would; "--cpu" in place would start but one."""
+    with socket.socket() as found:  # a free port, as older releases wait for ever at port 0
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_LOG_LEVEL": "error"}
     return subprocess.Popen(
         [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes),
-         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port),
          str(ROOT / "pruning" / "pruning_analysis.py"), *QUICK, *flags],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=str(ROOT))
 
