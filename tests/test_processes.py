@@ -45,8 +45,11 @@ def workers(launcher):
 
 def finished(processes, *flags):
     """Launch, wait for the end, see to it that there were so many processes. What was printed."""
-    running, met = launch(processes, *flags), set()
+    running, met, ends = launch(processes, *flags), set(), time.monotonic() + 300
     while running.returncode is None:
+        if time.monotonic() > ends:
+            for pid in (*workers(running), running.pid):
+                os.kill(pid, signal.SIGKILL)
         met.update(workers(running))
         with suppress(subprocess.TimeoutExpired):
             out, err = running.communicate(timeout=0.5)
