@@ -18,7 +18,7 @@ import time
 import torch
 from diffusers import UNet2DConditionModel, logging
 
-from pruning import UserError, command, methods
+from pruning import UserError, cli, methods
 
 SDXL = dict(
     sample_size=128, block_out_channels=(320, 640, 1280), attention_head_dim=(5, 10, 20), cross_attention_dim=2048,
@@ -70,10 +70,10 @@ def measure(name: str, method: str, options: dict, rate: float) -> str:
 
 def main(argv=None) -> None:
     """Prune a fresh model by each method; print a markdown row each."""
-    parser = command.Parser(__doc__)
-    parser.add_argument("--models", nargs="+", type=command.name_in("model", MODELS), default=list(MODELS),
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--models", nargs="+", type=cli.name_in("model", MODELS), default=list(MODELS),
                         help="which to prune")
-    parser.add_argument("--rate", type=command.rate, default=0.5, help="pruning rate")
+    parser.add_argument("--rate", type=cli.rate, default=0.5, help="pruning rate")
     args = parser.parse_args(argv)
     if not sys.platform.startswith("linux"):
         raise UserError("peak memory is read from /proc, which only Linux has")
@@ -86,4 +86,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

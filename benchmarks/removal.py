@@ -32,10 +32,13 @@ from tqdm import tqdm
 
 from benchmarks import peers
 from benchmarks.widths import measure_widths
-from pruning import UserError, command, costs, methods, models, plots, whole_file
-from pruning.captions import Sample
+from pruning import UserError, cli, methods, whole_file
+from pruning.data import Sample
 from pruning.methods import METHODS, surgery
-from pruning.records import write_json
+from pruning.metrics import costs
+from pruning.models import pipelines
+from pruning.records import plots
+from pruning.records.record import write_json
 
 RATES = (0.1, 0.3, 0.5, 0.7, 0.9)
 AIM = 0.10  # how near a removing method's share of dense's time at rate 0.5 is to be to its share of the MACs
@@ -69,7 +72,7 @@ MODELS = {
         lambda side: {"hidden_states": (1, 16, side, side), "timestep": (1,), "pooled_projections": (1, 2048),
                       "encoder_hidden_states": (1, 333, 4096)},
         {"cpu": 6, "cuda": 24}),
-    **{name: Model(20) for name in models.MODELS},
+    **{name: Model(20) for name in pipelines.MODELS},
 }
 
 
@@ -120,12 +123,12 @@ def random_denoiser(name: str, settings: dict, device: str) -> Tuple[Any, dict]:
 
 def bundled_denoiser(name: str, settings: dict, device: str) -> Tuple[Any, dict]:
     """A bundled model's denoiser and its pipeline's own call, without guidance, which would double the batch."""
-    pipeline = models.load_pipeline(name, device, settings["dtype"])
-    size = models.sampling_settings(pipeline, name)["image_size"]
-    call = models.first_call(
+    pipeline = pipelines.load_pipeline(name, device, settings["dtype"])
+    size = pipelines.sampling_settings(pipeline, name)["image_size"]
+    call = pipelines.first_call(
         pipeline, [Sample("benchmark", "a large red circle", None)], seed=0, guidance_scale=1.0, batch_size=1,
         image_size=settings["latent"] * pipeline.vae_scale_factor if settings["latent"] else size)
-    return getattr(pipeline, models.denoiser_name(pipeline)).eval(), call
+    return getattr(pipeline, pipelines.denoiser_name(pipeline)).eval(), call
 
 
 def measure(dense, call: dict, way: str, rate: float, rounds: int) -> dict:
@@ -303,30 +306,30 @@ def read(path: Path, header: dict) -> dict:
 
 def main(argv=None) -> None:
     """Measure what is missing, then print and draw all that is there."""
-    parser = command.Parser(__doc__)
-    parser.add_argument("--models", nargs="+", type=command.name_in("model", MODELS), default=list(MODELS),
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--models", nargs="+", type=cli.name_in("model", MODELS), default=list(MODELS),
                         help="what to prune")
-    parser.add_argument("--methods", nargs="+", type=command.name_in("method", WAYS), default=list(WAYS),
+    parser.add_argument("--methods", nargs="+", type=cli.name_in("method", WAYS), default=list(WAYS),
                         help="; ".join(f"{name}: {way.help}" for name, way in WAYS.items()))
-    parser.add_argument("--rates", nargs="+", type=command.rate, default=list(RATES), help="pruning rates")
+    parser.add_argument("--rates", nargs="+", type=cli.rate, default=list(RATES), help="pruning rates")
     parser.add_argument("--peers_on_big", action="store_true", help="measure masks and other libraries at every rate "
                         "on models of random weights too; else at one rate, torch_masks (3 x the weights) at none")
-    parser.add_argument("--rounds", type=command.positive, help="in which dense and pruned are timed in turn (default: "
+    parser.add_argument("--rounds", type=cli.positive, help="in which dense and pruned are timed in turn (default: "
                         + ", ".join(f"{name} {model.rounds}" for name, model in MODELS.items()) + ")")
-    parser.add_argument("--latent", type=command.positive, help="side of the latent (default: the model's own; on the "
+    parser.add_argument("--latent", type=cli.positive, help="side of the latent (default: the model's own; on the "
                         "CPU " + ", ".join(f"{n} {m.latents['cpu']}" for n, m in MODELS.items() if m.latents) + ")")
-    parser.add_argument("--layers", type=command.positive, help="blocks of sd3 (default: all 24; on the CPU 6)")
+    parser.add_argument("--layers", type=cli.positive, help="blocks of sd3 (default: all 24; on the CPU 6)")
     parser.add_argument("--widths", action="store_true", help="instead of models, time layers of even and odd widths")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    parser.add_argument("--dtype", type=command.name_in("dtype", ("float32", "float16", "bfloat16")),
+    parser.add_argument("--dtype", type=cli.name_in("dtype", ("float32", "float16", "bfloat16")),
                         help="(default: float32 on the CPU, else bfloat16)")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "benchmarks", help="where results go")
     parser.add_argument("--overwrite", action="store_true", help="measure these models, or the widths, afresh")
     args = parser.parse_args(argv)
     args.rates = sorted(set(args.rates))
 
-    device = models.pick_device(args.device)
-    header = {"machine": models.machine(device), "versions": models.versions()}
+    device = pipelines.pick_device(args.device)
+    header = {"machine": pipelines.machine(device), "versions": pipelines.versions()}
     label = re.sub(r"[^a-z0-9]+", "-", header["machine"]["device"].lower()).strip("-")
     path = args.output_dir / f"removal_{label}.json"
     data = read(path, header)
@@ -344,4 +347,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

@@ -28,9 +28,10 @@ import torch
 from torch.nn.utils import prune
 
 from benchmarks import big_models
-from pruning import captions, command, methods, metrics, models, pruning_analysis
+from pruning import cli, data, methods, metrics, pruning_analysis
 from pruning.methods import magnitude
-from pruning.records import read_record
+from pruning.models import pipelines
+from pruning.records.record import read_record
 
 MODEL, METHOD = "shapes-unet", "magnitude"
 
@@ -58,15 +59,15 @@ def our_sweep(count: int, folder: Path) -> None:
 
 def bare_loop(count: int) -> None:
     """The same images in the same batches by the pipeline of the model, and nothing else."""
-    samples, _ = captions.load_samples("shapes", count)
-    pipeline = models.load_pipeline(MODEL)
-    own = models.MODELS[MODEL]
+    samples, _ = data.load_samples("shapes", count)
+    pipeline = pipelines.load_pipeline(MODEL)
+    own = pipelines.MODELS[MODEL]
     for _ in range(1 + len(pruning_analysis.RATES)):
         for start in range(0, count, 8):
             batch = samples[start:start + 8]
             pipeline(prompt=[sample.caption for sample in batch], num_inference_steps=own.steps,
                      guidance_scale=own.guidance_scale, output_type="np",
-                     generator=[models.noise_generator(sample, 0) for sample in batch])
+                     generator=[pipelines.noise_generator(sample, 0) for sample in batch])
 
 
 def usual_way(count: int) -> tuple:
@@ -77,12 +78,12 @@ def usual_way(count: int) -> tuple:
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    samples, _ = captions.load_samples("shapes", count)
-    reference = captions.load_originals(captions.reference_samples("shapes", samples), 64)
-    own, found, spent, begun = models.MODELS[MODEL], [], 0.0, time.perf_counter()
+    samples, _ = data.load_samples("shapes", count)
+    reference = data.load_originals(data.reference_samples("shapes", samples), 64)
+    own, found, spent, begun = pipelines.MODELS[MODEL], [], 0.0, time.perf_counter()
     clip, features, perceptual = (metrics.load_backbone("bundled", name) for name in ("clip", "features", "lpips"))
     for rate in (0.0, *pruning_analysis.RATES):
-        pipeline = models.load_pipeline(MODEL)
+        pipeline = pipelines.load_pipeline(MODEL)
         for layer in pipeline.unet.modules():
             if rate and isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
                 prune.l1_unstructured(layer, "weight", amount=rate)
@@ -92,10 +93,10 @@ def usual_way(count: int) -> tuple:
         for sample in samples:
             started = time.perf_counter()
             image = pipeline(prompt=sample.caption, num_inference_steps=own.steps, guidance_scale=own.guidance_scale,
-                             generator=models.noise_generator(sample, 0), output_type="np").images
+                             generator=pipelines.noise_generator(sample, 0), output_type="np").images
             spent += time.perf_counter() - started
             pixels = (image * 255).round().astype(np.uint8)
-            original = captions.load_originals([sample], 64)
+            original = data.load_originals([sample], 64)
             text, _ = metrics.embed_captions(clip, [sample.caption])
             scores.append(metrics.clip_score(metrics.embed_images(clip, pixels), text)[0])
             apart.append(metrics.lpips(perceptual, pixels, original)[0])
@@ -212,10 +213,10 @@ PARTS = ("bare", "usual", "fid", "threshold", "starts", "profile")
 
 def main(argv=None) -> None:
     """Run the parts asked for and print a markdown table."""
-    parser = command.Parser(__doc__)
-    parser.add_argument("--num_images", type=command.positive, default=64, help="images a rate")
-    parser.add_argument("--rounds", type=command.positive, default=3, help="times that bare loop and sweep take turns")
-    parser.add_argument("--parts", nargs="+", type=command.name_in("part", PARTS), default=list(PARTS[:-1]),
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--num_images", type=cli.positive, default=64, help="images a rate")
+    parser.add_argument("--rounds", type=cli.positive, default=3, help="times that bare loop and sweep take turns")
+    parser.add_argument("--parts", nargs="+", type=cli.name_in("part", PARTS), default=list(PARTS[:-1]),
                         help=f"what to time, of {', '.join(PARTS)}")
     args = parser.parse_args(argv)
     rows = []
@@ -232,4 +233,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

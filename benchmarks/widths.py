@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from pruning import costs
+from pruning.metrics import costs
 
 MULTIPLES = (64, 32, 16, 8, 4, 2, 1)
 BASES = (1024, 1536)

@@ -16,9 +16,10 @@ ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):
     sys.path[0] = str(ROOT)  # instead of pruning/, whose file names must not shadow packages
 
-from pruning import command, plots
+from pruning import cli
 from pruning.methods import METHODS
-from pruning.records import write_json
+from pruning.records import plots
+from pruning.records.record import write_json
 
 NOTICE = "SYNTHETIC - not a measurement: illustrative curves of what one might expect, no model was run"
 RATES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -70,11 +71,11 @@ def share(text: str) -> float:
 
 def main(argv=None) -> None:
     """Parse, draw, print the paths written."""
-    parser = command.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--output_dir", metavar="DIR", type=Path, default=ROOT / "results" / "synthetic",
                         help="where to write synthetic.json and synthetic.png")
     parser.add_argument("--noise", type=share, default=0.05, help="standard deviation of the noise on each value")
-    parser.add_argument("--seed", type=command.not_negative, default=42, help="of the noise")
+    parser.add_argument("--seed", type=cli.not_negative, default=42, help="of the noise")
     args = parser.parse_args(argv)
 
     curves = synthetic_curves(args.noise, args.seed)
@@ -88,4 +89,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

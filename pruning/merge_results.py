@@ -13,17 +13,18 @@ ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):
     sys.path[0] = str(ROOT)  # instead of pruning/, whose file names must not shadow packages
 
-from pruning import UserError, command, plots
-from pruning.kept import only_writer
-from pruning.records import find_records, merge, read_record, write_record
-from pruning.summaries import answer
+from pruning import UserError, cli
+from pruning.records import plots
+from pruning.records.record import find_records, merge, read_record, write_record
+from pruning.records.store import only_writer
+from pruning.records.summaries import answer
 
 
 def main(argv=None) -> None:
     """Parse, read and merge everything, then write each whole record and remove its parts."""
-    parser = command.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--results_dir", metavar="DIR", type=Path, default=ROOT / "results", help="where records are")
-    command.add_tolerance(parser)
+    cli.add_tolerance(parser)
     args = parser.parse_args(argv)
 
     parts = {}
@@ -47,4 +48,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

@@ -18,9 +18,10 @@ from typing import Dict, List
 
 from tqdm import tqdm
 
-from pruning import captions, command, metrics, models
-from pruning.captions import DATASETS
+from pruning import cli, data, metrics
+from pruning.data import DATASETS
 from pruning.metrics import BACKBONES, METRICS
+from pruning.models import pipelines
 
 # What the libraries read to stay off the network, and where each keeps what it fetched.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
@@ -30,12 +31,12 @@ CACHES = ("HF_HOME", "HF_HUB_CACHE", "TORCH_HOME", "PRUNING_CACHE")
 def fetch(args) -> Dict[str, List[Path]]:
     """Bring everything to this machine: part -> its files."""
     found = {}
-    samples, _ = captions.load_samples(args.dataset, args.num_images, args.seed, args.data_dir)
-    others = captions.other_samples(args.dataset, samples, args.seed, args.data_dir)
+    samples, _ = data.load_samples(args.dataset, args.num_images, args.seed, args.data_dir)
+    others = data.other_samples(args.dataset, samples, args.seed, args.data_dir)
     images = {sample.open_image.args[0] for sample in (*samples, *others)} if args.dataset != "shapes" else set()
     found[f"{args.dataset}, {len(images) or args.num_images} images"] = sorted(images)
     model = args.model or DATASETS[args.dataset].default_model
-    found[f"model {model}"] = models.fetch(model)
+    found[f"model {model}"] = pipelines.fetch(model)
     kind = args.metric_backbones or DATASETS[args.dataset].backbones
     for family in sorted({METRICS[name].backbone for name in METRICS} - {None}):
         found[f"metric network {BACKBONES[kind][family]}"] = metrics.backbone_files(kind, family)
@@ -58,13 +59,13 @@ def digest(files: List[Path]) -> str:
 
 def main(argv=None) -> None:
     """Parse the command line, fetch, print what is there and the environment of an offline run."""
-    parser = command.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--model", help="a hub id, pipeline folder or bundled name (default: by dataset)")
-    parser.add_argument("--dataset", type=command.name_in("dataset", DATASETS), default="shapes", help="what to draw")
+    parser.add_argument("--dataset", type=cli.name_in("dataset", DATASETS), default="shapes", help="what to draw")
     parser.add_argument("--data_dir", type=Path, help="the data set's folder (default: fetched where it can be)")
-    parser.add_argument("--num_images", type=command.positive, default=32, help="images a rate of the run to come")
-    parser.add_argument("--seed", type=command.not_negative, default=0, help="of the run to come, chooses samples")
-    parser.add_argument("--metric_backbones", type=command.name_in("metric backbones", BACKBONES),
+    parser.add_argument("--num_images", type=cli.positive, default=32, help="images a rate of the run to come")
+    parser.add_argument("--seed", type=cli.not_negative, default=0, help="of the run to come, chooses samples")
+    parser.add_argument("--metric_backbones", type=cli.name_in("metric backbones", BACKBONES),
                         help="networks behind the metrics (default: by dataset)")
     args = parser.parse_args(argv)
     for part, files in fetch(args).items():
@@ -76,4 +77,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

@@ -25,25 +25,22 @@ from typing import Any, Dict, List, Optional
 import numpy as np
 from tqdm import tqdm
 
-from pruning import (
-    UserError,
-    captions,
-    command,
-    costs,
-    findings,
-    kept,
-    methods,
-    metrics,
-    models,
-    plots,
-    processes,
-    records,
-    saving,
-)
-from pruning.captions import DATASETS
+from pruning import UserError, cli, data, distributed, methods, metrics
+from pruning.data import DATASETS
 from pruning.methods import METHODS
-from pruning.metrics import BACKBONES, DISTANCES, METRICS
-from pruning.summaries import answer, summary
+from pruning.metrics import BACKBONES, DISTANCES, METRICS, costs
+from pruning.models import pipelines, saving
+from pruning.records import findings, plots, store
+from pruning.records.record import (
+    BrokenRecordError,
+    Point,
+    Record,
+    protocol_differences,
+    read_record,
+    record_path,
+    write_record,
+)
+from pruning.records.summaries import answer, summary
 
 RATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 DESCRIBE = {"clip": metrics.embed_images, "features": metrics.image_features}
@@ -55,19 +52,19 @@ RECOVERY_IMAGES = 128  # dense images whose denoiser calls the iterative method 
 class Experiment:
     """What all points of a record share, made once by prepare()."""
 
-    record: records.Record
+    record: Record
     path: Path  # of the record; its images lie beside it
     pipeline: Any
     dense: Any  # the dense denoiser, on the CPU, never changed
     device: str
-    offload: Optional[str]  # one of models.OFFLOADS
+    offload: Optional[str]  # one of pipelines.OFFLOADS
     compile: bool  # whether torch.compile makes the denoiser faster
     options: Dict[str, Any]  # keyword arguments of the method
-    sampling: Dict[str, Any]  # keyword arguments of models.generate
-    samples: List[captions.Sample]  # those of the record, once for each noise seed
+    sampling: Dict[str, Any]  # keyword arguments of pipelines.generate
+    samples: List[data.Sample]  # those of the record, once for each noise seed
     originals: np.ndarray  # uint8 (n, size, size, 3), as all arrays below a row a sample
     networks: Dict[str, Any]  # family of backbones -> its network
-    earlier: Optional[records.Record]  # which an earlier run left and `record` goes on with
+    earlier: Optional[Record]  # which an earlier run left and `record` goes on with
     caption_embeddings: Optional[np.ndarray] = None  # (n, d)
     reference: Dict[str, metrics.Reference] = field(default_factory=dict)  # backbone -> its features of real images
     dense_images: Optional[np.ndarray] = None  # uint8 (n, size, size, 3), made by the point at rate 0
@@ -78,7 +75,7 @@ class Experiment:
     calls: int = 0  # of the denoiser while a batch of images is made
 
 
-def run_pruning_experiment(experiment: Experiment, rate: float, on_batch=None, measured=None) -> records.Point:
+def run_pruning_experiment(experiment: Experiment, rate: float, on_batch=None, measured=None) -> Point:
     """Measure one point: prune the dense denoiser to `rate`, make the images, score them. Rate 0 is the dense model.
 
     measured: the point as an earlier run left it, where only metrics are missing; its images are taken from disk.
@@ -88,7 +85,7 @@ def run_pruning_experiment(experiment: Experiment, rate: float, on_batch=None, m
         measured, drawn = prune_and_draw(experiment, rate, on_batch)
     elif on_batch:
         on_batch(len(drawn.pixels))
-    if not processes.first:
+    if not distributed.first:
         return measured
     started = time.perf_counter()
 
@@ -130,20 +127,20 @@ def prune_and_draw(experiment: Experiment, rate: float, on_batch=None):
     counted = {**costs.count_parameters(denoiser), **warm_up(experiment, denoiser)}
     clock.append(time.perf_counter())
     drawn = make_images(experiment, rate, on_batch)
-    if not processes.first:
+    if not distributed.first:
         return None, None
     experiment.record.notes["left_out"] = pruned.left_out
     clock.append(time.perf_counter())
     timed = time_costs(experiment, denoiser, drawn.seconds_each)
     clock.append(time.perf_counter())
     prune, warm, generate, timing = np.diff(clock)
-    return records.Point(
+    return Point(
         rate=rate, sparsity=pruned.taken / pruned.total, unit=pruned.unit, units_total=pruned.total,
         units_asked=pruned.asked, units_taken=pruned.taken, **counted, **timed, metrics={}, intervals={}, per_image={},
         seconds={"prune": round(prune, 3), "generate": round(generate, 3), "time": round(warm + timing, 3)}), drawn
 
 
-def make_images(experiment: Experiment, rate: float, on_batch=None) -> Optional[models.Images]:
+def make_images(experiment: Experiment, rate: float, on_batch=None) -> Optional[pipelines.Images]:
     """The images of a point, by whole batches, as they were made or are made now; each is kept once it is there.
 
     Several processes share out the batches; the first gets the images, the others None.
@@ -154,53 +151,53 @@ def make_images(experiment: Experiment, rate: float, on_batch=None) -> Optional[
 
     def make(batch):
         if None in [kept_image(experiment, rate, index) for index in batch]:
-            made = models.generate(experiment.pipeline, [samples[index] for index in batch], **experiment.sampling)
+            made = pipelines.generate(experiment.pipeline, [samples[index] for index in batch], **experiment.sampling)
             experiment.calls = len(experiment.pipeline.scheduler.timesteps)  # more than steps where each takes two
             for index, pixels, finite in zip(batch, made.pixels, made.finite):
-                kept.save(kept.Made(pixels, bool(finite), made.seconds_each), image_file(experiment, rate, index),
+                store.save(store.Made(pixels, bool(finite), made.seconds_each), image_file(experiment, rate, index),
                           made_by(experiment, rate, samples[index]))
         if on_batch:
             on_batch(len(batch))
 
-    for batch in batches[processes.rank::processes.count]:
+    for batch in batches[distributed.rank::distributed.count]:
         make(batch)
-    processes.wait()
-    if not processes.first:
+    distributed.wait()
+    if not distributed.first:
         return None
     for number, batch in enumerate(batches):
-        if number % processes.count:  # another's, which is there by now, or else is made here
+        if number % distributed.count:  # another's, which is there by now, or else is made here
             make(batch)
     return kept_images(experiment, rate)
 
 
-def kept_images(experiment: Experiment, rate: float) -> Optional[models.Images]:
+def kept_images(experiment: Experiment, rate: float) -> Optional[pipelines.Images]:
     """The images of a point from disk, None where one is missing or was made otherwise."""
     found = [kept_image(experiment, rate, index) for index in range(len(experiment.samples))]
     if None in found:
         return None
     pixels, finite, seconds = zip(*found)
-    return models.Images(np.stack(pixels), np.array(finite), float(np.mean(seconds)))
+    return pipelines.Images(np.stack(pixels), np.array(finite), float(np.mean(seconds)))
 
 
-def kept_image(experiment: Experiment, rate: float, index: int) -> Optional[kept.Made]:
+def kept_image(experiment: Experiment, rate: float, index: int) -> Optional[store.Made]:
     """An image of a point from disk, None where it is missing or was made otherwise."""
-    return kept.load(image_file(experiment, rate, index), made_by(experiment, rate, experiment.samples[index]))
+    return store.load(image_file(experiment, rate, index), made_by(experiment, rate, experiment.samples[index]))
 
 
 def image_file(experiment: Experiment, rate: float, index: int) -> Path:
     """Where an image of a point lies, as plots finds it."""
     method = experiment.record.method
-    return experiment.path.parent / "images" / method / findings.rate_folder(rate) / kept.file_name(index)
+    return experiment.path.parent / "images" / method / findings.rate_folder(rate) / store.file_name(index)
 
 
-def made_by(experiment: Experiment, rate: float, sample: captions.Sample) -> str:
+def made_by(experiment: Experiment, rate: float, sample: data.Sample) -> str:
     """The hash of all that decides the pixels of an image."""
     settings, versions = experiment.record.settings, experiment.record.versions
     sampled = {name: settings[name] for name in (
         "steps", "guidance_scale", "image_size", "dtype", "compile", "offload", "device", "pipeline", "denoiser")}
     packages = {name: versions[name] for name in ("torch", "diffusers", "transformers")}
     pruned = origin(experiment, rate) if rate else {}
-    return kept.made_by(**sampled, **packages, pruned=pruned, sample=sample.id, caption=sample.caption,
+    return store.made_by(**sampled, **packages, pruned=pruned, sample=sample.id, caption=sample.caption,
                           noise=settings["seed"] + sample.repeat)
 
 
@@ -234,14 +231,14 @@ def pruned_copy(experiment: Experiment, rate: float):
     if not METHODS[method].recovers:
         return denoiser, methods.prune(method, denoiser, rate, **experiment.options)
     # Training may not end alike in each of several processes: the first does it for all.
-    pruned = methods.prune(method, denoiser, rate, **experiment.options) if processes.first else None
-    processes.share(denoiser)
+    pruned = methods.prune(method, denoiser, rate, **experiment.options) if distributed.first else None
+    distributed.share(denoiser)
     return denoiser, pruned
 
 
 def use(experiment: Experiment, denoiser) -> None:
     """Make the pipeline use this denoiser."""
-    models.set_denoiser(experiment.pipeline, denoiser, experiment.device, experiment.offload)
+    pipelines.set_denoiser(experiment.pipeline, denoiser, experiment.device, experiment.offload)
 
 
 def take_back(experiment: Experiment) -> None:
@@ -256,8 +253,8 @@ def warm_up(experiment: Experiment, denoiser) -> Dict[str, int]:
     samples, sampling = experiment.samples, experiment.sampling
     if experiment.call is None:  # what the pipeline passes is alike at every rate
         batch = sampling["batch_size"]
-        experiment.call = models.first_call(experiment.pipeline, samples[:batch], **sampling)
-        experiment.single_call = models.first_call(experiment.pipeline, samples[:1], **sampling)
+        experiment.call = pipelines.first_call(experiment.pipeline, samples[:batch], **sampling)
+        experiment.single_call = pipelines.first_call(experiment.pipeline, samples[:1], **sampling)
     shapes = tuple(tensor.shape for tensor in denoiser.state_dict().values())
     if shapes not in experiment.counts:  # zeros change neither
         experiment.counts[shapes] = {"macs": costs.count_macs(denoiser, experiment.single_call),
@@ -267,7 +264,7 @@ def warm_up(experiment: Experiment, denoiser) -> Dict[str, int]:
             part.compile()
         batch = sampling["batch_size"]
         for count in {min(batch, len(samples)), len(samples) % batch or batch}:  # each size is compiled apart
-            models.generate(experiment.pipeline, samples[:count], **{**sampling, "steps": 1})
+            pipelines.generate(experiment.pipeline, samples[:count], **{**sampling, "steps": 1})
     return experiment.counts[shapes]
 
 
@@ -285,7 +282,7 @@ def time_costs(experiment: Experiment, denoiser, image_seconds: float) -> Dict[s
     dense = experiment.dense if experiment.offload else experiment.dense.to(experiment.device)
     dense_seconds, seconds = costs.denoiser_seconds([dense, denoiser], experiment.call, place=place)
     take_back(experiment)
-    models.set_denoiser(experiment.pipeline, denoiser, "cpu" if experiment.offload else experiment.device)
+    pipelines.set_denoiser(experiment.pipeline, denoiser, "cpu" if experiment.offload else experiment.device)
     together = min(experiment.sampling["batch_size"], len(experiment.samples))
     in_calls = min(1.0, experiment.calls * seconds / together / image_seconds)  # share of an image's time
     return {"denoiser_seconds": seconds, "dense_denoiser_seconds": dense_seconds, "image_seconds": image_seconds,
@@ -295,49 +292,49 @@ def time_costs(experiment: Experiment, denoiser, image_seconds: float) -> Dict[s
 def prepare(args) -> Experiment:
     """Load what the points share, first what can fail first; refuse to continue a record of other settings."""
     options = method_options(args)
-    device = processes.begin(models.pick_device(args.device))
+    device = distributed.begin(pipelines.pick_device(args.device))
     if args.offload and device == "cpu":
         raise UserError(f"--offload {args.offload} keeps parts of a GPU's work on the CPU; here all is on the CPU")
-    with processes.in_turn():
-        samples, skipped = captions.load_samples(args.dataset, args.num_images, args.seed, args.data_dir)
+    with distributed.in_turn():
+        samples, skipped = data.load_samples(args.dataset, args.num_images, args.seed, args.data_dir)
     dtype = args.dtype or ("float32" if device == "cpu" else "bfloat16")
     model = args.model or DATASETS[args.dataset].default_model
     kind = args.metric_backbones or DATASETS[args.dataset].backbones
     path = own_path(args)
-    with processes.in_turn():
+    with distributed.in_turn():
         earlier = None if args.overwrite else earlier_record(path)
     measured = earlier.settings["metrics"] if earlier else []
     chosen = [name for name in METRICS if name in args.metrics or name in measured]  # all points have the same
     families = {name: METRICS[name].backbone for name in chosen if METRICS[name].backbone}
     networks = {family: metrics.load_backbone(kind, family, device)
-                for family in dict.fromkeys(families.values()) if processes.first}
-    with processes.in_turn():
-        pipeline = models.load_pipeline(model, "cpu" if args.offload else device, dtype)
-    dense = models.take_denoiser(pipeline)
-    sampling = models.sampling_settings(pipeline, model, {
+                for family in dict.fromkeys(families.values()) if distributed.first}
+    with distributed.in_turn():
+        pipeline = pipelines.load_pipeline(model, "cpu" if args.offload else device, dtype)
+    dense = pipelines.take_denoiser(pipeline)
+    sampling = pipelines.sampling_settings(pipeline, model, {
         name: getattr(args, name) for name in ("steps", "guidance_scale", "image_size")})
     sampling.update(seed=args.seed, batch_size=args.batch_size or (earlier and earlier.settings.get("batch_size")))
-    models.remember_prompts(pipeline)
+    pipelines.remember_prompts(pipeline)
     if not sampling["batch_size"]:
-        models.set_denoiser(pipeline, dense, device, args.offload)
-        sampling["batch_size"] = processes.agree(models.fitting_batch_size(
+        pipelines.set_denoiser(pipeline, dense, device, args.offload)
+        sampling["batch_size"] = distributed.agree(pipelines.fitting_batch_size(
             pipeline, samples[0], device, sampling["guidance_scale"], sampling["image_size"]))
         if args.offload:
             pipeline.remove_all_hooks()
         dense.to("cpu")
 
-    weights = {family: models.fingerprint(network.model if isinstance(network, metrics.Clip) else network)
+    weights = {family: pipelines.fingerprint(network.model if isinstance(network, metrics.Clip) else network)
                for family, network in networks.items()}
-    record = records.Record(
-        model=models.label(model), dataset=args.dataset, method=args.method,
+    record = Record(
+        model=pipelines.label(model), dataset=args.dataset, method=args.method,
         samples=[{"id": sample.id, "caption": sample.caption} for sample in samples],
-        settings={**sampling, **options, "seeds": args.seeds, "resize": captions.RESIZE_RULE,
-                  "metrics": chosen, "metric_backbones": kind, "denoiser": models.fingerprint(dense),
-                  "pipeline": models.fingerprint_rest(pipeline), "dtype": dtype, "compile": args.compile,
-                  "offload": args.offload, **processes.agree(models.machine(device))},
+        settings={**sampling, **options, "seeds": args.seeds, "resize": data.RESIZE_RULE,
+                  "metrics": chosen, "metric_backbones": kind, "denoiser": pipelines.fingerprint(dense),
+                  "pipeline": pipelines.fingerprint_rest(pipeline), "dtype": dtype, "compile": args.compile,
+                  "offload": args.offload, **distributed.agree(pipelines.machine(device))},
         backbones={name: f"{BACKBONES[kind][family]}, {weights[family]}" for name, family in families.items()
                    if family in weights},
-        notes={"captions_skipped": skipped, "code": [code_version()]}, versions=models.versions(),
+        notes={"captions_skipped": skipped, "code": [code_version()]}, versions=pipelines.versions(),
         dense=None, points=[])
     if earlier:
         record = continued(earlier, record, path)
@@ -345,9 +342,9 @@ def prepare(args) -> Experiment:
         record=record, path=path, pipeline=pipeline, dense=dense, device=device,
         offload=args.offload, compile=args.compile, options=options, sampling=sampling,
         samples=[sample._replace(repeat=repeat) for repeat in range(args.seeds) for sample in samples],
-        originals=np.tile(captions.load_originals(samples, sampling["image_size"]), (args.seeds, 1, 1, 1)),
+        originals=np.tile(data.load_originals(samples, sampling["image_size"]), (args.seeds, 1, 1, 1)),
         networks=networks, earlier=earlier, calls=sampling["steps"])
-    if not processes.first:
+    if not distributed.first:
         return experiment
     if "clip_score" in families:
         experiment.caption_embeddings, record.notes["captions_truncated"] = metrics.embed_captions(
@@ -362,8 +359,8 @@ def add_reference(experiment: Experiment, samples, args) -> None:
     sets = [name for name in record.settings["metrics"] if name in DISTANCES]
     if not sets:
         return
-    reference = captions.reference_samples(args.dataset, samples)
-    others = captions.other_samples(args.dataset, samples, args.seed, args.data_dir)
+    reference = data.reference_samples(args.dataset, samples)
+    others = data.other_samples(args.dataset, samples, args.seed, args.data_dir)
     families = sorted({METRICS[name].backbone for name in sets})
     described = describe_originals(experiment, families, reference)
     experiment.reference = {family: metrics.Reference(described[family]) for family in families}
@@ -379,12 +376,12 @@ def describe_originals(experiment: Experiment, families: List[str], samples) -> 
     """What networks make of the samples' originals, (n, d) each; of some at a time, as there may be thousands."""
     described = {family: [] for family in families}
     for start in tqdm(range(0, len(samples), REFERENCE_ROWS), desc="real images", delay=2, leave=False):
-        originals = captions.load_originals(samples[start:start + REFERENCE_ROWS], experiment.sampling["image_size"])
+        originals = data.load_originals(samples[start:start + REFERENCE_ROWS], experiment.sampling["image_size"])
         for family in families:
             describe = functools.partial(DESCRIBE[family], experiment.networks[family])
             backbone = next(text for name, text in experiment.record.backbones.items()
                             if METRICS[name].backbone == family)
-            described[family].append(kept.features(describe, originals, {
+            described[family].append(store.features(describe, originals, {
                 "backbone": backbone, "versions": experiment.record.versions, "device": experiment.device,
                 "code": Path(metrics.__file__).read_text(encoding="utf-8")}))
     return {family: np.concatenate(rows) for family, rows in described.items()}
@@ -417,21 +414,21 @@ def code_version() -> str:
         return "unknown"
 
 
-def earlier_record(path: Path) -> Optional[records.Record]:
+def earlier_record(path: Path) -> Optional[Record]:
     """The record at `path`, None where there is none. A broken file is set aside under another name."""
     try:
-        return records.read_record(path) if path.exists() else None
-    except records.BrokenRecordError as error:
-        print(f"{error}; {kept.set_aside(path)}, and measured again from the images", file=sys.stderr)
+        return read_record(path) if path.exists() else None
+    except BrokenRecordError as error:
+        print(f"{error}; {store.set_aside(path)}, and measured again from the images", file=sys.stderr)
         return None
 
 
-def continued(earlier: records.Record, record: records.Record, path: Path) -> records.Record:
+def continued(earlier: Record, record: Record, path: Path) -> Record:
     """What was measured earlier, for `record` to go on with; a UserError names what differs in the measuring.
 
     Metrics may differ: those that it lacks are measured on its images.
     """
-    differences = records.protocol_differences(earlier, record, continuing=True)
+    differences = protocol_differences(earlier, record, continuing=True)
     if differences:
         raise UserError(f"{path} was measured otherwise ({'; '.join(differences)}): "
                         "use the same settings, another --results_dir, or --overwrite to start afresh")
@@ -444,11 +441,11 @@ def add_recovery(experiment: Experiment, args) -> None:
     """What recovery trains on: the calls of the dense denoiser while it draws captions that are not measured."""
     if not experiment.options["recovery_steps"]:
         return
-    texts = captions.training_captions(args.dataset, RECOVERY_IMAGES, args.seed, args.data_dir, experiment.samples)
-    lessons = [captions.Sample(f"recovery-{i:05d}", text, None) for i, text in enumerate(texts)]
+    texts = data.training_captions(args.dataset, RECOVERY_IMAGES, args.seed, args.data_dir, experiment.samples)
+    lessons = [data.Sample(f"recovery-{i:05d}", text, None) for i, text in enumerate(texts)]
     use(experiment, experiment.dense)
     with tqdm(total=len(lessons), unit="image", desc="dense images to recover with") as bar:
-        calls = models.record_calls(experiment.pipeline, lessons, on_batch=bar.update, **experiment.sampling)
+        calls = pipelines.record_calls(experiment.pipeline, lessons, on_batch=bar.update, **experiment.sampling)
     take_back(experiment)
     experiment.options.update(calls=calls, checkpoint=walk_file(experiment), seed=args.seed)
 
@@ -462,10 +459,10 @@ def sweep(args) -> Path:
     """Measure the dense model and every rate that the record lacks, then draw. Returns the record's path."""
     experiment = prepare(args)
     path = own_path(args)
-    if not processes.first:
+    if not distributed.first:
         measure_all(experiment, args, path)
         return path
-    with kept.only_writer(path):
+    with store.only_writer(path):
         if args.overwrite:  # no image of an earlier run stays beside the new ones
             shutil.rmtree(image_file(experiment, 0.0, 0).parents[1], ignore_errors=True)
         elif earlier_record(path) != experiment.earlier:
@@ -475,7 +472,7 @@ def sweep(args) -> Path:
         finally:
             # Also after Ctrl-C: what is finished is worth a look.
             if experiment.record.dense and path.exists() and not args.shard:
-                plots.draw_all(records.read_record(path), path.parent, path.parent / "images", args.tolerance)
+                plots.draw_all(read_record(path), path.parent, path.parent / "images", args.tolerance)
             if args.discard_images:
                 discard_images(experiment)
     if findings.left_out(experiment.record):
@@ -502,8 +499,8 @@ def measure_all(experiment: Experiment, args, path: Path) -> None:
     for rate in again:
         if kept_images(experiment, rate) is None:
             known.pop(rate, None)
-    processes.wait()  # until all have seen what there is, before it changes
-    if METHODS[record.method].recovers and processes.first and (unsaved or {*missing, *again} - set(known) - {0.0}):
+    distributed.wait()  # until all have seen what there is, before it changes
+    if METHODS[record.method].recovers and distributed.first and (unsaved or {*missing, *again} - set(known) - {0.0}):
         add_recovery(experiment, args)
 
     def measure(rate):
@@ -511,12 +508,12 @@ def measure_all(experiment: Experiment, args, path: Path) -> None:
         known[rate] = run_pruning_experiment(experiment, rate, on_batch=bar.update, measured=known.get(rate))
 
     def write():
-        if processes.first:
+        if distributed.first:
             record.dense, *record.points = (known[rate] for rate in sorted(known))
-            records.write_record(record, path)
+            write_record(record, path)
 
     with tqdm(total=len([*again, *missing]) * len(experiment.samples), unit="image",
-              disable=not (again or missing) or not processes.first) as bar:
+              disable=not (again or missing) or not distributed.first) as bar:
         for rate in again:
             measure(rate)
         if again:
@@ -527,11 +524,11 @@ def measure_all(experiment: Experiment, args, path: Path) -> None:
                 write()
             else:  # measured by an earlier run that did not save it
                 use(experiment, pruned_copy(experiment, rate)[0])
-            if rate in unsaved and processes.first:
+            if rate in unsaved and distributed.first:
                 save_pruned(experiment, folders[rate], known[rate])
-            if args.discard_images and processes.first:
+            if args.discard_images and distributed.first:
                 discard_images(experiment, rate)
-    if processes.first and walk_file(experiment).exists():
+    if distributed.first and walk_file(experiment).exists():
         walk_file(experiment).unlink()
 
 
@@ -546,7 +543,7 @@ def discard_images(experiment: Experiment, *rates: float) -> None:
 def own_path(args) -> Path:
     """Where the record of these arguments lives."""
     model = args.model or DATASETS[args.dataset].default_model
-    return records.record_path(args.results_dir, models.label(model), args.dataset, args.method, args.shard)
+    return record_path(args.results_dir, pipelines.label(model), args.dataset, args.method, args.shard)
 
 
 def saved_folders(args) -> Dict[float, Path]:
@@ -566,53 +563,53 @@ def origin(experiment: Experiment, rate: float) -> Dict[str, Any]:
             **options, **({"seed": record.settings["seed"]} if METHODS[record.method].recovers else {})}
 
 
-def save_pruned(experiment: Experiment, folder: Path, point: records.Point) -> None:
+def save_pruned(experiment: Experiment, folder: Path, point: Point) -> None:
     """Save the pipeline with the denoiser that it has now, which was measured as `point`."""
     sampling = {name: experiment.sampling[name] for name in ("steps", "guidance_scale", "image_size")}
     measured = {name: value for name, value in asdict(point).items() if name not in ("per_image", "seconds")}
-    saving.save(experiment.pipeline, models.denoiser_name(experiment.pipeline), folder, sampling,
+    saving.save(experiment.pipeline, pipelines.denoiser_name(experiment.pipeline), folder, sampling,
                 origin(experiment, point.rate), measured)
 
 
-def add_arguments(parser: command.Parser) -> None:
+def add_arguments(parser: cli.Parser) -> None:
     """The flags that measuring one rate and a sweep share."""
-    parser.add_argument("--method", type=command.name_in("method", METHODS), default="magnitude",
+    parser.add_argument("--method", type=cli.name_in("method", METHODS), default="magnitude",
                         help="how to prune: " + "; ".join(f"{name}: {m.help}" for name, m in METHODS.items()))
-    parser.add_argument("--dataset", type=command.name_in("dataset", DATASETS), default="shapes",
+    parser.add_argument("--dataset", type=cli.name_in("dataset", DATASETS), default="shapes",
                         help="captions and originals: " + "; ".join(f"{n}: {d.help}" for n, d in DATASETS.items()))
     parser.add_argument("--data_dir", type=Path, help="the data set's folder (default: fetched where it can be)")
-    parser.add_argument("--model", help=f"{', '.join(models.MODELS)}, a pipeline folder or a hub id (default: "
+    parser.add_argument("--model", help=f"{', '.join(pipelines.MODELS)}, a pipeline folder or a hub id (default: "
                                         f"shapes-unet for shapes, else {DATASETS['coco'].default_model})")
-    parser.add_argument("--seed", type=command.not_negative, default=0, help="chooses samples and noise")
-    parser.add_argument("--seeds", type=command.positive, default=1,
+    parser.add_argument("--seed", type=cli.not_negative, default=0, help="chooses samples and noise")
+    parser.add_argument("--seeds", type=cli.positive, default=1,
                         help="noise seeds: each sample is drawn so many times, and dense is compared with itself")
-    parser.add_argument("--steps", type=command.positive, help="denoising steps (default: the model's own)")
+    parser.add_argument("--steps", type=cli.positive, help="denoising steps (default: the model's own)")
     parser.add_argument("--guidance_scale", type=float, help="(default: the model's own)")
-    parser.add_argument("--image_size", type=command.positive, help="pixels a side (default: the model's own)")
-    parser.add_argument("--batch_size", type=command.positive,
+    parser.add_argument("--image_size", type=cli.positive, help="pixels a side (default: the model's own)")
+    parser.add_argument("--batch_size", type=cli.positive,
                         help="images made together (default: what the GPU has memory for; 8 on a CPU)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    parser.add_argument("--dtype", type=command.name_in("dtype", ("float32", "float16", "bfloat16")),
+    parser.add_argument("--dtype", type=cli.name_in("dtype", ("float32", "float16", "bfloat16")),
                         help="(default: float32 on the CPU, else bfloat16)")
-    parser.add_argument("--offload", type=command.name_in("offload", models.OFFLOADS),
+    parser.add_argument("--offload", type=cli.name_in("offload", pipelines.OFFLOADS),
                         help="keep parts that wait on the CPU: model by model, or sequential, layer by layer")
     parser.add_argument("--compile", action="store_true", help="torch.compile the denoiser; not in the times")
-    parser.add_argument("--metrics", nargs="+", type=command.name_in("metric", METRICS), default=list(METRICS),
+    parser.add_argument("--metrics", nargs="+", type=cli.name_in("metric", METRICS), default=list(METRICS),
                         help="what to measure")
-    parser.add_argument("--metric_backbones", type=command.name_in("metric backbones", BACKBONES),
+    parser.add_argument("--metric_backbones", type=cli.name_in("metric backbones", BACKBONES),
                         help="networks behind the metrics, trained on shapes or the usual ones (default: by dataset)")
-    parser.add_argument("--scope", type=command.name_in("scope", ("layer", "global")),
+    parser.add_argument("--scope", type=cli.name_in("scope", ("layer", "global")),
                         help="magnitude, iterative: lowest |w| in each layer or over the denoiser "
                              f"(default: {METHODS['magnitude'].options['scope']})")
     parser.add_argument("--mask_only", action="store_true", default=None,
                         help="structured, attention_heads: zero in place and keep the shapes")
-    parser.add_argument("--round_to", type=command.positive,
+    parser.add_argument("--round_to", type=cli.positive,
                         help="structured: leave layers a multiple of so many units, as kernels may be slower at odd "
                              f"widths (default: {METHODS['structured'].options['round_to']})")
-    parser.add_argument("--recovery_steps", type=command.not_negative,
+    parser.add_argument("--recovery_steps", type=cli.not_negative,
                         help="iterative: training steps after each step of pruning, 0 for none "
                              f"(default: {METHODS['iterative'].options['recovery_steps']})")
-    command.add_tolerance(parser)
+    cli.add_tolerance(parser)
     parser.add_argument("--save_pruned", type=Path, metavar="DIR",
                         help="keep the pruned pipeline as a folder that --model takes; several rates: in DIR/RATE")
     parser.add_argument("--discard_images", action="store_true",
@@ -623,12 +620,12 @@ def add_arguments(parser: command.Parser) -> None:
 
 def main(argv=None) -> None:
     """Parse the command line, sweep, print where the record is."""
-    parser = command.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     add_arguments(parser)
-    parser.add_argument("--num_images", type=command.positive, default=32, help="images a rate")
-    parser.add_argument("--rates", nargs="+", type=command.rate, default=list(RATES), help="rates to measure")
+    parser.add_argument("--num_images", type=cli.positive, default=32, help="images a rate")
+    parser.add_argument("--rates", nargs="+", type=cli.rate, default=list(RATES), help="rates to measure")
     parser.add_argument("--results_dir", type=Path, default=ROOT / "results", help="where records and graphs go")
-    parser.add_argument("--shard", type=command.shard, metavar="i/n",
+    parser.add_argument("--shard", type=cli.shard, metavar="i/n",
                         help="measure every n-th rate from the i-th on, as a part for merge_results.py")
     args = parser.parse_args(argv)
     args.rates = sorted(set(args.rates))
@@ -638,13 +635,13 @@ def main(argv=None) -> None:
             raise UserError(f"--shard {part}/{count}: there are but {len(args.rates)} rates to share out")
         args.rates = args.rates[part - 1::count]
     path = sweep(args)
-    if not processes.first:
+    if not distributed.first:
         return
-    record = records.read_record(path)
+    record = read_record(path)
     print(summary(record, args.tolerance))
     print(path)
     print(answer(record, args.tolerance))
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

@@ -12,15 +12,17 @@ ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):
     sys.path[0] = str(ROOT)  # instead of pruning/, whose file names must not shadow packages
 
-from pruning import command, findings, processes, records
+from pruning import cli, distributed
 from pruning.metrics import METRICS
 from pruning.pruning_analysis import add_arguments, sweep
-from pruning.summaries import answer
+from pruning.records import findings
+from pruning.records.record import Record, read_record
+from pruning.records.summaries import answer
 
 __test__ = False  # its name looks like a test's to pytest
 
 
-def table(record: records.Record) -> str:
+def table(record: Record) -> str:
     """Dense and pruned side by side, a line a quantity."""
     dense, point = record.dense, [*record.points, record.dense][0]  # at rate 0, dense is all there is
     rows = [("", "dense", f"{record.method} {point.rate:g}", "better", "95 % interval"),
@@ -41,22 +43,22 @@ def table(record: records.Record) -> str:
 
 def main(argv=None) -> None:
     """Parse the command line, measure, print the table and where the record is."""
-    parser = command.Parser(__doc__)
-    parser.add_argument("--rate", type=command.rate, required=True, help="the share to prune, from 0 up to, but not, 1")
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--rate", type=cli.rate, required=True, help="the share to prune, from 0 up to, but not, 1")
     add_arguments(parser)
-    parser.add_argument("--num_images", type=command.positive, default=10, help="images to make")
+    parser.add_argument("--num_images", type=cli.positive, default=10, help="images to make")
     parser.add_argument("--results_dir", type=Path, default=ROOT / "results" / "single_rate",
                         help="where the record and its images go")
     args = parser.parse_args(argv)
     args.rates, args.overwrite = [args.rate], True  # a quick look replaces the last one
     path = sweep(args)
-    if not processes.first:
+    if not distributed.first:
         return
-    record = records.read_record(path)
+    record = read_record(path)
     print(table(record))
     print(path)
     print(answer(record, args.tolerance))
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

@@ -14,16 +14,17 @@ if __package__ in (None, ""):
 
 from tqdm import tqdm
 
-from pruning import UserError, check_name, command, plots
-from pruning.findings import in_order
+from pruning import UserError, check_name, cli
 from pruning.methods import METHODS
-from pruning.records import find_records, folder_name, merge, protocol_differences, read_record
-from pruning.summaries import answer
+from pruning.records import plots
+from pruning.records.findings import in_order
+from pruning.records.record import find_records, folder_name, merge, protocol_differences, read_record
+from pruning.records.summaries import answer
 
 
 def main(argv=None) -> None:
     """Parse, read and check everything, then draw; print the paths written."""
-    parser = command.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--results_file", metavar="FILE", type=Path,
                         help="one record; without it, all below --results_dir")
     parser.add_argument("--methods", metavar="METHOD", nargs="+", help="draw these only: " + ", ".join(METHODS))
@@ -31,7 +32,7 @@ def main(argv=None) -> None:
     parser.add_argument("--compare", action="store_true", help="draw the methods of one model and dataset together")
     parser.add_argument("--force", action="store_true",
                         help="with --compare: draw records that were measured differently too, with a warning in it")
-    command.add_tolerance(parser)
+    cli.add_tolerance(parser)
     parser.add_argument("--results_dir", metavar="DIR", type=Path, default=ROOT / "results", help="where records are")
     args = parser.parse_args(argv)
 
@@ -130,4 +131,4 @@ def check_comparable(groups, found, force: bool = False) -> dict:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

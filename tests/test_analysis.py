@@ -12,10 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from pruning import captions, command, metrics, models, pruning_analysis, test_single_rate
+from pruning import cli, data, metrics, pruning_analysis, test_single_rate
 from pruning.methods import METHODS
 from pruning.metrics import METRICS
-from pruning.records import read_record
+from pruning.models import pipelines
+from pruning.records.record import read_record
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--num_images", "4", "--steps", "4", "--batch_size", "4", "--device", "cpu"]
@@ -32,7 +33,7 @@ def fails(capsys, main, *flags):
     """The one line on stderr with which a command refuses, after checking that it is one, and the exit code."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        command.run(lambda: main([str(flag) for flag in flags]))
+        cli.run(lambda: main([str(flag) for flag in flags]))
     lines = [line for line in capsys.readouterr().err.splitlines() if "it/s" not in line and line.strip()]
     assert stop.value.code == 2
     assert len(lines) == 1, lines
@@ -94,7 +95,7 @@ def test_offloading_changes_no_image_and_no_count(tmp_path):
     """On the CPU the command refuses it, but diffusers' hooks that move whole models about work there too."""
     seen = {}
     for choice in (None, "model"):
-        parser = command.Parser("")
+        parser = cli.Parser("")
         pruning_analysis.add_arguments(parser)
         flags = ["--method", "structured", *QUICK[2:], "--metrics", "lpips_dense"]
         args = parser.parse_args(flags)
@@ -105,7 +106,7 @@ def test_offloading_changes_no_image_and_no_count(tmp_path):
         point = pruning_analysis.run_pruning_experiment(experiment, 0.5)
         pruning_analysis.save_pruned(experiment, tmp_path / f"{choice}-pruned", point)
         seen[choice] = (point.metrics["lpips_dense"], point.macs, point.parameters)
-        assert models.load_pipeline(str(tmp_path / f"{choice}-pruned")).unet.num_parameters() == point.parameters
+        assert pipelines.load_pipeline(str(tmp_path / f"{choice}-pruned")).unet.num_parameters() == point.parameters
     assert seen[None] == seen["model"]
 
 
@@ -187,12 +188,12 @@ def test_a_single_rate_equals_the_same_rate_of_an_iterative_sweep(tmp_path, caps
 
 
 def test_noise_belongs_to_the_sample_alone():
-    pipeline = models.load_pipeline("shapes-unet")
-    samples, _ = captions.load_samples("shapes", 4)
+    pipeline = pipelines.load_pipeline("shapes-unet")
+    samples, _ = data.load_samples("shapes", 4)
     settings = dict(seed=0, steps=2, guidance_scale=4.0, image_size=64)
-    together = models.generate(pipeline, samples, batch_size=4, **settings).pixels.astype(int)
-    apart = models.generate(pipeline, samples[::-1], batch_size=1, **settings).pixels.astype(int)[::-1]
-    other = models.generate(pipeline, samples, batch_size=4, **{**settings, "seed": 1}).pixels.astype(int)
+    together = pipelines.generate(pipeline, samples, batch_size=4, **settings).pixels.astype(int)
+    apart = pipelines.generate(pipeline, samples[::-1], batch_size=1, **settings).pixels.astype(int)[::-1]
+    other = pipelines.generate(pipeline, samples, batch_size=4, **{**settings, "seed": 1}).pixels.astype(int)
     assert abs(together - apart).max() <= 1  # batch sizes round differently
     assert abs(together - other).max() > 50
 
@@ -224,7 +225,7 @@ def test_a_record_names_what_made_it(measured):
     assert set(record.backbones) == {name for name in METRICS if METRICS[name].backbone}
     for name in record.backbones.values():
         assert re.search(r", \w+ [0-9a-f]{12}$", name), name  # a hash of the weights
-    assert record.settings["resize"] == captions.RESIZE_RULE
+    assert record.settings["resize"] == data.RESIZE_RULE
     assert {"dtype", "device", "threads", "seed", "seeds", "denoiser"} <= set(record.settings)
     [code] = record.notes["code"]
     assert re.fullmatch(r"unknown|[0-9a-f]{12}( with changes)?", code)
@@ -232,8 +233,8 @@ def test_a_record_names_what_made_it(measured):
 
 def test_an_image_that_is_not_finite_is_null_and_not_a_score(tmp_path, monkeypatch):
     pipelines = []
-    load = models.load_pipeline
-    monkeypatch.setattr(models, "load_pipeline", lambda *a: pipelines.append(load(*a)) or pipelines[-1])
+    load = pipelines.load_pipeline
+    monkeypatch.setattr(pipelines, "load_pipeline", lambda *a: pipelines.append(load(*a)) or pipelines[-1])
     from pruning.methods import magnitude
     zero = magnitude.prune
 
@@ -253,9 +254,9 @@ def test_an_image_that_is_not_finite_is_null_and_not_a_score(tmp_path, monkeypat
 
 
 def test_recorded_calls_are_the_dense_denoisers_own():
-    pipeline = models.load_pipeline("shapes-unet")
-    samples, _ = captions.load_samples("shapes", 4)
-    calls = models.record_calls(pipeline, samples, seed=0, steps=3, guidance_scale=4.0, image_size=64, batch_size=2)
+    pipeline = pipelines.load_pipeline("shapes-unet")
+    samples, _ = data.load_samples("shapes", 4)
+    calls = pipelines.record_calls(pipeline, samples, seed=0, steps=3, guidance_scale=4.0, image_size=64, batch_size=2)
     assert len(calls) == 2 * 3  # batches times steps
     for kwargs, target in calls:
         with torch.no_grad():
@@ -263,7 +264,7 @@ def test_recorded_calls_are_the_dense_denoisers_own():
 
 
 def test_a_pipeline_folder_is_a_model(tmp_path):
-    shutil.copytree(models.MODELS["shapes-unet"].folder, tmp_path / "mine")
+    shutil.copytree(pipelines.MODELS["shapes-unet"].folder, tmp_path / "mine")
     record = sweep(tmp_path / "results", "--model", str(tmp_path / "mine"), "--rates", "0.5", "--guidance_scale", "4")
     assert record.model == "mine"
     assert record.settings["image_size"] == 64

@@ -19,8 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pruning import UserError, captions
-from pruning.captions import (
+from pruning import UserError, data
+from pruning.data import (
     DATASETS,
     fit_image,
     load_originals,
@@ -69,8 +69,8 @@ FLICKR8K_LAYOUTS = {
     "token": ("Flickr8k.token.txt", "Flicker8k_Dataset", TOKEN_LINES),
     "token, other spelling": ("Flickr8k.token.txt", "Flickr8k_Dataset", TOKEN_LINES),
     "token in its folder": ("Flickr8k_text/Flickr8k.token.txt", "Flicker8k_Dataset", TOKEN_LINES),
-    "kaggle": ("captions.txt", "Images", CSV_LINES),
-    "kaggle, small letters": ("captions.txt", "images", CSV_LINES),
+    "kaggle": ("data.txt", "Images", CSV_LINES),
+    "kaggle, small letters": ("data.txt", "images", CSV_LINES),
 }
 
 
@@ -91,7 +91,7 @@ def ids(samples):
 # ---------------------------------------------------------------- tables
 
 def test_table_loads_without_the_heavy_packages():
-    code = ("import sys, pruning.captions as c; print(*c.DATASETS); "
+    code = ("import sys, pruning.data as c; print(*c.DATASETS); "
             "print([m for m in ('torch', 'diffusers', 'transformers', 'requests', 'pycocotools') if m in sys.modules])")
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout.decode()
     assert out.splitlines() == ["shapes coco flickr8k", "[]"]
@@ -249,7 +249,7 @@ def test_names_that_are_no_plain_image_file_are_skipped_and_counted(tmp_path, na
     content["images"][1]["file_name"] = name
     content["annotations"][0]["caption"] = " \n"  # an empty caption of image 1, which has others
     content["annotations"].append({"id": 9000, "image_id": 77, "caption": "of an image that is not listed"})
-    (tmp_path / captions.COCO_CAPTIONS).write_text(json.dumps(content))
+    (tmp_path / data.COCO_CAPTIONS).write_text(json.dumps(content))
     samples, skipped = load_samples("coco", 3, 0, tmp_path)
     assert sorted(ids(samples)) == [f"{n:012d}.jpg" for n in (1, 3, 4)]
     assert skipped == 3 + 1 + 1
@@ -264,7 +264,7 @@ def test_names_that_are_no_plain_image_file_are_skipped_and_counted(tmp_path, na
     '{"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": [1], "id": 1, "caption": "a"}]}',
 ])
 def test_broken_coco_captions_are_an_error_that_names_the_file(tmp_path, content):
-    path = coco_folder(tmp_path) / captions.COCO_CAPTIONS
+    path = coco_folder(tmp_path) / data.COCO_CAPTIONS
     path.write_text(content)
     with pytest.raises(UserError) as error:
         load_samples("coco", 1, 0, tmp_path)
@@ -338,7 +338,7 @@ def test_missing_flickr8k_parts_are_errors_that_name_them(tmp_path):
         load_samples("flickr8k", 1)
     with pytest.raises(UserError, match="no folder .*nowhere"):
         load_samples("flickr8k", 1, 0, tmp_path / "nowhere")
-    with pytest.raises(UserError, match="Flickr8k.token.txt or .* or captions.txt"):
+    with pytest.raises(UserError, match="Flickr8k.token.txt or .* or data.txt"):
         load_samples("flickr8k", 1, 0, tmp_path)
     folder = flickr8k_folder(tmp_path / "flickr8k")
     (folder / "Flicker8k_Dataset" / "4_ab.jpg").unlink()
@@ -352,7 +352,7 @@ def test_missing_flickr8k_parts_are_errors_that_name_them(tmp_path):
 # ---------------------------------------------------------------- files that are not to be trusted
 
 READERS = {"coco": ("annotations/captions_val2017.json", "val2017"), "token": ("Flickr8k.token.txt", "Images"),
-           "kaggle": ("captions.txt", "Images")}
+           "kaggle": ("data.txt", "Images")}
 ANY = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
                     lambda part: st.lists(part, max_size=3) | st.dictionaries(st.text(max_size=5), part, max_size=3),
@@ -415,7 +415,7 @@ def test_an_archive_is_unpacked_nowhere_but_in_the_cache(mirror, monkeypatch):
         members.writestr("../../outside.json", "{}")
         members.writestr("annotations/captions_val2017.json", json.dumps(coco_json()))
     mirror.files[mirror.archive] = archive.getvalue()
-    monkeypatch.setattr(captions, "COCO_ARCHIVE_HASH", "md5:" + hashlib.md5(archive.getvalue()).hexdigest())
+    monkeypatch.setattr(data, "COCO_ARCHIVE_HASH", "md5:" + hashlib.md5(archive.getvalue()).hexdigest())
     load_samples("coco", 1)
     assert not list(mirror.cache.parent.parent.rglob("outside.json"))
 
@@ -427,7 +427,7 @@ def test_an_archive_is_unpacked_nowhere_but_in_the_cache(mirror, monkeypatch):
 def test_every_kind_of_image_is_opened_as_rgb(tmp_path, mode, suffix):
     path = tmp_path / f"image.{suffix}"
     Image.new("RGB", (9, 7), (255, 255, 255)).convert(mode).save(path)
-    image = captions.open_rgb(path)
+    image = data.open_rgb(path)
     assert image.mode == "RGB"
     assert image.size == (9, 7)
     assert min(image.getpixel((4, 4))) > 250
@@ -439,7 +439,7 @@ def test_exif_orientation_is_honoured(tmp_path):
     stored = Image.new("RGB", (32, 16), (0, 0, 0))
     stored.paste((255, 255, 255), (0, 0, 16, 16))  # the left half, which is to be the upper
     stored.save(tmp_path / "turned.jpg", exif=exif)
-    shown = captions.open_rgb(tmp_path / "turned.jpg")
+    shown = data.open_rgb(tmp_path / "turned.jpg")
     assert shown.size == (16, 32)
     assert min(shown.getpixel((8, 4))) > 250
     assert max(shown.getpixel((8, 28))) < 5
@@ -522,7 +522,7 @@ def mirror(tmp_path, monkeypatch):
     monkeypatch.setenv("PRUNING_COCO_URL", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("PRUNING_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(captions, "COCO_ARCHIVE_HASH", "md5:" + hashlib.md5(archive.getvalue()).hexdigest())
+    monkeypatch.setattr(data, "COCO_ARCHIVE_HASH", "md5:" + hashlib.md5(archive.getvalue()).hexdigest())
     yield server
     server.shutdown()
     server.server_close()
@@ -535,7 +535,7 @@ def files_in(folder):
 def test_only_what_is_needed_is_fetched_and_only_once(mirror, capfd):
     samples, _ = load_samples("coco", 4)
     assert sorted(mirror.asked) == sorted([mirror.archive] + [f"/val2017/{i}" for i in ids(samples)])
-    assert files_in(mirror.cache) == sorted([captions.COCO_CAPTIONS] + [f"val2017/{i}" for i in ids(samples)])
+    assert files_in(mirror.cache) == sorted([data.COCO_CAPTIONS] + [f"val2017/{i}" for i in ids(samples)])
     mirror.asked.clear()
     more, _ = load_samples("coco", 6)
     assert ids(more[:4]) == ids(samples)
@@ -563,15 +563,15 @@ def test_what_fails_once_is_fetched_again(mirror):
 
 @pytest.mark.parametrize("fault", ["error", "cut", "no length"])
 def test_images_that_never_come_whole_leave_nothing_behind(mirror, monkeypatch, fault):
-    monkeypatch.setattr(captions, "RETRIES", 0)
+    monkeypatch.setattr(data, "RETRIES", 0)
     mirror.faults = {path: [fault] for path in mirror.files if path != mirror.archive}
     with pytest.raises(UserError, match="val2017.zip.*--data_dir"):
         load_samples("coco", 12)
-    assert files_in(mirror.cache) == [captions.COCO_CAPTIONS]
+    assert files_in(mirror.cache) == [data.COCO_CAPTIONS]
 
 
 def test_a_page_sent_for_an_image_is_no_image(mirror, monkeypatch):
-    monkeypatch.setattr(captions, "RETRIES", 0)
+    monkeypatch.setattr(data, "RETRIES", 0)
     bad = load_samples("coco", 3)[0][2].id
     (mirror.cache / "val2017" / bad).unlink()
     mirror.files[f"/val2017/{bad}"] = b"<html>please log in</html>"
@@ -582,7 +582,7 @@ def test_a_page_sent_for_an_image_is_no_image(mirror, monkeypatch):
 
 @pytest.mark.parametrize("fault", ["error", "cut", "no length", "hash"])
 def test_captions_that_never_come_whole_leave_nothing_behind(mirror, monkeypatch, fault):
-    monkeypatch.setattr(captions, "RETRIES", 0)
+    monkeypatch.setattr(data, "RETRIES", 0)
     if fault == "hash":
         mirror.files[mirror.archive] += b"changed"
     else:
@@ -594,7 +594,7 @@ def test_captions_that_never_come_whole_leave_nothing_behind(mirror, monkeypatch
 
 
 def test_offline_error_says_what_to_download_and_where_to_put_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(captions, "RETRIES", 0)
+    monkeypatch.setattr(data, "RETRIES", 0)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("PRUNING_COCO_URL", "http://127.0.0.1:9/")  # nobody answers there
     monkeypatch.setenv("PRUNING_CACHE", str(tmp_path))

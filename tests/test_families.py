@@ -37,10 +37,11 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from pruning import UserError, captions, models, test_single_rate
+from pruning import UserError, data, test_single_rate
 from pruning.methods import METHODS, iterative
 from pruning.metrics import METRICS
-from pruning.records import read_record
+from pruning.models import pipelines
+from pruning.records.record import read_record
 
 SIZE = 32  # pixels a side: 8 latents, which a VAE of three levels makes of four pixels each
 LEVELS = (8, 8, 8)
@@ -50,7 +51,7 @@ POOLED = 16  # of a pooled caption
 
 def clip(width, projected=None, number=""):
     """A CLIP text encoder and the bundled tokenizer, as the components of a pipeline that `number` tells apart."""
-    tokenizer = CLIPTokenizer.from_pretrained(models.MODELS["shapes-unet"].folder / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(pipelines.MODELS["shapes-unet"].folder / "tokenizer")
     kind = CLIPTextModelWithProjection if projected else CLIPTextModel
     config = CLIPTextConfig(
         hidden_size=width, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
@@ -62,7 +63,7 @@ def clip(width, projected=None, number=""):
 
 def words():
     """A tokenizer that knows the words of the drawn scenes."""
-    found = {f"▁{word}" for sample in captions.load_samples("shapes", 64)[0] for word in sample.caption.split()}
+    found = {f"▁{word}" for sample in data.load_samples("shapes", 64)[0] for word in sample.caption.split()}
     tokenizer = Tokenizer(Unigram([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0),
                                    *((word, -2.0) for word in sorted(found))], unk_id=2))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -132,7 +133,7 @@ FAMILIES = {
         scheduler=DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)),
 }
 NEEDS_TORCH_25 = ("flux", "sana")  # on the CPU
-OLD_TORCH = models.release("torch") < (2, 5)
+OLD_TORCH = pipelines.release("torch") < (2, 5)
 QUICK = ("sd3", "structured")
 
 
@@ -186,7 +187,7 @@ def settings(**changed):
 
 
 def scenes(count=2):
-    return captions.load_samples("shapes", count)[0]
+    return data.load_samples("shapes", count)[0]
 
 
 def test_every_family_is_pruned_to_the_rate_asked_by_every_method(measured):
@@ -233,28 +234,28 @@ def test_the_images_are_there_in_the_size_asked(measured):
 
 def test_the_saved_pipeline_makes_the_same_images(measured):
     record, own, saved = measured
-    pipeline = models.load_pipeline(str(saved))
-    sampling = {**models.sampling_settings(pipeline, str(saved)), "seed": 0, "batch_size": 2}
-    made = models.generate(pipeline, scenes(), **sampling).pixels
+    pipeline = pipelines.load_pipeline(str(saved))
+    sampling = {**pipelines.sampling_settings(pipeline, str(saved)), "seed": 0, "batch_size": 2}
+    made = pipelines.generate(pipeline, scenes(), **sampling).pixels
     assert np.array_equal(made, shown(own / "images" / record.method / "0.5"))
 
 
 @pytest.mark.slow
 @some(*FAMILIES)
 def test_the_size_without_a_flag_is_the_pipelines_own(family, folder_of):
-    pipeline = models.load_pipeline(str(folder_of(family)))
-    size = models.sampling_settings(pipeline, str(folder_of(family)))["image_size"]
+    pipeline = pipelines.load_pipeline(str(folder_of(family)))
+    size = pipelines.sampling_settings(pipeline, str(folder_of(family)))["image_size"]
     assert size == (128 * 4 if family.startswith("flux") else SIZE)  # Flux's pipeline says 128 latents, not its weights
 
 
 @pytest.mark.slow
 @some(*FAMILIES)
 def test_noise_belongs_to_the_sample_alone(family, folder_of):
-    pipeline = models.load_pipeline(str(folder_of(family)))
+    pipeline = pipelines.load_pipeline(str(folder_of(family)))
     samples = scenes(3)
-    together = models.generate(pipeline, samples, **settings(batch_size=3)).pixels.astype(int)
-    apart = models.generate(pipeline, samples[::-1], **settings(batch_size=1)).pixels.astype(int)[::-1]
-    other = models.generate(pipeline, samples, **settings(batch_size=3, seed=1)).pixels.astype(int)
+    together = pipelines.generate(pipeline, samples, **settings(batch_size=3)).pixels.astype(int)
+    apart = pipelines.generate(pipeline, samples[::-1], **settings(batch_size=1)).pixels.astype(int)[::-1]
+    other = pipelines.generate(pipeline, samples, **settings(batch_size=3, seed=1)).pixels.astype(int)
     assert abs(together - apart).max() <= 1  # batch sizes round differently
     assert abs(together - other).max() > 20
 
@@ -264,9 +265,9 @@ def test_noise_belongs_to_the_sample_alone(family, folder_of):
 @pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-10), ("bfloat16", 1e-3)])
 def test_the_dense_denoiser_answers_its_recorded_calls_as_it_did(family, dtype, error, folder_of):
     """In float32, as recovery runs, whatever it was recorded in: the loss is what rounding leaves of the variance."""
-    pipeline = models.load_pipeline(str(folder_of(family)), dtype=dtype)
-    calls = models.record_calls(pipeline, scenes(), **settings())
-    denoiser = models.take_denoiser(pipeline).float()
+    pipeline = pipelines.load_pipeline(str(folder_of(family)), dtype=dtype)
+    calls = pipelines.record_calls(pipeline, scenes(), **settings())
+    denoiser = pipelines.take_denoiser(pipeline).float()
     assert len(calls) >= 2
     with torch.no_grad():
         for kwargs, target in calls:
@@ -277,9 +278,9 @@ def test_the_dense_denoiser_answers_its_recorded_calls_as_it_did(family, dtype, 
 @some("sd3", "flux_dev")
 def test_a_size_that_the_pipeline_cannot_make_is_refused_with_its_name(family, folder_of):
     """The one raises at it, the other would round it and so make images that match no original."""
-    pipeline = models.load_pipeline(str(folder_of(family)))
+    pipeline = pipelines.load_pipeline(str(folder_of(family)))
     with pytest.raises(UserError, match=f"{type(pipeline).__name__}.* {SIZE - 2} ?"):
-        models.generate(pipeline, scenes(), **settings(image_size=SIZE - 2))
+        pipelines.generate(pipeline, scenes(), **settings(image_size=SIZE - 2))
 
 
 class Unguided(StableDiffusionPipeline):
@@ -290,23 +291,23 @@ class Unguided(StableDiffusionPipeline):
 
 
 def test_a_guidance_scale_that_would_do_nothing_is_refused(folder_of):
-    pipeline = models.load_pipeline(str(folder_of("sd15")))
+    pipeline = pipelines.load_pipeline(str(folder_of("sd15")))
     pipeline.__class__ = Unguided
-    assert models.sampling_settings(pipeline, "it", {"guidance_scale": None})["guidance_scale"] == 1
+    assert pipelines.sampling_settings(pipeline, "it", {"guidance_scale": None})["guidance_scale"] == 1
     with pytest.raises(UserError, match="Unguided takes no guidance scale"):
-        models.sampling_settings(pipeline, "it", {"guidance_scale": 4.0})
+        pipelines.sampling_settings(pipeline, "it", {"guidance_scale": 4.0})
 
 
 def test_a_model_that_does_not_say_its_image_size_is_asked_for_one(folder_of):
-    pipeline = models.load_pipeline(str(folder_of("sd15")))
+    pipeline = pipelines.load_pipeline(str(folder_of("sd15")))
     pipeline.unet.register_to_config(sample_size=None)
     with pytest.raises(UserError, match="--image_size"):
-        models.sampling_settings(pipeline, "it")
-    assert models.sampling_settings(pipeline, "it", {"image_size": 64})["image_size"] == 64
+        pipelines.sampling_settings(pipeline, "it")
+    assert pipelines.sampling_settings(pipeline, "it", {"image_size": 64})["image_size"] == 64
 
 
 @pytest.mark.skipif(not OLD_TORCH or torch.cuda.is_available(), reason="an older torch, on the CPU")
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name.startswith(NEEDS_TORCH_25)])
 def test_a_family_that_needs_a_newer_torch_says_so(family, folder_of):
     with pytest.raises(UserError, match="torch 2.5"):
-        models.load_pipeline(str(folder_of(family)))
+        pipelines.load_pipeline(str(folder_of(family)))

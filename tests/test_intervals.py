@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from pruning.intervals import by_sample, mean_interval
+from pruning.metrics.intervals import by_sample, mean_interval
 
 DRAWS = {"normal": (lambda rng, n: rng.normal(size=n), 0.0), "skewed": (lambda rng, n: rng.exponential(size=n), 1.0)}
 

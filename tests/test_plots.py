@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pruning import UserError, findings, merge_results, plots, summaries, visualize_results
-from pruning.intervals import mean_interval
+from pruning import UserError, merge_results, visualize_results
 from pruning.methods import METHODS
-from pruning.records import Point, Record, read_record, record_path, write_record
+from pruning.metrics.intervals import mean_interval
+from pruning.records import findings, plots, summaries
+from pruning.records.record import Point, Record, read_record, record_path, write_record
 
 ROOT = Path(__file__).resolve().parents[1]
 RATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

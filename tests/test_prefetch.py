@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from test_captions import mirror  # noqa: F401, a fixture
 
-from pruning import captions, models, prefetch
-from pruning.records import read_record
+from pruning import data, prefetch
+from pruning.models import pipelines
+from pruning.records.record import read_record
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -23,7 +24,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 class Hub(http.server.BaseHTTPRequestHandler):
     """As much of the model hub as it takes to download someone/shapes, which is the bundled model."""
 
-    folder = models.MODELS["shapes-unet"].folder
+    folder = pipelines.MODELS["shapes-unet"].folder
 
     def answer(self):
         """Headers, and the body of what was asked for."""
@@ -83,7 +84,7 @@ def test_what_was_fetched_is_enough_for_a_run_that_may_open_no_socket(tmp_path, 
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment.update(HF_ENDPOINT=hub, HF_HOME=str(tmp_path / "hf"), HF_HUB_DISABLE_XET="1", NO_PROXY="127.0.0.1")
     flags = ["--model", "someone/shapes", "--dataset", "coco", "--num_images", "2", "--metric_backbones", "bundled"]
-    said = run(f"from pruning import captions, prefetch\ncaptions.COCO_ARCHIVE_HASH = {captions.COCO_ARCHIVE_HASH!r}\n"
+    said = run(f"from pruning import captions, prefetch\ncaptions.COCO_ARCHIVE_HASH = {data.COCO_ARCHIVE_HASH!r}\n"
                f"prefetch.main({flags!r})", environment)
     assert "coco, 4 images: 4 files" in said  # those of the samples, and as many others for the floor
     assert "model someone/shapes: " in said

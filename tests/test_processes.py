@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from pruning import merge_results, pruning_analysis
-from pruning.records import read_record
+from pruning.records.record import read_record
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--num_images", "6", "--steps", "2", "--batch_size", "2", "--device", "cpu", "--rates", "0.5"]

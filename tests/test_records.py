@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pruning import UserError, whole_file
-from pruning.records import (
+from pruning.records.record import (
     SCHEMA_VERSION,
     Point,
     Record,

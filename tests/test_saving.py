@@ -12,7 +12,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-from pruning import UserError, captions, methods, models, pruning_analysis, records, saving, test_single_rate
+from pruning import UserError, data, methods, pruning_analysis, test_single_rate
+from pruning.models import pipelines, saving
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLING = {"steps": 2, "guidance_scale": 4.0, "image_size": 64}
@@ -22,16 +23,16 @@ CASES = {
 
 
 def prune_and_save(folder, method="structured", rate=0.5, dtype="float32", model="shapes-unet", **options):
-    pipeline = models.load_pipeline(model, dtype=dtype)
-    name = models.denoiser_name(pipeline)
+    pipeline = pipelines.load_pipeline(model, dtype=dtype)
+    name = pipelines.denoiser_name(pipeline)
     methods.prune(method, getattr(pipeline, name), rate, **options)
     saving.save(pipeline, name, folder, SAMPLING, {"method": method, "rate": rate}, {})
     return pipeline
 
 
 def images(pipeline):
-    samples = captions.load_samples("shapes", 2)[0]
-    return models.generate(pipeline, samples, seed=0, batch_size=2, **SAMPLING).pixels
+    samples = data.load_samples("shapes", 2)[0]
+    return pipelines.generate(pipeline, samples, seed=0, batch_size=2, **SAMPLING).pixels
 
 
 @pytest.fixture(scope="module")
@@ -41,21 +42,21 @@ def saved(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("model", list(models.MODELS))
+@pytest.mark.parametrize("model", list(pipelines.MODELS))
 @pytest.mark.parametrize(("method", "options"), CASES.values(), ids=CASES)
 def test_images_after_loading_in_another_process_are_the_same_bit_for_bit(tmp_path, method, options, model):
     pipeline = prune_and_save(tmp_path / "pruned", method, model=model, **options)
     program = f"""if True:
         import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
         import numpy as np
-        from pruning.models import load_pipeline
+        from pruning.models.pipelines import load_pipeline
         from test_saving import images
         np.save({str(tmp_path / "images.npy")!r}, images(load_pipeline({str(tmp_path / "pruned")!r})))"""
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
     assert np.array_equal(np.load(tmp_path / "images.npy"), images(pipeline))
-    loaded = models.take_denoiser(models.load_pipeline(str(tmp_path / "pruned")))
+    loaded = pipelines.take_denoiser(pipelines.load_pipeline(str(tmp_path / "pruned")))
     assert {n: p.shape for n, p in loaded.named_parameters()} == {
-        n: p.shape for n, p in models.take_denoiser(pipeline).named_parameters()}
+        n: p.shape for n, p in pipelines.take_denoiser(pipeline).named_parameters()}
 
 
 def test_a_masked_model_is_read_by_diffusers_alone(tmp_path):
@@ -69,11 +70,11 @@ def test_a_masked_model_is_read_by_diffusers_alone(tmp_path):
 def test_the_file_shrinks_as_the_parameters_do_and_no_number_changes(tmp_path, dtype):
     pipeline = prune_and_save(tmp_path / "pruned", dtype=dtype)
     weights = "unet/diffusion_pytorch_model.safetensors"
-    dense = models.MODELS["shapes-unet"].folder / weights
-    kept = models.load_pipeline("shapes-unet").unet.num_parameters()
+    dense = pipelines.MODELS["shapes-unet"].folder / weights
+    kept = pipelines.load_pipeline("shapes-unet").unet.num_parameters()
     share = (tmp_path / "pruned" / weights).stat().st_size / dense.stat().st_size
     assert share == pytest.approx(pipeline.unet.num_parameters() / kept, rel=0.01)
-    loaded = models.load_pipeline(str(tmp_path / "pruned"), dtype=dtype).unet
+    loaded = pipelines.load_pipeline(str(tmp_path / "pruned"), dtype=dtype).unet
     for (name, one), (_, other) in zip(pipeline.unet.named_parameters(), loaded.named_parameters()):
         assert one.dtype == other.dtype
         assert torch.equal(one, other), name
@@ -85,26 +86,26 @@ def test_numbers_that_half_precision_cannot_hold_stay_in_float32(tmp_path):
         sample_size=8, layers_per_block=1, norm_num_groups=8, block_out_channels=(16, 32), cross_attention_dim=128,
         attention_head_dim=2, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
-    parts = models.load_pipeline("shapes-unet").components
+    parts = pipelines.load_pipeline("shapes-unet").components
     pipeline = StableDiffusionPipeline(**{**parts, "unet": unet},
                                        requires_safety_checker=False)
     methods.prune("attention_heads", unet, 0.5)
     saving.save(pipeline, "unet", tmp_path / "pruned", SAMPLING, {}, {})
-    loaded = models.load_pipeline(str(tmp_path / "pruned")).unet
+    loaded = pipelines.load_pipeline(str(tmp_path / "pruned")).unet
     assert all(torch.equal(one, other) for one, other in zip(unet.parameters(), loaded.parameters()))
 
 
 def test_a_pruned_model_is_pruned_further_and_saved_again(tmp_path, saved):
-    pipeline = models.load_pipeline(str(saved))
+    pipeline = pipelines.load_pipeline(str(saved))
     methods.prune("attention_heads", pipeline.unet, 0.9)
     methods.prune("structured", pipeline.unet, 0.5)
     saving.save(pipeline, "unet", tmp_path / "again", SAMPLING, {}, {})
     assert len(saving.read_manifest(tmp_path / "again")["removals"]) == 3
-    assert np.array_equal(images(models.load_pipeline(str(tmp_path / "again"))), images(pipeline))
+    assert np.array_equal(images(pipelines.load_pipeline(str(tmp_path / "again"))), images(pipeline))
 
 
 def test_the_settings_that_a_model_is_meant_for_are_kept(saved):
-    assert models.sampling_settings(models.load_pipeline(str(saved)), str(saved)) == SAMPLING
+    assert pipelines.sampling_settings(pipelines.load_pipeline(str(saved)), str(saved)) == SAMPLING
 
 
 def change(name, value):
@@ -146,7 +147,7 @@ def test_a_manifest_that_cannot_be_right_is_an_error(tmp_path, saved, act, messa
     act(manifest)
     (folder / saving.MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=message) as caught:
-        models.load_pipeline(str(folder))
+        pipelines.load_pipeline(str(folder))
     assert str(folder) in str(caught.value)
 
 
@@ -156,20 +157,20 @@ def test_garbage_for_a_manifest_is_an_error(tmp_path, saved, text):
     shutil.copytree(saved, folder)
     (folder / saving.MANIFEST).write_bytes(text.encode("latin1"))
     with pytest.raises(UserError, match=saving.MANIFEST):
-        models.load_pipeline(str(folder))
+        pipelines.load_pipeline(str(folder))
 
 
 def test_weights_of_another_model_are_an_error(tmp_path, saved):
     folder = tmp_path / "pruned"
     shutil.copytree(saved, folder)
-    shutil.copy(models.MODELS["shapes-unet"].folder / "unet/diffusion_pytorch_model.safetensors", folder / "unet")
+    shutil.copy(pipelines.MODELS["shapes-unet"].folder / "unet/diffusion_pytorch_model.safetensors", folder / "unet")
     with pytest.raises(UserError, match="not those"):
-        models.load_pipeline(str(folder))
+        pipelines.load_pipeline(str(folder))
 
 
 def test_nothing_is_pickled_and_nothing_half_written(tmp_path, saved):
     assert {file.suffix for file in saved.rglob("*") if file.is_file()} <= {".json", ".safetensors", ".txt"}
-    pipeline = models.load_pipeline(str(saved))
+    pipeline = pipelines.load_pipeline(str(saved))
     before = {file: file.read_bytes() for file in saved.rglob("*") if file.is_file()}
     with pytest.raises(UserError, match="there already"):
         saving.save(pipeline, "unet", saved, SAMPLING, {}, {})
@@ -191,15 +192,15 @@ def test_both_commands_save_what_they_measured(tmp_path):
     pruning_analysis.main([*sweep, "--save_pruned", str(tmp_path / "many")])
     assert record.read_bytes() == before
     manifest = saving.read_manifest(tmp_path / "many/0.75")
-    assert manifest["point"]["parameters"] == records.read_record(record).points[1].parameters
+    assert manifest["point"]["parameters"] == record.read_record(record).points[1].parameters
     assert manifest["pruning"]["rate"] == 0.75
 
-    first, again = (models.load_pipeline(str(folder)) for folder in (tmp_path / "one", tmp_path / "many/0.5"))
+    first, again = (pipelines.load_pipeline(str(folder)) for folder in (tmp_path / "one", tmp_path / "many/0.5"))
     assert np.array_equal(images(first), images(again))
     with pytest.raises(UserError, match="something else"):
         test_single_rate.main(["--rate", "0.25", *one])
     test_single_rate.main(["--rate", "0", "--model", str(tmp_path / "one"), *flags,
                            "--results_dir", str(tmp_path / "loaded")])
-    loaded = records.read_record(tmp_path / "loaded/one/shapes/attention_heads.json")
+    loaded = record.read_record(tmp_path / "loaded/one/shapes/attention_heads.json")
     assert loaded.dense.parameters == saving.read_manifest(tmp_path / "one")["point"]["parameters"]
     assert loaded.settings["steps"] == 2

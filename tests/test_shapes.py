@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pruning import captions, metrics, models
+from pruning import data, metrics
+from pruning.models import pipelines
 from pruning.shapes import scenes, train
 
 
@@ -33,9 +34,9 @@ def test_a_scene_outside_its_split_is_an_error():
         scenes.scene("prompts", 512)
 
 
-@pytest.mark.parametrize("model", list(models.MODELS))
+@pytest.mark.parametrize("model", list(pipelines.MODELS))
 def test_every_word_of_a_caption_is_one_token(model):
-    tokenizer = models.load_pipeline(model).tokenizer
+    tokenizer = pipelines.load_pipeline(model).tokenizer
     for i in range(200):
         caption = scenes.scene("train", i).caption
         assert len(tokenizer(caption).input_ids) == len(caption.split()) + 2 <= tokenizer.model_max_length
@@ -49,7 +50,7 @@ def test_a_tokenizer_that_is_there_is_not_learned_again(tmp_path):
     tokenizer = train.make_tokenizer(tmp_path)
     assert (tmp_path / "vocab.json").read_bytes() == before
     caption = "a red cross above a small blue ring"
-    assert tokenizer(caption).input_ids == models.load_pipeline("shapes-unet").tokenizer(caption).input_ids
+    assert tokenizer(caption).input_ids == pipelines.load_pipeline("shapes-unet").tokenizer(caption).input_ids
 
 
 def test_one_token_with_the_weight_of_many_does_what_the_pipelines_zeros_do():
@@ -74,15 +75,15 @@ def test_the_bundled_weights_are_small():
     assert 0 < sum(sizes.values()) - mmdit <= 24 * 2**20
 
 
-@pytest.mark.parametrize("model", list(models.MODELS))
+@pytest.mark.parametrize("model", list(pipelines.MODELS))
 def test_the_bundled_model_draws_what_its_captions_say(model):
-    samples, _ = captions.load_samples("shapes", 24)
-    pipeline = models.load_pipeline(model)
-    settings = dict(models.sampling_settings(pipeline, model), seed=0)
-    made = models.generate(pipeline, samples, batch_size=8, **settings)
+    samples, _ = data.load_samples("shapes", 24)
+    pipeline = pipelines.load_pipeline(model)
+    settings = dict(pipelines.sampling_settings(pipeline, model), seed=0)
+    made = pipelines.generate(pipeline, samples, batch_size=8, **settings)
     clip = metrics.load_backbone("bundled", "clip")
     texts, cut = metrics.embed_captions(clip, [sample.caption for sample in samples])
-    real = metrics.clip_score(metrics.embed_images(clip, captions.load_originals(samples, 64)), texts).mean()
+    real = metrics.clip_score(metrics.embed_images(clip, data.load_originals(samples, 64)), texts).mean()
     drawn = metrics.clip_score(metrics.embed_images(clip, made.pixels), texts).mean()
     assert cut == 0
     assert drawn > 0.94 * real  # 0.97 over the 512 scenes of the card; 24 scenes are noisier

@@ -20,9 +20,10 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from torch import nn
 
-from pruning import UserError, costs
+from pruning import UserError
 from pruning.methods import attention_heads, prune, structured, surgery
-from pruning.models import release
+from pruning.metrics import costs
+from pruning.models.pipelines import release
 
 UNET = dict(sample_size=8, layers_per_block=1, norm_num_groups=8, block_out_channels=(32, 64),
             cross_attention_dim=24, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),

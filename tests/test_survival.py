@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pruning import UserError, kept, models, plots, pruning_analysis
-from pruning.records import read_record
+from pruning import UserError, pruning_analysis
+from pruning.models import pipelines
+from pruning.records import plots, store
+from pruning.records.record import read_record
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--num_images", "6", "--steps", "2", "--batch_size", "2", "--device", "cpu", "--rates", "0.3", "0.8"]
@@ -47,19 +49,19 @@ def whole(tmp_path_factory):
 @pytest.fixture
 def made(monkeypatch):
     """How many images each call of the pipeline with all its steps makes, as they come."""
-    counts, generate = [], models.generate
+    counts, generate = [], pipelines.generate
 
     def counting(pipeline, samples, **settings):
         if settings["steps"] > 1:  # which a warm-up has not
             counts.append(len(samples))
         return generate(pipeline, samples, **settings)
 
-    monkeypatch.setattr(models, "generate", counting)
+    monkeypatch.setattr(pipelines, "generate", counting)
     return counts
 
 
 def test_a_run_cut_off_between_images_makes_only_those_that_are_missing(tmp_path, made, monkeypatch, whole):
-    counting = models.generate
+    counting = pipelines.generate
 
     def cut_off(*args, **settings):
         if len(made) == 5:  # three batches of dense, two at 0.3
@@ -67,7 +69,7 @@ def test_a_run_cut_off_between_images_makes_only_those_that_are_missing(tmp_path
         return counting(*args, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(models, "generate", cut_off)
+        patch.setattr(pipelines, "generate", cut_off)
         with pytest.raises(KeyboardInterrupt):
             sweep(tmp_path, *CHEAP)
     assert made == [2] * 5
@@ -117,7 +119,7 @@ def test_discarded_images_leave_those_of_the_figure_and_are_made_again_when_need
     flags = ["--num_images", str(plots.ROWS + 2)]
     discarded = sweep(tmp_path, "--metrics", "clip_score", "--discard_images", *flags)
     files = sorted(path.name for path in (tmp_path / "shapes-unet/shapes/images/magnitude/0.3").iterdir())
-    assert files == [kept.file_name(index) for index in range(plots.ROWS)]
+    assert files == [store.file_name(index) for index in range(plots.ROWS)]
     before = len(made)
     record = sweep(tmp_path, *CHEAP, *flags)
     assert len(made) == before + 3  # the last batch of dense and both rates
@@ -126,10 +128,10 @@ def test_discarded_images_leave_those_of_the_figure_and_are_made_again_when_need
 
 def test_a_second_process_on_the_same_record_is_turned_away(tmp_path):
     path = tmp_path / "shapes-unet" / "shapes" / "magnitude.json"
-    with kept.only_writer(path):
+    with store.only_writer(path):
         with pytest.raises(UserError, match="another process is writing"):
             sweep(tmp_path, *CHEAP)
-        code = f"from pruning import kept; from pathlib import Path\nwith kept.only_writer(Path({str(path)!r})): pass"
+        code = f"from pruning import kept; from pathlib import Path\nwith store.only_writer(Path({str(path)!r})): pass"
         other = subprocess.run([sys.executable, "-c", code], cwd=str(ROOT), capture_output=True, text=True)
         assert "another process is writing" in other.stderr
     assert list(path.parent.iterdir()) == []
@@ -169,7 +171,7 @@ def test_features_of_real_images_are_computed_once_and_again_where_anything_diff
         def compute(images):
             computed.append(origin)
             return images.mean(axis=(1, 2))
-        found = kept.features(compute, images, origin)
+        found = store.features(compute, images, origin)
         assert np.array_equal(found, images.mean(axis=(1, 2)))
         return len(computed)
 
@@ -190,13 +192,13 @@ def test_features_of_real_images_are_computed_once_and_again_where_anything_diff
 ZYGOTE = """
 import contextlib, importlib, os, sys
 sys.path.insert(0, {root!r})
-from pruning import command, pruning_analysis
+from pruning import cli, pruning_analysis
 
 def fork(folder):
     child = os.fork()
     if child == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        command.run(lambda: pruning_analysis.main([*{flags!r}, folder]))
+        cli.run(lambda: pruning_analysis.main([*{flags!r}, folder]))
         with open({modules!r}, "w") as file:
             file.write("\\n".join(sys.modules))
         os._exit(0)

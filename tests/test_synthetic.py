@@ -7,7 +7,7 @@ from PIL import Image
 from pruning import UserError, generate_synthetic_graph
 from pruning.generate_synthetic_graph import EXPECTED, RATES, expected_accuracy, synthetic_curves
 from pruning.methods import METHODS
-from pruning.records import find_records, read_record
+from pruning.records.record import find_records, read_record
 
 
 @pytest.fixture(scope="module")

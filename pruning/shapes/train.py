@@ -471,15 +471,16 @@ def export_metrics(features, clip, tokenizer_dir: Path, folder: Path):
 @torch.no_grad()
 def evaluate(model: str, count: int = 500) -> dict:
     """The model card's figures, of the weights beside this file, on `count` prompt scenes."""
-    from pruning import captions, metrics, models
+    from pruning import data, metrics
+    from pruning.models import pipelines
 
-    samples = captions.load_samples("shapes", count)[0]
+    samples = data.load_samples("shapes", count)[0]
     texts = np.array([sample.caption for sample in samples])
-    originals = captions.load_originals(samples, scenes.SIZE)
-    pipeline = models.load_pipeline(model)
-    settings = dict(models.sampling_settings(pipeline, model), seed=0, batch_size=25)
+    originals = data.load_originals(samples, scenes.SIZE)
+    pipeline = pipelines.load_pipeline(model)
+    settings = dict(pipelines.sampling_settings(pipeline, model), seed=0, batch_size=25)
     with tqdm(total=count, unit="image", desc="dense images") as bar:
-        made = models.generate(pipeline, samples, on_batch=bar.update, **settings).pixels
+        made = pipelines.generate(pipeline, samples, on_batch=bar.update, **settings).pixels
 
     x = pixels(originals, "cpu")
     errors = [(pipeline.vae.decode(pipeline.vae.encode(part).latent_dist.mean).sample.clamp(-1, 1) - part)
@@ -492,8 +493,8 @@ def evaluate(model: str, count: int = 500) -> dict:
         scores[name] = float(metrics.clip_score(seen, embedded).mean())
         found[name] = float((texts[(seen @ embedded.T).argmax(1)] == texts).mean())
     features = metrics.load_backbone("bundled", "features")
-    reference = metrics.Reference(metrics.image_features(features, captions.load_originals(
-        captions.reference_samples("shapes", []), scenes.SIZE)))
+    reference = metrics.Reference(metrics.image_features(features, data.load_originals(
+        data.reference_samples("shapes", []), scenes.SIZE)))
     return {
         "scenes": count,
         "vae_psnr_db": float((10 * torch.log10(4 / torch.cat(errors))).mean()),
@@ -516,7 +517,7 @@ def main():
     parser.add_argument("--evaluate", action="store_true", help="only measure the weights that are there")
     args = parser.parse_args()
     if args.evaluate:
-        from pruning.models import MODELS
+        from pruning.models.pipelines import MODELS
 
         figures = json.dumps({model: {name: round(value, 4) for name, value in evaluate(model).items()}
                               for model in MODELS}, indent=2)

@@ -4,7 +4,10 @@ from __future__ import annotations
 import textwrap
 from typing import List, Sequence
 
-from pruning.findings import (
+from pruning.methods import METHODS
+from pruning.metrics import METRICS
+from pruning.metrics.intervals import FEWEST
+from pruning.records.findings import (
     ARROWS,
     COLLAPSED,
     COSTS,
@@ -27,10 +30,7 @@ from pruning.findings import (
     saved_share,
     winners,
 )
-from pruning.intervals import FEWEST
-from pruning.methods import METHODS
-from pruning.metrics import METRICS
-from pruning.records import Point, Record
+from pruning.records.record import Point, Record
 
 # ---- one record
 

@@ -7,10 +7,10 @@ from typing import Dict, List, NamedTuple, Sequence
 import numpy as np
 
 from pruning import check_name
-from pruning.intervals import by_sample, mean_interval
 from pruning.methods import METHODS
 from pruning.metrics import METRICS
-from pruning.records import Point, Record
+from pruning.metrics.intervals import by_sample, mean_interval
+from pruning.records.record import Point, Record
 
 ARROWS = {"higher": "↑", "lower": "↓"}
 COST = "generation_time"  # what pruning should save; every other metric is about quality

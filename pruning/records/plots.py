@@ -16,7 +16,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from pruning import UserError, whole_file
-from pruning.findings import (
+from pruning.methods import METHODS
+from pruning.metrics import METRICS
+from pruning.records.findings import (
     ARROWS,
     COST,
     COSTS,
@@ -39,10 +41,8 @@ from pruning.findings import (
     saved_share,
     values_of,
 )
-from pruning.methods import METHODS
-from pruning.metrics import METRICS
-from pruning.records import Record
-from pruning.summaries import comparison_summary, fid_note, protocol, summary, units
+from pruning.records.record import Record
+from pruning.records.summaries import comparison_summary, fid_note, protocol, summary, units
 
 ROWS, CELL = 6, 160  # of the figure of images: captions, and pixels an image
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Dict, Optional
 
 from pruning import UserError
-from pruning.records import write_json
+from pruning.records.record import write_json
 
 MANIFEST, FORMAT_VERSION = "pruning.json", 1
 DENOISERS = ("unet", "transformer")  # the pipeline's component that is pruned

@@ -18,8 +18,9 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 import numpy as np
 from tqdm import tqdm
 
-from pruning import UserError, check_name, saving
-from pruning.costs import synchronize
+from pruning import UserError, check_name
+from pruning.metrics.costs import synchronize
+from pruning.models import saving
 
 
 class Bundled(NamedTuple):
@@ -30,7 +31,7 @@ class Bundled(NamedTuple):
     guidance_scale: float
 
 
-SHAPES = Path(__file__).resolve().parent / "shapes"
+SHAPES = Path(__file__).resolve().parents[1] / "shapes"
 MODELS = {
     "shapes-unet": Bundled(SHAPES / "shapes-unet", 20, 4.0),
     "shapes-mmdit": Bundled(SHAPES / "shapes-mmdit", 20, 4.0),

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from pruning import UserError, check_name
-from pruning.findings import QUALITY, TOLERANCE
+from pruning.records.findings import QUALITY, TOLERANCE
 
 ROOT = Path(__file__).resolve().parents[1]
 

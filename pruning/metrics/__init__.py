@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pruning import UserError, check_name
-from pruning.intervals import FEWEST, Interval, by_sample, mean_interval, student
+from pruning.metrics.intervals import FEWEST, Interval, by_sample, mean_interval, student
 
 
 class Metric(NamedTuple):
@@ -67,7 +67,7 @@ BACKBONES = {
     },
 }
 
-BUNDLED = Path(__file__).resolve().parent / "shapes"
+BUNDLED = Path(__file__).resolve().parents[1] / "shapes"
 KERNEL_ENTRIES = 2 ** 22  # of a kernel matrix held at a time
 CLIP_ID, CLIP_REVISION = "openai/clip-vit-base-patch16", "57c216476eefef5ab752ec549e440a49ae4ae5f3"
 

@@ -1,0 +1,1 @@
+"""A pipeline by name, the images that it makes, and pruned pipelines as folders."""
