@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Sweep one pruning method over the rates 0.1 to 0.9, then draw the graphs.
+# Measure one pruning method at the rates 0.1 to 0.9, then draw the graphs.
 #
 #   ./run_pruning_analysis.sh [method] [num_images] [dataset] [flags of pruning/pruning_analysis.py]
 #   ./run_pruning_analysis.sh magnitude 50 coco
 #
-# Defaults: magnitude 32 shapes. The first run makes .venv.
+# The defaults are magnitude, 32 and shapes. The first run makes .venv.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Run the tests; the first run makes .venv.
+# Check the style and run the tests.
 #
 #   ./run_tests.sh [--slow] [flags of pytest]
+#
+# --slow includes the tests that take minutes. The first run makes .venv.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 

@@ -1,4 +1,4 @@
-"""Prune randomly initialised UNets of published size by each method: seconds, and peak memory as a share of the model.
+"""Prune UNets of published sizes with random weights: seconds, and peak memory relative to the size of the model.
 
 example:
   python benchmarks/big_models.py --models sd15 sdxl --rate 0.5
@@ -36,9 +36,9 @@ CASES = (("magnitude", {"scope": "layer"}), ("magnitude", {"scope": "global"}),
 
 
 def build(name: str):
-    """The UNet with random weights, without the minutes that diffusers' own initialisation takes."""
+    """Return a UNet of MODELS in eval mode, with random weights. diffusers' own initialisation would take minutes."""
     config, dtype = MODELS[name]
-    logging.set_verbosity_error()  # of .to(dtype)
+    logging.set_verbosity_error()  # .to(dtype) would warn
     with torch.device("meta"):
         denoiser = UNet2DConditionModel(**config).to(dtype)
     denoiser.to_empty(device="cpu")
@@ -49,13 +49,13 @@ def build(name: str):
 
 
 def peak_resident_bytes() -> int:
-    """The most memory that this process has held."""
+    """Return the most memory that this process has held so far."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
 
 def measure(name: str, method: str, options: dict, rate: float) -> str:
-    """Prune one model by one method; a row of the table."""
+    """Prune a fresh model by a method and return a row of the table, in Markdown."""
     before = peak_resident_bytes()
     denoiser = build(name)
     parameters = sum(parameter.numel() for parameter in denoiser.parameters())
@@ -69,16 +69,16 @@ def measure(name: str, method: str, options: dict, rate: float) -> str:
 
 
 def main(argv=None) -> None:
-    """Prune a fresh model by each method; print a markdown row each."""
+    """Prune a fresh model by each method of CASES, and print a table in Markdown."""
     parser = cli.Parser(__doc__)
     parser.add_argument("--models", nargs="+", type=cli.name_in("model", MODELS), default=list(MODELS),
-                        help="which to prune")
+                        help="models to prune")
     parser.add_argument("--rate", type=cli.rate, default=0.5, help="pruning rate")
     args = parser.parse_args(argv)
     if not sys.platform.startswith("linux"):
         raise UserError("peak memory is read from /proc, which only Linux has")
     print("| model | method | seconds | peak memory ÷ model |\n|---|---|---|---|")
-    # A process each, as freed memory does not all go back to the system.
+    # Each case runs in a process of its own, as a process does not return all the memory that it frees.
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for name in args.models:
             for method, options in CASES:

@@ -1,4 +1,4 @@
-"""How much slower layers of odd widths are: what benchmarks/removal.py --widths measures."""
+"""Whether layers of odd widths are slower. `benchmarks/removal.py --widths` runs this measurement."""
 from __future__ import annotations
 
 import statistics
@@ -15,17 +15,19 @@ BASES = (1024, 1536)
 
 
 def conv(inputs: int, outputs: int, **kind) -> nn.Conv2d:
-    """A 3 x 3 convolution."""
+    """Return a 3 x 3 convolution."""
     return nn.Conv2d(inputs, outputs, 3, padding=1, **kind)
 
 
 def measure_widths(device: str, rounds: int) -> List[dict]:
-    """A row a (layer, dtype): {multiple: time over width, relative to that of multiples of 64}.
+    """Time pairs of layers, one into a hidden width and one out of it, as removal leaves them.
 
-    Timed are pairs of layers, into a width and out of it, as removal leaves them. Widths lie on both sides of the
-    BASES; each is divisible by its multiple and by no larger power of two. The median of four widths.
+    Returns a row for each layer and dtype. Its `times` are {multiple: time per unit of width, relative to widths that
+    are multiples of 64}: the median over a width below and a width above each of the BASES, all divisible by the
+    multiple and by no larger power of two.
     """
-    batch = 8 if torch.device(device).type == "cuda" else 1  # or launching kernels would take longer than they do
+    # For one latent a GPU would run kernels faster than they are launched.
+    batch = 8 if torch.device(device).type == "cuda" else 1
     layers = {"Linear 1280, 1024 tokens": (nn.Linear, 1280, (batch, 1024, 1280)),
               "Conv2d 320, 3 x 3, 32 x 32": (conv, 320, (batch, 320, 32, 32))}
     rows = []

@@ -1,19 +1,24 @@
-"""What the commands share: one-line errors, argument types, exit codes. No torch."""
+"""What the commands share: flags, one-line errors and exit codes. No torch."""
 from __future__ import annotations
 
 import argparse
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any, Dict
 
 from pruning import UserError, check_name
+from pruning.data import DATASETS
+from pruning.methods import METHODS, default_options
+from pruning.metrics import BACKBONES, METRICS
+from pruning.models.pipelines import OFFLOADS
 from pruning.records.findings import QUALITY, TOLERANCE
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and the example in the description as it was written."""
+    """Shows defaults, and keeps the line breaks of the description."""
 
     def _get_help_string(self, action):
         if action.default in (None, False) or action.default is argparse.SUPPRESS:
@@ -32,23 +37,34 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=Formatter, allow_abbrev=False)
 
     def error(self, message):
-        """Exit with 2 and one line, without the usage that argparse puts before it."""
+        """Print one line without the usage, and exit with 2."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+# ---- argument types: text -> value; a wrong text raises ArgumentTypeError
+
 def rate(text: str) -> float:
-    """A pruning rate: a number in [0, 1)."""
+    """Return a pruning rate: a number in [0, 1)."""
+    return _number(text, lambda value: 0 <= value < 1, "a rate is a number in [0, 1)")
+
+
+def tolerance(text: str) -> float:
+    """Return the share of the dense model's quality that may be lost: a number in (0, 1)."""
+    return _number(text, lambda value: 0 < value < 1, "a tolerance is a share between 0 and 1")
+
+
+def _number(text: str, fits, expected: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        value = -1.0
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"a rate is a number from 0 up to, but not, 1; got {text!r}")
+        value = float("nan")
+    if not fits(value):
+        raise argparse.ArgumentTypeError(f"{expected}; got {text!r}")
     return value
 
 
 def at_least(least: int, text: str) -> int:
-    """A whole number, `least` or more."""
+    """Return a whole number that is `least` or more."""
     try:
         value = int(text)
     except ValueError:
@@ -58,37 +74,20 @@ def at_least(least: int, text: str) -> int:
     return value
 
 
-def tolerance(text: str) -> float:
-    """A share of the dense model's quality that may be lost: a number in (0, 1)."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"a tolerance is a share between 0 and 1; got {text!r}")
-    return value
-
-
-def add_tolerance(parser) -> None:
-    """The flag of all commands that say how far a model can be pruned."""
-    parser.add_argument("--tolerance", type=tolerance, default=TOLERANCE,
-                        help=f"share of the dense model's {QUALITY} that pruning may cost")
-
-
-def shard(text: str) -> tuple:
-    """Which part of several: 'i/n' with i from 1 to n."""
-    part, slash, count = text.partition("/")
-    if not (slash and part.isdigit() and count.isdigit() and 1 <= int(part) <= int(count)):
-        raise argparse.ArgumentTypeError(f"a shard is i/n with i from 1 to n, 2/4 say; got {text!r}")
-    return int(part), int(count)
-
-
 positive = partial(at_least, 1)
 not_negative = partial(at_least, 0)
 
 
+def shard(text: str) -> tuple:
+    """Return (i, n) of 'i/n': the i-th of n parts, i from 1 to n."""
+    part, slash, count = text.partition("/")
+    if not (slash and part.isdigit() and count.isdigit() and 1 <= int(part) <= int(count)):
+        raise argparse.ArgumentTypeError(f"a shard is i/n with i from 1 to n, such as 2/4; got {text!r}")
+    return int(part), int(count)
+
+
 def name_in(what: str, names):
-    """An argument type that takes one of `names` and suggests the nearest to a wrong one."""
+    """Return an argument type that takes one of `names` and suggests the nearest to a wrong name."""
     def parse(text):
         try:
             return check_name(what, text, names)
@@ -97,13 +96,89 @@ def name_in(what: str, names):
     return parse
 
 
+# ---- flags; each means the same in every command
+
+def add_tolerance(parser: Parser) -> None:
+    """Add --tolerance, which every command takes that says how far a model can be pruned."""
+    parser.add_argument("--tolerance", type=tolerance, default=TOLERANCE,
+                        help=f"share of the dense model's {QUALITY} that pruning may cost")
+
+
+def add_measuring_flags(parser: Parser) -> None:
+    """Add the flags that measuring one rate and a sweep share."""
+    defaults = ", ".join(f"{dataset.default_model} for {name}" for name, dataset in DATASETS.items())
+    parser.add_argument("--method", type=name_in("method", METHODS), default="magnitude",
+                        help="how to prune: " + "; ".join(f"{name}: {m.help}" for name, m in METHODS.items()))
+    parser.add_argument("--dataset", type=name_in("dataset", DATASETS), default="shapes",
+                        help="captions and originals: " + "; ".join(f"{n}: {d.help}" for n, d in DATASETS.items()))
+    parser.add_argument("--data_dir", type=Path, help="folder of the data set (default: fetched if it can be)")
+    parser.add_argument("--model", help=f"a bundled model, a pipeline folder or a hub id (default: {defaults})")
+    parser.add_argument("--seed", type=not_negative, default=0, help="chooses samples and noise")
+    parser.add_argument("--seeds", type=positive, default=1,
+                        help="noise seeds: each sample is drawn once for each, and dense is compared with itself")
+    parser.add_argument("--steps", type=positive, help="denoising steps (default: the model's own)")
+    parser.add_argument("--guidance_scale", type=float, help="guidance scale (default: the model's own)")
+    parser.add_argument("--image_size", type=positive, help="pixels a side (default: the model's own)")
+    parser.add_argument("--batch_size", type=positive,
+                        help="images made together (default: as many as fit in GPU memory; 8 on a CPU)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is a GPU)")
+    parser.add_argument("--dtype", type=name_in("dtype", ("float32", "float16", "bfloat16")),
+                        help="dtype of the model (default: float32 on the CPU, else bfloat16)")
+    parser.add_argument("--offload", type=name_in("offload", OFFLOADS),
+                        help="keep waiting parts of the model on the CPU: model (whole modules) or sequential (layers)")
+    parser.add_argument("--compile", action="store_true", help="compile the denoiser with torch.compile before timing")
+    parser.add_argument("--metrics", nargs="+", type=name_in("metric", METRICS), default=list(METRICS),
+                        help="what to measure")
+    parser.add_argument("--metric_backbones", type=name_in("metric backbones", BACKBONES),
+                        help="networks behind the metrics: bundled, trained on shapes, or standard (default: by dataset)")
+    add_method_flags(parser)
+    add_tolerance(parser)
+    parser.add_argument("--save_pruned", type=Path, metavar="DIR",
+                        help="save the pruned pipeline as a folder that --model takes; several rates: in DIR/RATE")
+    parser.add_argument("--discard_images", action="store_true",
+                        help="keep only the images that the figure shows; metrics added later make the others again")
+    parser.add_argument("--overwrite", action="store_true",
+                        help="measure again what an earlier run has measured; with --shard, its own rates only")
+    parser.set_defaults(shard=None)
+
+
+def add_method_flags(parser: Parser) -> None:
+    """Add a flag for every option of METHODS. The help names the methods that have the option, and its default."""
+    users: Dict[str, Dict[str, Any]] = {}
+    for method, entry in METHODS.items():
+        for name, option in entry.options.items():
+            users.setdefault(name, {})[method] = option
+    for name, methods in users.items():
+        option = next(iter(methods.values()))
+        defaults = list(dict.fromkeys(str(each.default) for each in methods.values() if each.type is not bool))
+        shown = f" (default: {' or '.join(defaults)})" if defaults else ""
+        kind = {"action": "store_true"} if option.type is bool else {"type": option.type}
+        parser.add_argument(f"--{name}", default=None, help=f"{', '.join(methods)}: {option.help}{shown}", **kind)
+
+
+def method_options(args) -> Dict[str, Any]:
+    """Return the options of args.method, given or by default.
+
+    Raises UserError if an option is given that the method does not have.
+    """
+    options = default_options(args.method)
+    for name in sorted({name for entry in METHODS.values() for name in entry.options}):
+        given = getattr(args, name)
+        if given is not None and name not in options:
+            users = ", ".join(method for method, entry in METHODS.items() if name in entry.options)
+            raise UserError(f"--{name} does nothing for the method {args.method}; it belongs to {users}")
+        if given is not None:
+            options[name] = given
+    return options
+
+
 def run(main) -> None:
-    """Run a command: exit code 2 and one line for a UserError, 130 for Ctrl-C."""
+    """Run a command. Exit with 2 and one line after a UserError, with 130 after Ctrl-C."""
     try:
         main()
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted; finished points are kept, the same command goes on from them", file=sys.stderr)
+        print("\ninterrupted; finished points are kept, and the same command continues from them", file=sys.stderr)
         sys.exit(130)

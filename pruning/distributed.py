@@ -1,4 +1,4 @@
-"""One process, or several that `accelerate launch` started to share out the making of images. No torch for one."""
+"""One process, or several that `accelerate launch` started. One process needs neither torch nor accelerate here."""
 from __future__ import annotations
 
 import os
@@ -7,61 +7,62 @@ from datetime import timedelta
 
 from pruning import UserError
 
-count = int(os.environ.get("WORLD_SIZE", 1))
+world_size = int(os.environ.get("WORLD_SIZE", 1))
 rank = int(os.environ.get("RANK", 0))
-first = rank == 0  # the process that measures, writes and talks
+is_main = rank == 0  # the process that measures, writes and prints
+TIMEOUT = timedelta(hours=6)  # the others wait at a barrier while the main process scores a point
 
 
-def begin(device: str) -> str:
-    """Meet the other processes; the device of this one."""
-    if count == 1:
+def initialize(device: str) -> str:
+    """Initialise torch.distributed and return this process's device."""
+    if world_size == 1:
         return device
     from accelerate import PartialState
-    # The first scores a point while the others wait for it, which takes its time with many images.
-    state = PartialState(cpu=device == "cpu", timeout=timedelta(hours=6))
+    state = PartialState(cpu=device == "cpu", timeout=TIMEOUT)
     return device if device == "cpu" else f"cuda:{state.local_process_index}"
 
 
 @contextmanager
-def _meeting():
-    """What all processes do together; UserError where another has ended, which has said why."""
+def _collective():
+    """Run a collective operation. Raises UserError if another process has ended, which has printed why."""
     try:
         yield
     except RuntimeError as error:
-        raise UserError(f"process {rank} of {count} stopped, as another did ({str(error).splitlines()[0]})") from None
+        raise UserError(f"process {rank} of {world_size} stopped because another process stopped "
+                        f"({str(error).splitlines()[0]})") from None
 
 
-def wait() -> None:
-    """Go on when all processes have come here."""
-    if count > 1:
+def barrier() -> None:
+    """Wait until all processes have come here."""
+    if world_size > 1:
         from accelerate import PartialState
-        with _meeting():
+        with _collective():
             PartialState().wait_for_everyone()
 
 
 @contextmanager
-def in_turn():
-    """The first process, and then the others, as it fetches what they find."""
-    if not first:
-        wait()
+def main_first():
+    """Run the block in the main process first, then in the others, which use the files that the first has fetched."""
+    if not is_main:
+        barrier()
     yield
-    if first:
-        wait()
+    if is_main:
+        barrier()
 
 
-def share(module) -> None:
-    """Give the first process's tensors of a module to all others."""
-    if count > 1:
+def broadcast_module(module) -> None:
+    """Copy the main process's tensors of a torch module to all other processes."""
+    if world_size > 1:
         import torch
-        with _meeting():
+        with _collective():
             for tensor in module.state_dict().values():
                 torch.distributed.broadcast(tensor, 0)
 
 
-def agree(value):
-    """The first process's value, in all of them."""
-    if count == 1:
+def broadcast(value):
+    """Return the main process's value in all processes."""
+    if world_size == 1:
         return value
     from accelerate.utils import broadcast_object_list
-    with _meeting():
+    with _collective():
         return broadcast_object_list([value])[0]

@@ -1,4 +1,4 @@
-"""Draw the EXPECTED relation of pruning rate and accuracy for each method. Nothing is measured.
+"""Draw the EXPECTED relation of pruning rate and accuracy for each method, without measuring anything.
 
 example:
   python pruning/generate_synthetic_graph.py --output_dir /tmp/expected --noise 0.02
@@ -26,14 +26,14 @@ RATES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 class Curve(NamedTuple):
-    """A logistic fall: half of the dense accuracy is left about the knee."""
+    """A falling logistic curve. At the knee, about half of the dense accuracy is left."""
 
     knee: float
     steepness: float
     why: str
 
 
-# Illustrations, fitted to nothing. Knees follow published one-shot results on COCO prompts, where there are any.
+# Illustrations, not fits. Where there are published one-shot results on COCO prompts, the knees follow them.
 EXPECTED = {
     "magnitude": Curve(0.50, 16, "published: holds to 0.3-0.4, collapses by 0.5-0.6"),
     "structured": Curve(0.15, 30, "published: destroyed at 0.15 without compensation"),
@@ -43,12 +43,15 @@ EXPECTED = {
 
 
 def expected_accuracy(rate: float, curve: Curve) -> float:
-    """Accuracy relative to the dense model: a logistic in the rate, 1 at rate 0."""
+    """Return the accuracy relative to the dense model: a logistic in the rate, scaled to 1 at rate 0."""
     return (1 + math.exp(-curve.steepness * curve.knee)) / (1 + math.exp(curve.steepness * (rate - curve.knee)))
 
 
 def synthetic_curves(noise: float, seed: int) -> dict:
-    """Method -> its curve's values with and without noise; a method's noise depends on the seed and its name alone."""
+    """Return {method: its curve and its values with and without noise}, one value for each of RATES.
+
+    noise: standard deviation. The noise of a method depends only on the seed and the method's name.
+    """
     curves = {}
     for method in (method for method in METHODS if method in EXPECTED):
         generator = random.Random(f"{seed} {method}")
@@ -59,23 +62,23 @@ def synthetic_curves(noise: float, seed: int) -> dict:
 
 
 def share(text: str) -> float:
-    """A number from 0 to 1."""
+    """Return a number in [0, 1]. Raises ArgumentTypeError for another text."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"noise is a share of the dense accuracy, from 0 to 1; got {text!r}")
+        raise argparse.ArgumentTypeError(f"noise is a share of the dense accuracy in [0, 1]; got {text!r}")
     return value
 
 
 def main(argv=None) -> None:
-    """Parse, draw, print the paths written."""
+    """Parse the command line, write both files, and print their paths."""
     parser = cli.Parser(__doc__)
     parser.add_argument("--output_dir", metavar="DIR", type=Path, default=ROOT / "results" / "synthetic",
                         help="where to write synthetic.json and synthetic.png")
     parser.add_argument("--noise", type=share, default=0.05, help="standard deviation of the noise on each value")
-    parser.add_argument("--seed", type=cli.not_negative, default=42, help="of the noise")
+    parser.add_argument("--seed", type=cli.not_negative, default=42, help="seed of the noise")
     args = parser.parse_args(argv)
 
     curves = synthetic_curves(args.noise, args.seed)
@@ -85,7 +88,7 @@ def main(argv=None) -> None:
     print(args.output_dir / "synthetic.json")
     print(plots.draw_synthetic(RATES, curves, args.output_dir / "synthetic.png"))
     if without:
-        print(f"not drawn, nothing is expected of them here: {', '.join(without)}", file=sys.stderr)
+        print(f"not drawn, because EXPECTED has no curve for them: {', '.join(without)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

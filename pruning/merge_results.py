@@ -1,4 +1,4 @@
-"""Make one record of the parts that --shard measured apart, and draw it.
+"""Merge the shards of each record that --shard measured apart into one record, and draw it.
 
 example:
   python pruning/merge_results.py --results_dir results
@@ -14,35 +14,33 @@ if __package__ in (None, ""):
     sys.path[0] = str(ROOT)  # instead of pruning/, whose file names must not shadow packages
 
 from pruning import UserError, cli
-from pruning.records import plots
+from pruning.records import report
+from pruning.records.comparability import by_variant
 from pruning.records.record import find_records, merge, read_record, write_record
 from pruning.records.store import only_writer
 from pruning.records.summaries import answer
 
 
 def main(argv=None) -> None:
-    """Parse, read and merge everything, then write each whole record and remove its parts."""
+    """Parse the command line, merge all shards in memory, then write each record, remove its shards and draw it."""
     parser = cli.Parser(__doc__)
     parser.add_argument("--results_dir", metavar="DIR", type=Path, default=ROOT / "results", help="where records are")
     cli.add_tolerance(parser)
     args = parser.parse_args(argv)
 
-    parts = {}
-    for path in find_records(args.results_dir):
-        record = read_record(path)
-        parts.setdefault((path.parent, record.method), {})[path] = record
-    merged = {folder / f"{method}.json": (merge(several), several) for (folder, method), several in parts.items()
-              if len(several) > 1}
+    found = {path: read_record(path) for path in find_records(args.results_dir)}
+    merged = [(merge(shards), shards) for shards in by_variant(found).values() if len(shards) > 1]
     if not merged:
-        raise UserError(f"no record in {args.results_dir} lies there in parts")
-    for path, (record, several) in merged.items():
+        raise UserError(f"no record in {args.results_dir} has several shards")
+    for record, shards in merged:
+        path = min(shards).with_name(f"{record.variant}.json")
         with ExitStack() as locks:
-            for each in {path, *several}:
+            for each in {path, *shards}:
                 locks.enter_context(only_writer(each))
             write_record(record, path)
-            for part in set(several) - {path}:
-                part.unlink()
-        plots.draw_all(record, path.parent, path.parent / "images", args.tolerance)
+            for shard in set(shards) - {path}:
+                shard.unlink()
+        report.write_record_files(record, path.parent, path.parent / "images", args.tolerance)
         print(path)
         print(answer(record, args.tolerance))
 

@@ -1,4 +1,4 @@
-"""Every family of text-to-image pipelines goes through the real command: tiny random ones, whole, saved and loaded."""
+"""The command measures, prunes and saves pipelines of every supported family: tiny ones with random weights."""
 from __future__ import annotations
 
 import numpy as np
@@ -38,19 +38,21 @@ from transformers import (
 )
 
 from pruning import UserError, data, test_single_rate
-from pruning.methods import METHODS, iterative
+from pruning.methods import METHODS, recovery
 from pruning.metrics import METRICS
-from pruning.models import pipelines
+from pruning.models import generation, pipelines
+from pruning.models.provenance import release
+from pruning.records import store
 from pruning.records.record import read_record
 
-SIZE = 32  # pixels a side: 8 latents, which a VAE of three levels makes of four pixels each
-LEVELS = (8, 8, 8)
-TEXT = 24  # what the denoisers of tests/test_surgery.py take as the width of a token, and
-POOLED = 16  # of a pooled caption
+SIZE = 32  # pixels a side: a latent of 8 x 8, as a VAE of three levels shrinks images to a quarter
+LEVELS = (8, 8, 8)  # channels of the levels of a VAE
+TEXT = 24  # width of a caption's tokens in the denoisers of tests/test_surgery.py
+POOLED = 16  # width of their pooled captions
 
 
 def clip(width, projected=None, number=""):
-    """A CLIP text encoder and the bundled tokenizer, as the components of a pipeline that `number` tells apart."""
+    """Return a CLIP text encoder and the bundled tokenizer as components of a pipeline; `number` ends their names."""
     tokenizer = CLIPTokenizer.from_pretrained(pipelines.MODELS["shapes-unet"].folder / "tokenizer")
     kind = CLIPTextModelWithProjection if projected else CLIPTextModel
     config = CLIPTextConfig(
@@ -61,8 +63,8 @@ def clip(width, projected=None, number=""):
     return {f"text_encoder{number}": kind(config), f"tokenizer{number}": tokenizer}
 
 
-def words():
-    """A tokenizer that knows the words of the drawn scenes."""
+def word_tokenizer():
+    """Return a tokenizer whose tokens are the words of the captions of drawn scenes."""
     found = {f"▁{word}" for sample in data.load_samples("shapes", 64)[0] for word in sample.caption.split()}
     tokenizer = Tokenizer(Unigram([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0),
                                    *((word, -2.0) for word in sorted(found))], unk_id=2))
@@ -71,14 +73,14 @@ def words():
 
 
 def t5(number=""):
-    tokenizer = T5TokenizerFast(tokenizer_object=words(), extra_ids=0)
+    tokenizer = T5TokenizerFast(tokenizer_object=word_tokenizer(), extra_ids=0)
     config = T5Config(vocab_size=len(tokenizer), d_model=TEXT, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     return {f"text_encoder{number}": T5EncoderModel(config), f"tokenizer{number}": tokenizer}
 
 
 def gemma():
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words(), pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+        tokenizer_object=word_tokenizer(), pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     config = Gemma2Config(
         vocab_size=len(tokenizer), hidden_size=TEXT, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, head_dim=8, pad_token_id=0, eos_token_id=1, bos_token_id=1)
@@ -133,21 +135,21 @@ FAMILIES = {
         scheduler=DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)),
 }
 NEEDS_TORCH_25 = ("flux", "sana")  # on the CPU
-OLD_TORCH = pipelines.release("torch") < (2, 5)
-QUICK = ("sd3", "structured")
+OLD_TORCH = release("torch") < (2, 5)
+QUICK = ("sd3", "structured")  # the only pair of a family and a method that is not slow
 
 
 def marks(family):
     return [pytest.mark.skipif(OLD_TORCH, reason="needs torch 2.5")] if family.startswith(NEEDS_TORCH_25) else []
 
 
-def some(*families):
-    return pytest.mark.parametrize("family", [pytest.param(name, marks=marks(name)) for name in families])
+def families(*names):
+    return pytest.mark.parametrize("family", [pytest.param(name, marks=marks(name)) for name in names])
 
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory):
-    """family -> the folder of its pipeline, made once."""
+    """A function that returns the folder of a family's pipeline, which is made once."""
     made = {}
 
     def make(family):
@@ -164,22 +166,23 @@ def folder_of(tmp_path_factory):
                  marks=marks(family) + ([] if (family, method) == QUICK else [pytest.mark.slow]))
     for family in FAMILIES for method in METHODS])
 def measured(request, folder_of, tmp_path_factory):
-    """The record that the command wrote, the folder it is in, and that of the pruned pipeline."""
+    """The record that the command wrote, a function that loads its images, and the folder of the pruned pipeline."""
     family, method = request.param
     folder = tmp_path_factory.mktemp(f"{family}-{method}")
-    recovery = ["--recovery_steps", "1"] if METHODS[method].recovers else []
+    quick = ["--recovery_steps", "1"] if "recovery_steps" in METHODS[method].options else []
     test_single_rate.main([
         "--model", str(folder_of(family)), "--method", method, "--rate", "0.5", "--dataset", "shapes",
         "--num_images", "2", "--steps", "2", "--batch_size", "2", "--image_size", str(SIZE), "--device", "cpu",
-        "--results_dir", str(folder), "--save_pruned", str(folder / "pruned"), *recovery])
-    own = folder / family / "shapes"
-    record = read_record(own / f"{method}.json")
+        "--results_dir", str(folder), "--save_pruned", str(folder / "pruned"), *quick])
+    path, = (folder / family / "shapes").glob("*.json")
+    record = read_record(path)
     assert (record.model, record.method) == (family, method)
-    return record, own, folder / "pruned"
 
+    def load_images(rate):
+        files = [store.image_file(path.parent / "images", record.variant, rate, index) for index in range(2)]
+        return np.stack([np.asarray(Image.open(file)) for file in files])
 
-def shown(folder):
-    return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.iterdir())])
+    return record, load_images, folder / "pruned"
 
 
 def settings(**changed):
@@ -190,7 +193,7 @@ def scenes(count=2):
     return data.load_samples("shapes", count)[0]
 
 
-def test_every_family_is_pruned_to_the_rate_asked_by_every_method(measured):
+def test_every_method_prunes_every_family_to_the_rate_asked_for(measured):
     record, _, _ = measured
     assert [point.rate for point in record.points] == [0.5]
     point = record.points[0]
@@ -199,7 +202,7 @@ def test_every_family_is_pruned_to_the_rate_asked_by_every_method(measured):
     assert record.dense.sparsity == 0
 
 
-def test_removing_takes_parameters_and_work_and_masking_makes_zeros(measured):
+def test_removal_saves_parameters_and_macs_and_masks_save_neither(measured):
     record, _, _ = measured
     dense, point = record.dense, record.points[0]
     for name in ("parameters", "weight_bytes", "macs"):
@@ -210,10 +213,10 @@ def test_removing_takes_parameters_and_work_and_masking_makes_zeros(measured):
     assert point.nonzero_parameters < dense.nonzero_parameters
     if not METHODS[record.method].removes:
         zeros = dense.nonzero_parameters - point.nonzero_parameters
-        assert zeros == pytest.approx(point.units_taken, rel=0.01)  # a trained bias may leave or meet zero
+        assert zeros == pytest.approx(point.units_taken, rel=0.01)  # training may move a bias away from zero or to zero
 
 
-def test_every_metric_is_finite_and_pruning_moved_the_pictures(measured):
+def test_every_metric_is_finite_and_pruning_changes_the_images(measured):
     record, _, _ = measured
     for point in (record.dense, *record.points):
         assert set(point.metrics) == set(METRICS)
@@ -223,74 +226,74 @@ def test_every_metric_is_finite_and_pruning_moved_the_pictures(measured):
     assert record.dense.metrics["lpips_dense"] == 0 < record.points[0].metrics["lpips_dense"]
 
 
-def test_the_images_are_there_in_the_size_asked(measured):
-    record, own, _ = measured
-    dense, pruned = (shown(own / "images" / record.method / rate) for rate in ("dense", "0.5"))
+def test_the_images_have_the_size_asked_for_and_differ_from_each_other(measured):
+    _, load_images, _ = measured
+    dense, pruned = load_images(0), load_images(0.5)
     assert dense.shape == pruned.shape == (2, SIZE, SIZE, 3)
     for images in (dense, pruned):
-        assert images.std() > 5  # pictures and not one colour, which every model would agree on
+        assert images.std() > 5  # images of a single colour would be equal for every model
         assert (images[0] != images[1]).mean() > 0.5
 
 
 def test_the_saved_pipeline_makes_the_same_images(measured):
-    record, own, saved = measured
+    _, load_images, saved = measured
     pipeline = pipelines.load_pipeline(str(saved))
     sampling = {**pipelines.sampling_settings(pipeline, str(saved)), "seed": 0, "batch_size": 2}
-    made = pipelines.generate(pipeline, scenes(), **sampling).pixels
-    assert np.array_equal(made, shown(own / "images" / record.method / "0.5"))
+    made = generation.generate(pipeline, scenes(), **sampling).pixels
+    assert np.array_equal(made, load_images(0.5))
 
 
 @pytest.mark.slow
-@some(*FAMILIES)
-def test_the_size_without_a_flag_is_the_pipelines_own(family, folder_of):
+@families(*FAMILIES)
+def test_the_default_image_size_is_that_of_the_pipeline(family, folder_of):
     pipeline = pipelines.load_pipeline(str(folder_of(family)))
     size = pipelines.sampling_settings(pipeline, str(folder_of(family)))["image_size"]
-    assert size == (128 * 4 if family.startswith("flux") else SIZE)  # Flux's pipeline says 128 latents, not its weights
+    assert size == (128 * 4 if family.startswith("flux") else SIZE)  # the class of Flux's pipeline says 512
 
 
 @pytest.mark.slow
-@some(*FAMILIES)
-def test_noise_belongs_to_the_sample_alone(family, folder_of):
+@families(*FAMILIES)
+def test_noise_depends_on_the_sample_and_the_seed_alone(family, folder_of):
     pipeline = pipelines.load_pipeline(str(folder_of(family)))
     samples = scenes(3)
-    together = pipelines.generate(pipeline, samples, **settings(batch_size=3)).pixels.astype(int)
-    apart = pipelines.generate(pipeline, samples[::-1], **settings(batch_size=1)).pixels.astype(int)[::-1]
-    other = pipelines.generate(pipeline, samples, **settings(batch_size=3, seed=1)).pixels.astype(int)
-    assert abs(together - apart).max() <= 1  # batch sizes round differently
+    together = generation.generate(pipeline, samples, **settings(batch_size=3)).pixels.astype(int)
+    apart = generation.generate(pipeline, samples[::-1], **settings(batch_size=1)).pixels.astype(int)[::-1]
+    other = generation.generate(pipeline, samples, **settings(batch_size=3, seed=1)).pixels.astype(int)
+    assert abs(together - apart).max() <= 1  # rounding depends on the batch size
     assert abs(together - other).max() > 20
 
 
 @pytest.mark.slow
-@some(*FAMILIES)
+@families(*FAMILIES)
 @pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-10), ("bfloat16", 1e-3)])
-def test_the_dense_denoiser_answers_its_recorded_calls_as_it_did(family, dtype, error, folder_of):
-    """In float32, as recovery runs, whatever it was recorded in: the loss is what rounding leaves of the variance."""
+def test_the_dense_denoiser_gives_its_recorded_outputs_again_in_float32(family, dtype, error, folder_of):
+    """Recovery trains in float32 whatever the recorded dtype is: dense then has no loss except rounding."""
     pipeline = pipelines.load_pipeline(str(folder_of(family)), dtype=dtype)
-    calls = pipelines.record_calls(pipeline, scenes(), **settings())
+    calls = generation.record_calls(pipeline, scenes(), **settings())
     denoiser = pipelines.take_denoiser(pipeline).float()
     assert len(calls) >= 2
     with torch.no_grad():
         for kwargs, target in calls:
             assert target.dtype == getattr(torch, dtype)
-            assert iterative.distillation_loss(denoiser, kwargs, target) < error * target.float().var()
+            assert recovery.distillation_loss(denoiser, kwargs, target) < error * target.float().var()
 
 
-@some("sd3", "flux_dev")
-def test_a_size_that_the_pipeline_cannot_make_is_refused_with_its_name(family, folder_of):
-    """The one raises at it, the other would round it and so make images that match no original."""
+@families("sd3", "flux_dev")
+def test_an_image_size_that_the_pipeline_cannot_make_is_refused(family, folder_of):
+    """The pipeline of sd3 raises an error itself. Flux rounds the size, so its images would match no original."""
     pipeline = pipelines.load_pipeline(str(folder_of(family)))
     with pytest.raises(UserError, match=f"{type(pipeline).__name__}.* {SIZE - 2} ?"):
-        pipelines.generate(pipeline, scenes(), **settings(image_size=SIZE - 2))
+        generation.generate(pipeline, scenes(), **settings(image_size=SIZE - 2))
 
 
 class Unguided(StableDiffusionPipeline):
-    """One of those that are sampled without guidance."""
+    """A pipeline that is sampled without guidance."""
 
     def __call__(self, prompt, num_inference_steps=4, **kwargs):
         return super().__call__(prompt, num_inference_steps=num_inference_steps, guidance_scale=1.0, **kwargs)
 
 
-def test_a_guidance_scale_that_would_do_nothing_is_refused(folder_of):
+def test_a_guidance_scale_without_effect_is_refused(folder_of):
     pipeline = pipelines.load_pipeline(str(folder_of("sd15")))
     pipeline.__class__ = Unguided
     assert pipelines.sampling_settings(pipeline, "it", {"guidance_scale": None})["guidance_scale"] == 1
@@ -298,7 +301,7 @@ def test_a_guidance_scale_that_would_do_nothing_is_refused(folder_of):
         pipelines.sampling_settings(pipeline, "it", {"guidance_scale": 4.0})
 
 
-def test_a_model_that_does_not_say_its_image_size_is_asked_for_one(folder_of):
+def test_a_model_of_unknown_image_size_needs_the_flag(folder_of):
     pipeline = pipelines.load_pipeline(str(folder_of("sd15")))
     pipeline.unet.register_to_config(sample_size=None)
     with pytest.raises(UserError, match="--image_size"):
@@ -306,8 +309,8 @@ def test_a_model_that_does_not_say_its_image_size_is_asked_for_one(folder_of):
     assert pipelines.sampling_settings(pipeline, "it", {"image_size": 64})["image_size"] == 64
 
 
-@pytest.mark.skipif(not OLD_TORCH or torch.cuda.is_available(), reason="an older torch, on the CPU")
+@pytest.mark.skipif(not OLD_TORCH or torch.cuda.is_available(), reason="only for torch before 2.5 on the CPU")
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name.startswith(NEEDS_TORCH_25)])
-def test_a_family_that_needs_a_newer_torch_says_so(family, folder_of):
+def test_the_error_for_an_old_torch_names_the_version_that_a_family_needs(family, folder_of):
     with pytest.raises(UserError, match="torch 2.5"):
         pipelines.load_pipeline(str(folder_of(family)))

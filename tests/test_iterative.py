@@ -1,3 +1,4 @@
+"""Iterative pruning of a small UNet: the schedule, its checkpoint, and recovery, which other methods can use too."""
 from __future__ import annotations
 
 import copy
@@ -8,7 +9,8 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from pruning import UserError
-from pruning.methods import iterative, magnitude
+from pruning.methods import SCOPES, iterative, prune, recovery, zeroing
+from pruning.methods.calibration import Calibration
 
 STEPS = 2
 
@@ -40,11 +42,11 @@ def calls(dense):
 
 @pytest.fixture(autouse=True)
 def short_steps(monkeypatch):
-    monkeypatch.setattr(iterative, "CALLS_PER_STEP", 2)
+    monkeypatch.setattr(recovery, "CALLS_PER_STEP", 2)
 
 
 def zeros(denoiser):
-    return sum(int((weight == 0).sum()) for weight in magnitude.prunable_weights(denoiser).values())
+    return sum(int((weight == 0).sum()) for weight in zeroing.prunable_weights(denoiser).values())
 
 
 def equal(denoiser, other):
@@ -54,99 +56,106 @@ def equal(denoiser, other):
 
 def loss(denoiser, calls):
     with torch.no_grad():
-        return sum(float(iterative.distillation_loss(denoiser, *call)) for call in calls)
+        return sum(float(recovery.distillation_loss(denoiser, *call)) for call in calls)
 
 
-def walked(dense, rate, calls, **options):
+def calibrated(calls, seed=0, checkpoint=None):
+    return Calibration(lambda: calls, seed, checkpoint)
+
+
+def recovered(dense, rate, calls, seed=0, checkpoint=None, **options):
+    """A copy of the dense denoiser pruned to `rate` with recovery, and what the method reports."""
     denoiser = copy.deepcopy(dense)
-    pruned = iterative.prune(denoiser, rate, recovery_steps=STEPS, calls=calls, **options)
+    pruned = prune("iterative", denoiser, rate, recovery_steps=STEPS, calibration=calibrated(calls, seed, checkpoint),
+                   **options)
     return denoiser, pruned
 
 
-@pytest.mark.parametrize("scope", magnitude.SCOPES)
+@pytest.mark.parametrize("scope", SCOPES)
 def test_without_recovery_it_is_magnitude_pruning(dense, scope):
     denoiser, expected = copy.deepcopy(dense), copy.deepcopy(dense)
-    assert iterative.prune(denoiser, 0.45, scope, recovery_steps=0) == magnitude.prune(expected, 0.45, scope)
+    assert prune("iterative", denoiser, 0.45, scope=scope, recovery_steps=0) == prune(
+        "magnitude", expected, 0.45, scope=scope)
     assert equal(denoiser, expected)
 
 
-@pytest.mark.parametrize("scope", magnitude.SCOPES)
+@pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_the_rate_is_reached_to_the_weight_in_the_dtype_it_came_in(dense, calls, scope, dtype):
-    denoiser, pruned = walked(copy.deepcopy(dense).to(dtype), 0.25, calls, scope=scope)
+    denoiser, pruned = recovered(copy.deepcopy(dense).to(dtype), 0.25, calls, scope=scope)
     assert pruned.taken == pruned.asked == round(0.25 * pruned.total) == zeros(denoiser)
     assert {tensor.dtype for tensor in denoiser.state_dict().values()} == {dtype}
 
 
 def test_kept_weights_that_train_to_what_half_precision_rounds_to_zero_stay_in_the_count(dense, calls, monkeypatch):
     half = copy.deepcopy(dense).half()
-    half.conv_out.weight.data.fill_(6e-8)  # float16's least; a training step takes many of them below half of it
-    monkeypatch.setattr(iterative, "LEARNING_RATE", 5e-8)
-    monkeypatch.setattr(iterative, "WARMUP_STEPS", 1)
-    denoiser, pruned = walked(half, 0.1, calls)
+    half.conv_out.weight.data.fill_(6e-8)  # float16's least number; a training step takes many weights below half of it
+    monkeypatch.setattr(recovery, "LEARNING_RATE", 5e-8)
+    monkeypatch.setattr(recovery, "WARMUP_STEPS", 1)
+    denoiser, pruned = recovered(half, 0.1, calls)
     assert pruned.taken == pruned.asked == zeros(denoiser)
 
 
 def test_a_sweep_that_resumes_and_a_single_rate_give_the_same_bits(dense, calls, tmp_path):
-    path = tmp_path / "deep" / "unet.walk.safetensors"
+    path = tmp_path / "deep" / "unet.checkpoint.safetensors"
     for rate in (0.1, 0.2, 0.25, 0.3):
-        resumed, pruned = walked(dense, rate, calls, checkpoint=path)
-        single, expected = walked(dense, rate, calls)
+        resumed, pruned = recovered(dense, rate, calls, checkpoint=path)
+        single, expected = recovered(dense, rate, calls)
         assert pruned == expected
         assert equal(resumed, single)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_a_resumed_walk_trains_only_what_is_left(dense, calls, tmp_path, monkeypatch):
-    path = tmp_path / "walk.safetensors"
+def test_a_resumed_schedule_trains_only_the_rates_that_are_left(dense, calls, tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.safetensors"
     trained = []
-    recover = iterative._recover
-    monkeypatch.setattr(iterative, "_recover", lambda *arguments: trained.append(1) or recover(*arguments))
+    recover = recovery.recover
+    monkeypatch.setattr(recovery, "recover", lambda *arguments: trained.append(1) or recover(*arguments))
     for rate, expected in ((0.2, 2), (0.2, 0), (0.3, 1), (3 * 0.1, 0), (0.35, 1), (0.2, 2)):
         trained.clear()
-        walked(dense, rate, calls, checkpoint=path)
+        recovered(dense, rate, calls, checkpoint=path)
         assert len(trained) == expected, rate
 
 
 def test_a_half_precision_sweep_resumes_in_full_precision(dense, calls, tmp_path):
     half = copy.deepcopy(dense).half()
-    walked(half, 0.1, calls, checkpoint=tmp_path / "walk")
-    resumed, _ = walked(half, 0.2, calls, checkpoint=tmp_path / "walk")
-    assert equal(resumed, walked(half, 0.2, calls)[0])
+    recovered(half, 0.1, calls, checkpoint=tmp_path / "checkpoint")
+    resumed, _ = recovered(half, 0.2, calls, checkpoint=tmp_path / "checkpoint")
+    assert equal(resumed, recovered(half, 0.2, calls)[0])
 
 
 @pytest.mark.parametrize("spoil", [
     lambda path: path.write_bytes(b"no safetensors"),
     lambda path: path.write_bytes(path.read_bytes()[:-8]),
     lambda path: save_file({"x": torch.zeros(3)}, path),
-    lambda path: save_file({"x": torch.zeros(3)}, path, metadata={"rate": "0.1", "walk": "another"}),
+    lambda path: save_file({"x": torch.zeros(3)}, path, metadata={"rate": "0.1", "provenance": "another"}),
     lambda path: path.unlink(),
 ])
-def test_a_checkpoint_that_is_none_is_ignored(dense, calls, tmp_path, spoil):
-    path = tmp_path / "walk.safetensors"
-    walked(dense, 0.1, calls, checkpoint=path)
+def test_a_file_that_is_no_checkpoint_is_ignored_and_replaced(dense, calls, tmp_path, spoil):
+    path = tmp_path / "checkpoint.safetensors"
+    recovered(dense, 0.1, calls, checkpoint=path)
     spoil(path)
-    denoiser, _ = walked(dense, 0.2, calls, checkpoint=path)
-    assert equal(denoiser, walked(dense, 0.2, calls)[0])
-    assert "conv_in.weight" in load_file(path)  # and replaced
+    denoiser, _ = recovered(dense, 0.2, calls, checkpoint=path)
+    assert equal(denoiser, recovered(dense, 0.2, calls)[0])
+    assert "conv_in.weight" in load_file(path)
 
 
-def test_a_checkpoint_of_another_walk_is_ignored(dense, calls, tmp_path):
-    path = tmp_path / "walk.safetensors"
+def test_a_checkpoint_of_another_schedule_is_ignored(dense, calls, tmp_path):
+    path = tmp_path / "checkpoint.safetensors"
     other = copy.deepcopy(dense)
     other.conv_in.weight.data += 0.1
     for options in ({"seed": 1}, {"scope": "global"}, {"calls": calls[:-1]}, {"dense": other}):
         arguments = dict({"dense": dense, "calls": calls}, **options)
-        walked(rate=0.1, checkpoint=path, **arguments)
-        denoiser, _ = walked(dense, 0.1, calls, checkpoint=path)
-        assert equal(denoiser, walked(dense, 0.1, calls)[0]), options
+        recovered(rate=0.1, checkpoint=path, **arguments)
+        denoiser, _ = recovered(dense, 0.1, calls, checkpoint=path)
+        assert equal(denoiser, recovered(dense, 0.1, calls)[0]), options
 
 
-def test_what_is_pruned_stays_pruned_and_what_is_kept_adapts(dense, calls):
+def test_pruned_weights_stay_pruned_and_kept_weights_adapt(dense, calls):
     state = {}
     for rate in (0.1, 0.2, 0.3):
-        denoiser, _ = walked(dense, rate, calls)
-        for name, weight in magnitude.prunable_weights(denoiser).items():
+        denoiser, _ = recovered(dense, rate, calls)
+        for name, weight in zeroing.prunable_weights(denoiser).items():
             gone = weight == 0
             assert gone[state.get(name, torch.zeros_like(gone))].all()
             assert not torch.equal(weight[~gone], dict(dense.named_parameters())[name][~gone])
@@ -155,13 +164,13 @@ def test_what_is_pruned_stays_pruned_and_what_is_kept_adapts(dense, calls):
     assert not torch.equal(denoiser.conv_norm_out.weight, dense.conv_norm_out.weight)
 
 
-@pytest.mark.parametrize("scope", magnitude.SCOPES)
-def test_recovery_answers_more_like_the_dense_denoiser(dense, calls, scope, monkeypatch):
-    monkeypatch.setattr(iterative, "LEARNING_RATE", 2e-3)  # few steps must do here
-    monkeypatch.setattr(iterative, "WARMUP_STEPS", 1)
+@pytest.mark.parametrize("scope", SCOPES)
+def test_recovery_brings_the_answers_nearer_to_the_dense_denoiser(dense, calls, scope, monkeypatch):
+    monkeypatch.setattr(recovery, "LEARNING_RATE", 2e-3)  # few steps must suffice here
+    monkeypatch.setattr(recovery, "WARMUP_STEPS", 1)
     denoiser, masked = copy.deepcopy(dense), copy.deepcopy(dense)
-    iterative.prune(denoiser, 0.5, scope, recovery_steps=4, calls=calls)
-    magnitude.prune(masked, 0.5, scope)
+    prune("iterative", denoiser, 0.5, scope=scope, recovery_steps=4, calibration=calibrated(calls))
+    prune("magnitude", masked, 0.5, scope=scope)
     assert loss(dense, calls) < 1e-10
     assert loss(denoiser, calls) < 0.8 * loss(masked, calls)
 
@@ -173,15 +182,15 @@ def test_calls_with_nested_and_half_precision_tensors_are_matched_to_the_denoise
 
     nested = [(dict(halved(kwargs), return_dict=True, added_cond_kwargs={"unused": (torch.zeros(1).half(), "x")}),
                target.half()) for kwargs, target in calls]
-    _, pruned = walked(dense, 0.1, nested)
+    _, pruned = recovered(dense, 0.1, nested)
     assert pruned.taken == pruned.asked
 
 
 def test_modes_flags_and_gradients_are_as_they_were(dense, calls):
     denoiser = copy.deepcopy(dense).to(memory_format=torch.channels_last)
     denoiser.conv_in.weight.requires_grad_(False)
-    with torch.no_grad():  # also where the caller's gradients are off
-        iterative.prune(denoiser, 0.1, recovery_steps=1, calls=calls)
+    with torch.no_grad():  # also if the caller's gradients are off
+        prune("iterative", denoiser, 0.1, recovery_steps=1, calibration=calibrated(calls))
     assert not any(module.training for module in denoiser.modules())
     assert [name for name, parameter in denoiser.named_parameters() if not parameter.requires_grad] == [
         "conv_in.weight"]
@@ -191,7 +200,7 @@ def test_modes_flags_and_gradients_are_as_they_were(dense, calls):
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"rate": 0.1}, "recovery needs recorded calls"),
-    ({"rate": 0.1, "calls": []}, "recovery needs recorded calls"),
+    ({"rate": 0.1, "calibration": calibrated([])}, "recovery needs recorded calls"),
     ({"rate": 0.1, "recovery_steps": -1}, "recovery_steps"),
     ({"rate": 1.5}, "rate"),
     ({"rate": 0.1, "scope": "layers"}, "did you mean 'layer'"),
@@ -199,11 +208,59 @@ def test_modes_flags_and_gradients_are_as_they_were(dense, calls):
 def test_bad_input_is_refused_and_nothing_is_pruned(dense, options, message):
     denoiser = copy.deepcopy(dense)
     with pytest.raises(UserError, match=message):
-        iterative.prune(denoiser, **options)
+        prune("iterative", denoiser, **options)
     assert equal(denoiser, dense)
 
 
 def test_a_recovery_that_is_not_finite_is_refused(dense, calls):
-    spoilt = [(kwargs, target * float("inf")) for kwargs, target in calls]
+    infinite = [(kwargs, target * float("inf")) for kwargs, target in calls]
     with pytest.raises(UserError, match="not finite"):
-        walked(dense, 0.1, spoilt)
+        recovered(dense, 0.1, infinite)
+
+
+def test_rates_next_to_a_rate_of_the_schedule_are_that_rate():
+    assert iterative.schedule(3 * 0.1) == [0.1, 0.2, 0.3]
+    assert iterative.schedule(0.25) == [0.1, 0.2, 0.25]
+    assert iterative.schedule(0.05) == [0.05]
+
+
+@pytest.mark.parametrize("options", [{"rate": 0.0}, {"rate": 0.3, "recovery_steps": 0}])
+def test_no_calls_are_recorded_if_there_is_nothing_to_recover(dense, options):
+    def record():
+        raise AssertionError("recorded")
+    prune("iterative", copy.deepcopy(dense), calibration=Calibration(record, 0), **options)
+
+
+# ---- recovery as a step of any method
+
+def test_a_denoiser_with_units_removed_can_recover(dense, calls, monkeypatch):
+    monkeypatch.setattr(recovery, "LEARNING_RATE", 2e-3)
+    monkeypatch.setattr(recovery, "WARMUP_STEPS", 1)
+    denoiser = copy.deepcopy(dense).half()
+    prune("structured", denoiser, 0.5)
+    before, shapes = loss(denoiser.float(), calls), [p.shape for p in denoiser.parameters()]
+    recovery.recover(denoiser.half(), {}, calls, 4, "0")
+    assert [p.shape for p in denoiser.parameters()] == shapes
+    assert {p.dtype for p in denoiser.parameters()} == {torch.float16}
+    assert loss(denoiser.float(), calls) < 0.8 * before
+
+
+def test_recovery_holds_the_zeros_of_the_given_weights_and_trains_the_others(dense, calls):
+    denoiser = copy.deepcopy(dense)
+    held, free = denoiser.conv_in.weight, denoiser.conv_out.weight
+    for weight in (held, free):
+        weight.data[0] = 0
+    recovery.recover(denoiser, {"conv_in.weight": held}, calls, STEPS, "0")
+    assert (held[0] == 0).all()
+    assert (held[1:] != 0).all()
+    assert (free[0] != 0).any()
+
+
+def test_the_seed_of_a_recovery_decides_its_result(dense, calls):
+    def weights(seed):
+        denoiser = copy.deepcopy(dense)
+        prune("magnitude", denoiser, 0.5)
+        recovery.recover(denoiser, zeroing.prunable_weights(denoiser), calls, STEPS, seed)
+        return denoiser.conv_in.weight
+    assert torch.equal(weights("1"), weights("1"))
+    assert not torch.equal(weights("1"), weights("2"))

@@ -1,4 +1,4 @@
-"""How images come out of a pipeline: prompts are encoded once, and a full GPU is met by halves."""
+"""Images come out of a pipeline with prompts encoded once, by halves if the GPU is full, and compiled if asked for."""
 from __future__ import annotations
 
 import numpy as np
@@ -7,13 +7,13 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from pruning import UserError, data
-from pruning.models import pipelines
+from pruning.models import compiling, generation, pipelines
 
 SETTINGS = dict(seed=0, steps=2, guidance_scale=4.0, image_size=64)
 
 
 class Crowded(StableDiffusionPipeline):
-    """A pipeline on a GPU that has memory for two images; it keeps how many each call asked for."""
+    """A pipeline on a GPU with memory for two images. `asked` holds the number of images of each call."""
 
     room, asked = 2, ()
 
@@ -33,28 +33,28 @@ def crowded():
 
 def test_a_batch_too_large_for_the_gpu_is_made_by_halves_with_a_line_that_says_so(crowded, capsys):
     samples = data.load_samples("shapes", 6)[0]
-    made = pipelines.generate(crowded, samples, batch_size=6, **SETTINGS).pixels.astype(int)
+    made = generation.generate(crowded, samples, batch_size=6, **SETTINGS).pixels.astype(int)
     assert crowded.asked == (6, 3, 1, 2, 3, 1, 2)
-    said = capsys.readouterr()
-    assert "no GPU memory for 6 images at once: going on by halves, as --batch_size 3 would" in said.out + said.err
+    printed = capsys.readouterr()
+    assert "no GPU memory for 6 images at once: continuing with halves" in printed.out + printed.err
     crowded.room = 6
-    whole = pipelines.generate(crowded, samples, batch_size=6, **SETTINGS).pixels.astype(int)
+    whole = generation.generate(crowded, samples, batch_size=6, **SETTINGS).pixels.astype(int)
     assert abs(made - whole).max() <= 1
 
 
 def test_one_image_too_large_for_the_gpu_is_an_error_with_remedies(crowded):
     crowded.room = 0
     with pytest.raises(UserError, match="no memory for one image; try --offload"):
-        pipelines.generate(crowded, data.load_samples("shapes", 2)[0], batch_size=2, **SETTINGS)
+        generation.generate(crowded, data.load_samples("shapes", 2)[0], batch_size=2, **SETTINGS)
 
 
 def test_the_largest_batch_that_fits_is_found(crowded, monkeypatch):
     sample = data.load_samples("shapes", 1)[0][0]
-    assert pipelines.fitting_batch_size(crowded, sample, "cpu", 4.0, 64) == 8
+    assert generation.fitting_batch_size(crowded, sample, "cpu", 4.0, 64) == 8
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     for room, size in ((40, 32), (5, 4), (0, 1)):
         crowded.room = room
-        assert pipelines.fitting_batch_size(crowded, sample, "cuda", 4.0, 64) == size
+        assert generation.fitting_batch_size(crowded, sample, "cuda", 4.0, 64) == size
 
 
 @pytest.mark.parametrize("model", list(pipelines.MODELS))
@@ -63,24 +63,63 @@ def test_prompts_are_encoded_once_and_images_are_the_same(model):
     samples = data.load_samples("shapes", 3)[0]
     calls = []
     pipeline.text_encoder.register_forward_hook(lambda *_: calls.append(1))
-    before = pipelines.generate(pipeline, samples, batch_size=3, **SETTINGS).pixels
+    before = generation.generate(pipeline, samples, batch_size=3, **SETTINGS).pixels
     each = len(calls)
-    pipelines.remember_prompts(pipeline)
+    generation.remember_prompts(pipeline)
     for _ in range(3):
-        assert np.array_equal(pipelines.generate(pipeline, samples, batch_size=3, **SETTINGS).pixels, before)
+        assert np.array_equal(generation.generate(pipeline, samples, batch_size=3, **SETTINGS).pixels, before)
     assert len(calls) == 2 * each
-    pipelines.generate(pipeline, samples[::-1], batch_size=3, **SETTINGS)
+    generation.generate(pipeline, samples[::-1], batch_size=3, **SETTINGS)
     assert len(calls) == 3 * each
 
 
-def test_prompts_beyond_the_memory_set_aside_for_them_are_encoded_anew():
+def test_prompts_beyond_the_memory_for_them_are_encoded_again(monkeypatch):
+    monkeypatch.setattr(generation, "PROMPT_BYTES", 10)
     pipeline = pipelines.load_pipeline("shapes-unet")
     calls = []
     pipeline.text_encoder.register_forward_hook(lambda *_: calls.append(1))
-    pipelines.remember_prompts(pipeline, most_bytes=10)
+    generation.remember_prompts(pipeline)
     samples = data.load_samples("shapes", 2)[0]
     counts = []
     for _ in range(2):
-        pipelines.generate(pipeline, samples, batch_size=2, **SETTINGS)
+        generation.generate(pipeline, samples, batch_size=2, **SETTINGS)
         counts.append(len(calls))
     assert counts[1] == 2 * counts[0]
+
+
+class Narrow(torch.nn.Module):
+    """Two layers with `width` neurons between them."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(4, width), torch.nn.Linear(width, 4)
+
+    def forward(self, x):
+        """(n, 4) -> (n, 4)."""
+        return self.second(self.first(x).relu())
+
+
+def observe(calls, denoiser, *shape):
+    with torch.no_grad():
+        calls.observe(lambda: denoiser(torch.zeros(*shape, 4)))
+
+
+def test_denoisers_of_many_widths_all_run_compiled_one_after_the_other():
+    for width in range(3, 15):
+        compiling.forget_compiled()
+        denoiser = Narrow(width)
+        calls = compiling.compile_denoiser(denoiser, backend="eager")
+        for count in (8, 5, 8):
+            observe(calls, denoiser, count)
+        assert calls.compiled
+
+
+def test_a_denoiser_that_falls_back_to_plain_execution_is_told(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "cache_size_limit", 1)
+    compiling.forget_compiled()
+    denoiser = Narrow(3)
+    calls = compiling.compile_denoiser(denoiser, backend="eager")
+    observe(calls, denoiser, 8)
+    assert calls.compiled
+    observe(calls, denoiser, 8, 2)  # a second version of the code, beyond the limit
+    assert not calls.compiled

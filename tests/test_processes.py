@@ -1,4 +1,4 @@
-"""Images shared out over processes are those that one process makes, and a process that dies ends the others."""
+"""Several processes make the images that one process makes, and a process that dies ends the others."""
 from __future__ import annotations
 
 import os
@@ -23,8 +23,8 @@ QUICK = ["--num_images", "6", "--steps", "2", "--batch_size", "2", "--device", "
 
 
 def launch(processes, *flags):
-    """Start the command on so many processes of this machine, as a user would; "--cpu" in place would start but one."""
-    with socket.socket() as found:  # a free port, as older releases wait for ever at port 0
+    """Start the command in so many processes of this machine. accelerate's own --cpu would start only one."""
+    with socket.socket() as found:  # a free port: older releases hang at port 0
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_LOG_LEVEL": "error"}
@@ -44,7 +44,7 @@ def workers(launcher):
 
 
 def finished(processes, *flags):
-    """Launch, wait for the end, see to it that there were so many processes. What was printed."""
+    """Launch, wait for the end, check the number of processes, and return what they printed."""
     running, met, ends = launch(processes, *flags), set(), time.monotonic() + 300
     while running.returncode is None:
         if time.monotonic() > ends:
@@ -66,7 +66,7 @@ def record_and_images(folder, method):
 
 
 def assert_alike(one, several):
-    """At most a grey level apart, as thread counts differ, and metrics to 1e-3."""
+    """Images are at most a grey level apart, because thread counts differ, and metrics agree to 1e-3."""
     (record, images), (other, others) = one, several
     assert images.keys() == others.keys()
     assert len(images) == 2 * len(record.samples)
@@ -87,7 +87,7 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_several_processes_make_the_record_that_one_makes(processes, alone, tmp_path):
     out = finished(processes, "--method", "structured", "--results_dir", str(tmp_path))
-    assert out.count("How far?") == 2  # the summary and the last line, of one process alone
+    assert out.count("How far?") == 2  # in the summary and in the last line, by one process
     assert_alike(alone, record_and_images(tmp_path, "structured"))
 
 

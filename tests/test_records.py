@@ -1,15 +1,20 @@
-"""The record: what is read is valid, what is written can be read, and records of other settings are told apart."""
+"""Records: a record that is read is valid, a record that is written can be read, and differences are named."""
 import json
+import threading
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image, PngImagePlugin
 
 from pruning import UserError, whole_file
+from pruning.records import store
 from pruning.records.record import (
     SCHEMA_VERSION,
+    Notes,
     Point,
     Record,
     find_records,
@@ -19,7 +24,10 @@ from pruning.records.record import (
     record_path,
     write_record,
 )
+from pruning.records.report import write_record_files
+from pruning.records.summaries import answer, summary
 
+VERSION_3 = Path(__file__).parent / "data" / "version_3.json"  # bundled structured record, cut to 2 rates, 6 samples
 QUIET = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -32,24 +40,21 @@ def make_point(rate, images=3):
         metrics={"clip_score": 80.0 - 60 * rate, "fid": 10 + 90 * rate},
         intervals={"clip_score": [-60 * rate - 1, 1.0], "fid": None},
         per_image={"clip_score": [80.0 - 60 * rate] * images},
-        seconds={"prune": 0.1, "generate": 5.0, "measure": 0.5})
+        seconds={"prune": 0.1, "generate": 5.0, "measure": 0.5}, skipped_modules={"a.attn1": "its class is not known"},
+        floors={"fid": 1.5} if rate == 0 else {}, seed_spread={"clip_score": 0.8, "fid": None} if rate == 0 else {},
+        compiled=None if rate == 0 else rate > 0.1)
 
 
 def make_record(rates=(0.1, 0.2), images=3):
     return Record(
-        model="shapes-unet", dataset="shapes", method="magnitude",
+        model="shapes-unet", dataset="shapes", method="magnitude", options={"scope": "layer"},
         samples=[{"id": f"prompts-{i:05d}", "caption": f"a [red  cross] and {i}"} for i in range(images)],
         settings={"seed": 0, "seeds": 1, "steps": 20, "guidance_scale": 4.0, "device": "cpu",
-                  "metrics": ["clip_score", "fid"], "scope": "layer"},
+                  "metrics": ["clip_score", "fid"]},
         backbones={"clip_score": "bundled shapes-clip", "fid": "bundled shapes-squeezenet"},
-        notes={"reference_images": 2048}, versions={"python": "3.11.7", "torch": "2.15.0"},
+        notes=Notes(captions_truncated=1, code=["0123456789ab"], reference_images=2048, feature_sizes={"features": 64}),
+        versions={"python": "3.11.7", "torch": "2.15.0"},
         dense=make_point(0.0, images), points=[make_point(rate, images) for rate in rates])
-
-
-@pytest.fixture
-def written(tmp_path):
-    write_record(make_record(), tmp_path / "magnitude.json")
-    return tmp_path / "magnitude.json"
 
 
 def changed(path, change):
@@ -57,6 +62,12 @@ def changed(path, change):
     change(data)
     path.write_text(json.dumps(data))
     return path
+
+
+@pytest.fixture
+def written(tmp_path):
+    write_record(make_record(), tmp_path / "magnitude.json")
+    return tmp_path / "magnitude.json"
 
 
 def test_a_record_survives_writing_and_reading(written):
@@ -84,7 +95,7 @@ def test_a_long_list_of_numbers_is_one_line_and_captions_keep_their_spaces(tmp_p
     write_record(record, tmp_path / "r.json")
     text = (tmp_path / "r.json").read_text()
     assert max(line.count("80.0") for line in text.splitlines()) == 50
-    assert len(text.splitlines()) < 170
+    assert len(text.splitlines()) < 180
     assert read_record(tmp_path / "r.json").samples[0]["caption"] == "a [red  cross] and 0"
 
 
@@ -108,7 +119,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
 
 BROKEN = {
     "schema_version is missing": lambda d: d.pop("schema_version"),
-    "schema_version is 99": lambda d: d.update(schema_version=99),
+    "schema_version is 99, expected 4 or 3": lambda d: d.update(schema_version=99),
     "model is missing": lambda d: d.pop("model"),
     "model must be text": lambda d: d.update(model=3),
     "method must be a name": lambda d: d.update(method="../../etc"),
@@ -116,13 +127,29 @@ BROKEN = {
     "settings.steps is missing": lambda d: d["settings"].pop("steps"),
     "settings.seed must be": lambda d: d["settings"].update(seed="0"),
     "dense must be": lambda d: d.update(dense=None),
+    "options is missing": lambda d: d.pop("options"),
+    "options must be an object of numbers, texts": lambda d: d["options"].update(scope=["layer"]),
+    "options must be an object of .* named by": lambda d: d["options"].update({"../etc": 1}),
+    "notes must be an object": lambda d: d.update(notes=[]),
+    "notes.captions_skipped is missing": lambda d: d["notes"].pop("captions_skipped"),
+    "notes.captions_skipped must be a whole number of 0 or more": lambda d: d["notes"].update(captions_skipped=-1),
+    "notes.captions_truncated must be a whole number": lambda d: d["notes"].update(captions_truncated="2"),
+    "notes.code must be a list of texts": lambda d: d["notes"].update(code="0123456789ab"),
+    "notes.reference_images must be a whole number": lambda d: d["notes"].update(reference_images=None),
+    "notes.feature_sizes must be an object of whole": lambda d: d["notes"].update(feature_sizes={"features": "64"}),
+    "notes.floors is not a field": lambda d: d["notes"].update(floors={}),
+    "dense.floors must be an object of numbers or null": lambda d: d["dense"].update(floors={"fid": "1.5"}),
+    "dense.seed_spread must be an object of numbers": lambda d: d["dense"].update(seed_spread={"fid": [1]}),
+    "dense.skipped_modules must be an object of texts": lambda d: d["dense"].update(skipped_modules=["a.attn1"]),
+    r"points\[0\].compiled must be true, false or null": lambda d: d["points"][0].update(compiled=1),
+    "model must be text.*": lambda d: d.update(model="\ud800"),
     "dense.rate must be 0": lambda d: d["dense"].update(rate=0.1),
     r"points\[1\].rate is missing": lambda d: d["points"][1].pop("rate"),
-    r"points\[1\].rate must be a number": lambda d: d["points"][1].update(rate=1.0),
-    r"points\[0\].rate must be a number from": lambda d: d["points"][0].update(rate=True),
+    r"points\[1\].rate must be a number in \[0, 1\)": lambda d: d["points"][1].update(rate=1.0),
+    r"points\[0\].rate must be a number in": lambda d: d["points"][0].update(rate=True),
     r"points\[1\].rate is 0.1 after 0.1": lambda d: d["points"][1].update(rate=0.1),
     r"points\[1\].rate is 0.05 after": lambda d: d["points"][1].update(rate=0.05),
-    r"points\[0\].parameters must be a whole": lambda d: d["points"][0].update(parameters=10 ** 30),
+    r"points\[0\].parameters must be a whole number of 0 or more": lambda d: d["points"][0].update(parameters=10 ** 30),
     r"points\[0\].metrics must be": lambda d: d["points"][0].update(metrics={"fid": "low"}),
     r"points\[0\].metrics must have": lambda d: d["points"][0].update(metrics={"fid": 1}),
     r"points\[0\].per_image.clip_score has 2": lambda d: d["points"][0]["per_image"]["clip_score"].pop(),
@@ -142,7 +169,7 @@ def test_each_fault_names_the_file_and_the_field(written, words):
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1, 2]", b"null", b"\xff\xfe\x00", b"NaN", b"[" * 100_000,
                                      b'{"schema_version": 1' + b"0" * 5000 + b"}", b'{"schema_version": NaN}'])
-def test_a_file_that_is_no_record_is_one_line(tmp_path, content):
+def test_a_file_that_is_not_a_record_is_one_line(tmp_path, content):
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(UserError, match="x.json"):
         read_record(tmp_path / "x.json")
@@ -167,12 +194,14 @@ def places(value, path=()):
         yield from places(item, (*path, key))
 
 
+@pytest.mark.parametrize("version", [3, 4])
 @QUIET
 @given(data=st.data())
-def test_anything_put_anywhere_into_a_record_is_refused_or_read_but_never_a_traceback(tmp_path, data):
+def test_anything_put_anywhere_into_a_record_is_refused_or_read_and_described_but_never_a_traceback(
+        tmp_path, version, data):
     path = tmp_path / "r.json"
     write_record(make_record(), path)
-    content = json.loads(path.read_text())
+    content = json.loads((path if version == 4 else VERSION_3).read_text())
     place = data.draw(st.sampled_from(sorted(places(content), key=str)))
     value = data.draw(JSON)
     if place:
@@ -184,7 +213,9 @@ def test_anything_put_anywhere_into_a_record_is_refused_or_read_but_never_a_trac
         content = value
     path.write_text(json.dumps(content))
     with suppress(UserError):
-        write_record(read_record(path), path)  # what was accepted is whole
+        record = read_record(path)
+        write_record(record, path)  # what was accepted is whole
+        summary(record).encode("utf-8")
 
 
 @QUIET
@@ -248,9 +279,196 @@ def test_a_difference_is_named(change, words):
     assert [d[:len(words)] for d in protocol_differences(make_record(), other)] == [words]
 
 
-def test_the_method_and_its_options_count_only_when_asked():
+def test_the_method_and_its_options_count_only_if_one_record_continues_the_other():
     other = make_record()
-    other.method, other.settings["scope"] = "iterative", "global"
+    other.method, other.options = "iterative", {"scope": "global", "recovery_steps": 60}
     assert protocol_differences(make_record(), other) == []
     assert protocol_differences(make_record(), other, continuing=True) == [
-        "method: magnitude and iterative", "scope: layer and global"]
+        "method: magnitude and iterative", "scope: layer and global", "recovery_steps: none and 60"]
+
+
+def test_metrics_may_differ_only_if_one_record_continues_the_other():
+    other = make_record()
+    other.settings["metrics"] = ["fid"]
+    del other.backbones["clip_score"]
+    assert len(protocol_differences(make_record(), other)) == 2
+    assert protocol_differences(make_record(), other, continuing=True) == []
+    other.backbones["fid"] = "standard"
+    assert len(protocol_differences(make_record(), other, continuing=True)) == 1
+
+
+def test_a_record_is_named_by_the_options_that_differ_from_the_defaults():
+    record = make_record()
+    assert record.variant == "magnitude"
+    record.options["scope"] = "global"
+    assert record.variant == "magnitude+scope=global"
+    assert record_path("r", "m", "d", record.variant, (1, 2)).name == "magnitude+scope=global.1of2.json"
+
+
+# ---- version 3
+
+def test_a_version_3_record_is_read_with_the_values_it_has(tmp_path):
+    data, record = json.loads(VERSION_3.read_text()), read_record(VERSION_3)
+    assert data["schema_version"] == 3
+    assert (record.method, record.variant) == ("structured", "structured")
+    assert record.options == {"mask_only": False, "round_to": 1}
+    assert record.settings == {k: v for k, v in data["settings"].items() if k not in ("mask_only", "round_to")}
+    assert record.notes == Notes(0, 0, ["1716ea7f4f56"], 2048, {"features": 64})
+    assert record.dense.floors == data["notes"]["floors"] != {}
+    assert record.samples == data["samples"]
+    assert [point.rate for point in record.points] == [0.2, 0.8]
+    for point, original in zip((record.dense, *record.points), (data["dense"], *data["points"])):
+        assert {name: getattr(point, name) for name in original} == original
+        assert (point.skipped_modules, point.seed_spread, point.compiled) == ({}, {}, None)
+    write_record(record, tmp_path / "r.json")
+    assert json.loads((tmp_path / "r.json").read_text())["schema_version"] == SCHEMA_VERSION
+    assert read_record(tmp_path / "r.json") == record
+
+
+def test_a_version_3_record_is_drawn_as_before(tmp_path):
+    record = read_record(VERSION_3)
+    written = write_record_files(record, tmp_path, tmp_path / "images")
+    assert sorted(path.name for path in written) == [
+        "structured.png", "structured.txt", "structured_cost.png", "structured_metrics.png"]
+    text = " ".join((tmp_path / "structured.txt").read_text(encoding="utf-8").split())
+    assert answer(record, 0.05).startswith("How far? structured pruning of shapes-unet stays within 5 % of dense by "
+                                           "clip_score up to rate 0.2, which has 99.6 % of dense (95 % interval 97.8")
+    assert "0.2 0.200 92.85 ± 2 −31.61 ± 70 0.3271 ± 0.39 1.102 0.1468 ± 0.061" in text
+    assert "It compares 6 images with 2,048 reference images by 64 features; as many real images score 1.23" in text
+
+
+def test_notes_of_version_3_go_to_the_points_they_are_about(tmp_path):
+    def change(data):
+        data["notes"].update(left_out={"a.attn1": "its class is not known"}, seed_spread={"clip_score": 0.8})
+        data["settings"].update(round_to=8)
+        for name in ("captions_truncated", "code", "reference_images", "fid_feature_size"):
+            del data["notes"][name]
+    path = tmp_path / "structured.json"
+    path.write_bytes(VERSION_3.read_bytes())
+    record = read_record(changed(path, change))
+    assert record.variant == "structured+round_to=8"
+    assert record.notes == Notes(0, 0, [], 0, {})
+    assert [point.skipped_modules for point in (record.dense, *record.points)] == 3 * [
+        {"a.attn1": "its class is not known"}]
+    assert [point.seed_spread for point in (record.dense, *record.points)] == [{"clip_score": 0.8}, {}, {}]
+    assert [bool(point.floors) for point in (record.dense, *record.points)] == [True, False, False]
+
+
+@pytest.mark.parametrize(("words", "change"), [
+    ("notes is missing", lambda d: d.pop("notes")),
+    ("notes.floors must be an object of numbers or null", lambda d: d["notes"].update(floors=[1])),
+    ("notes.seed_spread must be", lambda d: d["notes"].update(seed_spread={"clip_score": "much"})),
+    ("notes.left_out must be an object of texts", lambda d: d["notes"].update(left_out={"a": 1})),
+    ("notes.fid_feature_size must be a whole number", lambda d: d["notes"].update(fid_feature_size="64")),
+    ("notes.code must be a list of texts", lambda d: d["notes"].update(code=[1])),
+    ("notes.mood is not a field", lambda d: d["notes"].update(mood="good")),
+    ("points must be", lambda d: d.update(points=[1])),
+    ("method must be a name", lambda d: d.update(method=["structured"])),
+    ("settings.seed is missing", lambda d: d["settings"].pop("seed")),
+])
+def test_a_fault_in_a_version_3_record_names_the_field(tmp_path, words, change):
+    path = tmp_path / "structured.json"
+    path.write_bytes(VERSION_3.read_bytes())
+    with pytest.raises(UserError, match=words):
+        read_record(changed(path, change))
+
+
+# ---- files beside a record
+
+MADE = store.Made(np.random.RandomState(0).randint(0, 256, (8, 8, 3)).astype(np.uint8), True, 0.1, 40)
+
+
+def test_rates_that_differ_in_any_digit_have_different_folders():
+    rates = [0.0, 0.3, 0.30001, 0.1 + 0.2, 1e-9]
+    assert len({store.rate_folder(rate) for rate in rates}) == len(rates)
+    assert [store.rate_folder(rate) for rate in (0.0, 0, 0.3, np.float64(0.3))] == ["dense", "dense", "0.3", "0.3"]
+    assert store.image_file("images", "magnitude", 0.3, 7) == Path("images/magnitude/0.3/0007.png")
+
+
+def test_an_image_comes_back_with_all_that_was_saved(tmp_path):
+    for made in (MADE, MADE._replace(finite=False, seconds=1 / 3, calls=1)):
+        store.save_image(made, tmp_path / "a" / "0.png", "abc")
+        loaded = store.load_image(tmp_path / "a" / "0.png", "abc")
+        assert np.array_equal(loaded.pixels, made.pixels)
+        assert loaded[1:] == made[1:]
+
+
+def test_an_image_of_another_provenance_or_without_its_calls_counts_as_not_there(tmp_path):
+    path = tmp_path / "0.png"
+    assert store.load_image(path, "abc") is None
+    store.save_image(MADE, path, "abc")
+    assert store.load_image(path, "abd") is None
+    text = PngImagePlugin.PngInfo()
+    for name, value in (("provenance", "abc"), ("finite", "1"), ("seconds", "0.1")):
+        text.add_text(name, value)
+    Image.fromarray(MADE.pixels).save(path, pnginfo=text)
+    assert store.load_image(path, "abc") is None
+    assert path.exists()
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:60], lambda data: b"",
+                                    lambda data: data.replace(b"0.1", b"nan")])
+def test_a_broken_image_is_renamed_with_a_message(tmp_path, capfd, damage):
+    path = tmp_path / "0.png"
+    store.save_image(MADE, path, "abc")
+    broken = damage(path.read_bytes())
+    path.write_bytes(broken)
+    assert store.load_image(path, "abc") is None
+    assert (tmp_path / "0.png.broken").read_bytes() == broken
+    assert "renamed to 0.png.broken" in "".join(capfd.readouterr())
+
+
+def test_features_are_computed_once_for_a_key_and_the_content_of_images(tmp_path, monkeypatch):
+    monkeypatch.setenv("PRUNING_CACHE", str(tmp_path))
+    images, computed = np.random.RandomState(0).randint(0, 256, (4, 8, 8, 3)).astype(np.uint8), []
+
+    def count(images, key):
+        found = store.cached_features(lambda x: computed.append(key) or x.mean(axis=(1, 2)), images, key)
+        assert np.array_equal(found, images.mean(axis=(1, 2)))
+        return len(computed)
+
+    assert [count(images, "a"), count(images, "a"), count(images, "b")] == [1, 1, 2]
+    other = images.copy()
+    other[0, 0, 0, 0] ^= 1
+    assert count(other, "a") == 3
+    assert count(images.reshape(4, 4, 16, 3), "a") == 4
+    for file in tmp_path.rglob("*.npy"):
+        file.write_bytes(file.read_bytes()[:-5])
+    assert [count(images, "a"), count(images, "a")] == [5, 5]
+    monkeypatch.setenv("PRUNING_CACHE", str(next(tmp_path.rglob("*.npy"))))  # no folder can be made there
+    assert [count(images, "a"), count(images, "a")] == [6, 7]
+
+
+def test_one_writer_removes_its_own_half_written_files_and_no_others(tmp_path):
+    """Another variant's record may be written at the same time."""
+    own = [".magnitude.json.0a.part", ".magnitude.png.0a.part", ".magnitude_metrics.png.0a.part"]
+    others = [".magnitude+scope=global.json.0a.part", ".magnitude+scope=global.png.0a.part",
+              ".magnitude.1of2.json.0a.part"]
+    images = tmp_path / "images"
+    for folder in ("magnitude", "magnitude+scope=global"):
+        (images / folder / "0.3").mkdir(parents=True)
+        (images / folder / "0.3" / ".0000.png.0a.part").write_text("")
+    for name in (*own, *others):
+        (tmp_path / name).write_text("")
+    with store.only_writer(tmp_path / "magnitude.json"):
+        assert sorted(path.name for path in tmp_path.glob(".*.part")) == sorted(others)
+        assert [path.parts[-3] for path in images.rglob("*.part")] == ["magnitude+scope=global"]
+
+
+def test_a_second_writer_of_one_record_is_refused_and_of_another_variant_is_not(tmp_path):
+    path, refused = tmp_path / "magnitude.json", []
+
+    def second():
+        try:
+            with store.only_writer(path):
+                pass
+        except UserError as error:
+            refused.append(str(error))
+    with store.only_writer(path), store.only_writer(tmp_path / "magnitude+scope=global.json"):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+    assert "another process is writing" in refused[0]
+    second()
+    assert len(refused) == 1
+    assert list(tmp_path.iterdir()) == []

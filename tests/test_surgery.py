@@ -21,9 +21,9 @@ from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from torch import nn
 
 from pruning import UserError
-from pruning.methods import attention_heads, prune, structured, surgery
+from pruning.methods import allocation, attention_heads, kinds, prune, structured, surgery
 from pruning.metrics import costs
-from pruning.models.pipelines import release
+from pruning.models.provenance import release
 
 UNET = dict(sample_size=8, layers_per_block=1, norm_num_groups=8, block_out_channels=(32, 64),
             cross_attention_dim=24, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -76,7 +76,7 @@ def build(family):
 
 
 def call_of(model, dtype=torch.float32):
-    """The arguments of a call of two latents, with some tokens of the caption masked out where it takes a mask."""
+    """The arguments of a call of two latents, with some tokens of the caption masked out if it takes a mask."""
     generator = torch.Generator().manual_seed(1)
 
     def randn(*shape):
@@ -143,7 +143,7 @@ def test_removed_equals_masked_and_the_count_is_the_asked(family, method, rate):
     assert gone > 0.5 * rate * sum(layer.weight.numel() for group in groups(dense, method)
                                    for layer, _ in group.layers())
     assert parameters(masked) == before
-    # A mask zeroes what removing takes out, but for the norms inside an attention that has no head left.
+    # A mask zeroes all that removal takes out, except the norms inside an attention that has no head left.
     left = {name for name, _ in removed.named_parameters()}
     zeros = sum(p.numel() if ".norm" in name and "attn" in name and name not in left else int((p == 0).sum())
                 for name, p in masked.named_parameters())
@@ -152,7 +152,7 @@ def test_removed_equals_masked_and_the_count_is_the_asked(family, method, rate):
 
 @FAMILIES
 @METHODS
-def test_what_a_call_costs_is_counted_and_falls_with_removal_alone(family, method):
+def test_the_cost_of_a_call_falls_with_removal_and_not_with_a_mask(family, method):
     dense = build(family)
     removed, masked = copy.deepcopy(dense), copy.deepcopy(dense)
     prune(method, removed, 0.9)
@@ -211,7 +211,7 @@ def test_a_pruned_model_can_be_pruned_again(family):
 
 @METHODS
 @pytest.mark.parametrize("family", ["sd15", "pixart"])
-def test_old_attention_processor(method, family):
+def test_removed_equals_masked_with_the_old_attention_processor(method, family):
     removed = build(family)
     removed.set_attn_processor(AttnProcessor())
     masked = copy.deepcopy(removed)
@@ -221,7 +221,7 @@ def test_old_attention_processor(method, family):
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
-def test_fused_projections(family):
+def test_removed_equals_masked_with_fused_projections(family):
     removed = build(family)
     removed.fuse_qkv_projections()
     masked = copy.deepcopy(removed)
@@ -304,16 +304,17 @@ def test_heads_can_be_fewer_than_layers(family):
     done = prune("attention_heads", removed, rate)
     prune("attention_heads", masked, rate, mask_only=True)
     assert done.total - done.taken == 1 < len(found)
-    assert sum(isinstance(module, surgery.HeadlessAttention) for module in removed.modules()) == len(found) - 1
+    assert sum(isinstance(module, kinds.HeadlessAttention) for module in removed.modules()) == len(found) - 1
+    assert surgery.survey(removed, "heads")[1] == {}  # what stands in for an empty attention is no unknown attention
     assert_equal_outputs(removed, masked)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(2, 6, 16), (2, 16, 3, 2)])
-def test_attention_without_heads_yields_its_bias(bias, shape):
+def test_an_attention_without_heads_returns_its_output_bias(bias, shape):
     attention = Attention(16, heads=2, dim_head=8, out_bias=bias)
     x = torch.randn(shape)
-    out = surgery.HeadlessAttention(attention)(x, encoder_hidden_states=torch.randn(2, 3, 16))
+    out = kinds.HeadlessAttention(attention)(x, encoder_hidden_states=torch.randn(2, 3, 16))
     want = attention.to_out[0].bias if bias else torch.zeros(16)
     assert torch.equal(out, want.view(-1, *(1,) * (len(shape) - 2)).expand(shape) if len(shape) == 4
                        else want.expand(shape))
@@ -321,7 +322,7 @@ def test_attention_without_heads_yields_its_bias(bias, shape):
 
 @pytest.mark.parametrize("shape", [(2, 6, 16), (2, 16, 3, 2)])
 @pytest.mark.parametrize("kept", [[], [1]])
-def test_attention_with_norm_residual_and_rescaling(shape, kept):
+def test_removed_equals_masked_in_an_attention_with_norm_residual_and_rescaling(shape, kept):
     attention = Attention(16, heads=2, dim_head=8, bias=True, residual_connection=True, rescale_output_factor=1.7,
                           norm_num_groups=4, qk_norm="rms_norm")
     removed, masked = nn.Sequential(attention), nn.Sequential(copy.deepcopy(attention))
@@ -334,7 +335,7 @@ def test_attention_with_norm_residual_and_rescaling(shape, kept):
 @pytest.mark.parametrize("activation", ["geglu", "gelu", "gelu-approximate", "geglu-approximate", "swiglu",
                                         "linear-silu"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_every_activation_of_a_feed_forward(activation, bias):
+def test_every_activation_of_a_feed_forward_is_removed_as_masked(activation, bias):
     removed = nn.Sequential(FeedForward(8, dim_out=6, activation_fn=activation, bias=bias, final_dropout=True)).eval()
     masked = copy.deepcopy(removed)
     prune("structured", removed, 0.75)
@@ -346,7 +347,7 @@ def test_every_activation_of_a_feed_forward(activation, bias):
 
 @pytest.mark.parametrize("options", [{"up": True}, {"down": True}, {"conv_2d_out_channels": 8}, {"groups_out": 2},
                                      {"skip_time_act": True, "output_scale_factor": 1.4}])
-def test_every_sort_of_resnet_block(options):
+def test_every_sort_of_resnet_block_is_removed_as_masked(options):
     removed = nn.ModuleList([ResnetBlock2D(in_channels=16, out_channels=32, temb_channels=12, groups=4, **options)])
     masked = copy.deepcopy(removed)
     assert prune("structured", removed, 0.5).taken == 16
@@ -362,7 +363,7 @@ def test_every_sort_of_resnet_block(options):
 def test_pruned_group_norm_is_the_dense_one_with_zeroed_channels(shape, memory_format, dtype):
     x = (torch.randn(shape, dtype=dtype) * 2 + 5).to(memory_format=memory_format)
     for dense_channels in (24, 48):
-        norm = surgery.PrunedGroupNorm(6, 24, dense_channels, 1e-5).to_empty(device="cpu").to(dtype)
+        norm = kinds.PrunedGroupNorm(6, 24, dense_channels, 1e-5).to_empty(device="cpu").to(dtype)
         nn.init.normal_(norm.weight)
         nn.init.normal_(norm.bias)
         padding = torch.zeros(shape[0], 6, (dense_channels - 24) // 6, *shape[2:], dtype=dtype)
@@ -373,7 +374,7 @@ def test_pruned_group_norm_is_the_dense_one_with_zeroed_channels(shape, memory_f
 
 
 def test_pruned_group_norm_has_gradients():
-    norm = surgery.PrunedGroupNorm(2, 4, 12, 1e-5).to_empty(device="cpu").double()
+    norm = kinds.PrunedGroupNorm(2, 4, 12, 1e-5).to_empty(device="cpu").double()
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
     x = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
@@ -386,7 +387,7 @@ def test_a_plan_replayed_on_the_meta_device_takes_the_weights(family, method):
     pruned = build(family)
     plan = PLAN[method](groups(pruned, method), 0.8)
     surgery.apply(pruned, plan)
-    with init_empty_weights():  # parameters alone: position tables are computed, not loaded
+    with init_empty_weights():  # parameters only: position tables are computed, not loaded
         rebuilt = type(pruned).from_config(pruned.config)
     surgery.apply(rebuilt, plan)
     assert all(p.is_meta for p in rebuilt.parameters())
@@ -417,7 +418,7 @@ def test_a_bad_plan_is_refused_before_anything_changes(keep):
 
 @pytest.mark.parametrize("norm", ["rms_norm_across_heads", "layer_norm_across_heads"])
 def test_a_norm_across_heads_takes_its_statistics_over_the_heads_left(norm):
-    """The one case in which removed is not masked: it is an attention built with fewer heads."""
+    """The one case in which removed is not masked; removed equals an attention built with fewer heads."""
     dense = Attention(16, heads=4, kv_heads=4, dim_head=8, qk_norm=norm, processor=SanaAttnProcessor2_0())
     for parameter in dense.parameters():
         nn.init.normal_(parameter)
@@ -443,7 +444,7 @@ def test_sana_with_a_norm_across_heads_loses_neurons_exactly_and_heads_as_if_bui
 
 
 @NEEDS_TORCH_25
-def test_a_block_whose_attention_shares_its_output_keeps_its_neurons_when_it_loses_all_heads():
+def test_a_block_whose_heads_and_neurons_share_a_layer_keeps_its_neurons_when_it_loses_all_heads():
     removed = build("flux_dev")
     masked = copy.deepcopy(removed)
     plan = {"single_transformer_blocks.0.heads": [], "single_transformer_blocks.1.heads": [3]}
@@ -458,7 +459,7 @@ def test_a_block_whose_attention_shares_its_output_keeps_its_neurons_when_it_los
 
 
 @METHODS
-def test_nothing_to_prune_is_an_error_with_the_class_and_the_method(method):
+def test_a_denoiser_without_units_is_an_error_that_names_its_class_and_the_method(method):
     model = nn.TransformerEncoderLayer(8, 2, 16)
     with pytest.raises(UserError, match=f"TransformerEncoderLayer.*{method}"):
         prune(method, model, 0.5)
@@ -471,16 +472,16 @@ def test_rates_outside_the_range_are_refused(method, rate):
         prune(method, build("pixart"), rate)
 
 
-def test_what_cannot_be_removed_exactly_is_left_out_with_the_reason():
+def test_what_cannot_be_removed_exactly_is_skipped_with_the_reason():
     plain, added, grouped, tied, wrapped = (
         Attention(16, heads=2, dim_head=8, **options) for options in (
             {}, {"added_kv_proj_dim": 8, "processor": AttnAddedKVProcessor()}, {"kv_heads": 1}, {}, {}))
     tied.to_v.weight = tied.to_k.weight
     wrapped.to_q = nn.Sequential(wrapped.to_q)
     model = nn.ModuleDict(dict(plain=plain, added=added, grouped=grouped, tied=tied, wrapped=wrapped))
-    found, left_out = surgery.survey(model, "heads")
+    found, skipped = surgery.survey(model, "heads")
     assert [group.name for group in found] == ["plain.heads"]
-    assert {name: why.split()[-1] for name, why in left_out.items()} == {
+    assert {name: why.split()[-1] for name, why in skipped.items()} == {
         "added": "AttnAddedKVProcessor", "grouped": "grouped", "tied": "layer", "wrapped": "Sequential"}
     assert prune("attention_heads", model, 0.5).total == 2
     del model["plain"]
@@ -509,3 +510,107 @@ def test_equal_scores_are_broken_the_same_way_each_time(method):
     for group in groups(model, method):
         keep = kept.get(group.name, list(range(group.units)))
         assert keep == list(range(group.units))[group.units - len(keep):]  # the first go
+
+
+# ---- criteria
+
+@METHODS
+def test_the_score_decides_which_units_go(method):
+    """With the opposite of the usual score, the units of highest weights go."""
+    model = build("sd15")
+    found = groups(model, method)
+    order = {"structured": allocation.equal_shares, "attention_heads": allocation.lowest_overall}[method]
+    kept = order(found, 0.5, lambda group: -surgery.root_mean_square(group))
+    gone = {group.name: sorted(set(range(group.units)) - set(kept.get(group.name, range(group.units))))
+            for group in found}
+    sets = [found] if method == "attention_heads" else [[group] for group in found if group.norm_groups == 1]
+    for together in sets:
+        scores = {group.name: surgery.root_mean_square(group) for group in together}
+        lost = torch.cat([scores[group.name][gone[group.name]] for group in together])
+        left = torch.cat([scores[group.name][kept.get(group.name, slice(None))] for group in together])
+        assert lost.numel() == pytest.approx(0.5 * (lost.numel() + left.numel()), abs=1)
+        assert lost.min() > left.max()
+
+
+@METHODS
+@pytest.mark.parametrize(("score", "error", "message"), [
+    (lambda group: torch.full((group.units,), float("nan")), UserError, "has scores that are NaN"),
+    (lambda group: torch.zeros(1), ValueError, r"is \(1,\) for"),
+])
+def test_scores_without_an_order_are_refused(method, score, error, message):
+    with pytest.raises(error, match=message):
+        PLAN[method](groups(build("pixart"), method), 0.5, score=score)
+
+
+# ---- new kinds
+
+class Gated(nn.Module):
+    """A module that no row of KINDS describes, with two gates of three places each."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.close = nn.Linear(8, 6), nn.Linear(6, 8)
+
+    def forward(self, x):
+        return x + self.close(self.open(x).relu())
+
+
+GATES = kinds.Kind("gates", Gated, rows=("open",), columns=("close",), units=lambda m: m.close.in_features // 3)
+
+
+@pytest.fixture
+def gates(monkeypatch):
+    monkeypatch.setattr(kinds, "KINDS", (*kinds.KINDS, GATES))
+
+
+def test_a_row_with_a_new_unit_is_all_that_a_new_kind_needs(gates):
+    removed = nn.Sequential(Gated(), Gated())
+    masked = copy.deepcopy(removed)
+    found, skipped = surgery.survey(removed, "gates")
+    assert ([(group.name, group.units) for group in found], skipped) == ([("0.gates", 2), ("1.gates", 2)], {})
+    plan = allocation.equal_shares(found, 0.5, surgery.root_mean_square)
+    surgery.apply(removed, plan)
+    surgery.apply(masked, plan, mask_only=True)
+    assert [layer.open.out_features for layer in removed] == [3, 3]
+    x = torch.randn(5, 8)
+    assert torch.allclose(removed(x), masked(x), atol=1e-6)
+    rebuilt = nn.Sequential(Gated(), Gated()).to("meta")
+    surgery.apply(rebuilt, removed.removals[0])
+    rebuilt.load_state_dict(removed.state_dict(), strict=True, assign=True)
+    assert torch.equal(rebuilt(x), removed(x))
+
+
+@METHODS
+@pytest.mark.parametrize("family", ["sd15", "sd35"])
+def test_a_row_with_a_new_unit_leaves_other_methods_as_they_were(family, method, monkeypatch):
+    expected = build(family)
+    before = prune(method, expected, 0.5)
+    monkeypatch.setattr(kinds, "KINDS", (*kinds.KINDS, GATES, GATES._replace(lookalikes="block|attn|feed|res")))
+    model = build(family)
+    assert prune(method, model, 0.5) == before
+    assert model.removals == expected.removals
+    assert torch.equal(run(model), run(expected))
+
+
+def test_unknown_modules_are_named_by_the_words_of_the_units_asked_for(gates, monkeypatch):
+    class OddGate(nn.Linear):
+        pass
+
+    model = nn.ModuleDict({"odd": OddGate(2, 2), "gated": Gated()})
+    assert surgery.survey(model, "gates")[1] == {}  # without words in the row, none are named
+    monkeypatch.setattr(kinds, "KINDS", (*kinds.KINDS[:-1], GATES._replace(lookalikes="gate")))
+    assert surgery.survey(model, "gates")[1] == {"odd": "its class OddGate is not known"}
+    assert surgery.survey(model, "heads")[1] == {}
+
+
+def test_applying_a_plan_looks_for_the_units_of_the_plan_alone(monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("not needed")
+
+    model = build("sd15")
+    name, units = next((group.name, group.units) for group in groups(model, "attention_heads"))
+    monkeypatch.setattr(kinds, "KINDS", tuple(kind if kind.unit == "heads" else kind._replace(obstacle=refuse)
+                                              for kind in kinds.KINDS))
+    monkeypatch.setattr(surgery, "unknown_modules", refuse)
+    surgery.apply(model, {name: [0]})
+    assert next(group.units for group in surgery.find_groups(model, ["heads"])[0] if group.name == name) == 1 < units

@@ -1,38 +1,40 @@
-"""A sweep can be cut off anywhere: no image is made twice, no file stays half-written, the record ends the same."""
+"""A sweep survives cuts, broken files and full disks: no image is made twice, and the record ends the same."""
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from pruning import UserError, pruning_analysis
-from pruning.models import pipelines
+from pruning import UserError, pruning_analysis, sweep
+from pruning.models import generation
 from pruning.records import plots, store
 from pruning.records.record import read_record
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--num_images", "6", "--steps", "2", "--batch_size", "2", "--device", "cpu", "--rates", "0.3", "0.8"]
 CHEAP = ["--metrics", "clip_score", "lpips_dense", "fid"]
+DAMAGES = {"cut": lambda data: data[:len(data) // 2], "empty": lambda data: b"",
+           "garbage": lambda data: os.urandom(500)}
 
 
-def sweep(folder, *flags):
+def measure(folder, *flags):
+    """Run the command in this process and return the record."""
     pruning_analysis.main([*QUICK, "--results_dir", str(folder), *flags])
     return read_record(Path(folder) / "shapes-unet" / "shapes" / "magnitude.json")
 
 
 def without_times(record):
-    """All that a record says but for how long things took."""
-    data = json.loads(json.dumps(pruning_analysis.asdict(record)))
+    """Everything in a record except times."""
+    data = json.loads(json.dumps(dataclasses.asdict(record)))
     for point in (data["dense"], *data["points"]):
         for name in [name for name in point if "seconds" in name]:
             del point[name]
@@ -43,25 +45,25 @@ def without_times(record):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    return folder, sweep(folder, *CHEAP)
+    return folder, measure(folder, *CHEAP)
 
 
 @pytest.fixture
 def made(monkeypatch):
-    """How many images each call of the pipeline with all its steps makes, as they come."""
-    counts, generate = [], pipelines.generate
+    """The number of images that each call of the pipeline makes, warm-up calls of one step left out."""
+    counts, generate = [], generation.generate
 
     def counting(pipeline, samples, **settings):
-        if settings["steps"] > 1:  # which a warm-up has not
+        if settings["steps"] > 1:
             counts.append(len(samples))
         return generate(pipeline, samples, **settings)
 
-    monkeypatch.setattr(pipelines, "generate", counting)
+    monkeypatch.setattr(generation, "generate", counting)
     return counts
 
 
-def test_a_run_cut_off_between_images_makes_only_those_that_are_missing(tmp_path, made, monkeypatch, whole):
-    counting = pipelines.generate
+def test_a_run_cut_off_between_images_makes_only_the_missing_images(tmp_path, made, monkeypatch, whole):
+    counting = generation.generate
 
     def cut_off(*args, **settings):
         if len(made) == 5:  # three batches of dense, two at 0.3
@@ -69,198 +71,214 @@ def test_a_run_cut_off_between_images_makes_only_those_that_are_missing(tmp_path
         return counting(*args, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipelines, "generate", cut_off)
+        patch.setattr(generation, "generate", cut_off)
         with pytest.raises(KeyboardInterrupt):
-            sweep(tmp_path, *CHEAP)
+            measure(tmp_path, *CHEAP)
     assert made == [2] * 5
-    assert without_times(sweep(tmp_path, *CHEAP)) == without_times(whole[1])
+    assert without_times(measure(tmp_path, *CHEAP)) == without_times(whole[1])
     assert made == [2] * 9
 
 
-def test_a_metric_added_later_makes_no_image_and_is_as_if_measured_at_once(tmp_path, made, whole):
-    sweep(tmp_path, "--metrics", "clip_score")
+def test_a_metric_added_later_makes_no_image_and_equals_one_measured_at_once(tmp_path, made, whole):
+    measure(tmp_path, "--metrics", "clip_score")
     before = len(made)
-    record = sweep(tmp_path, "--metrics", "fid", "lpips_dense")
+    record = measure(tmp_path, "--metrics", "fid", "lpips_dense")
     assert len(made) == before
     assert without_times(record) == without_times(whole[1])
 
 
-def test_an_image_of_other_settings_or_a_changed_file_is_not_taken(tmp_path, made):
-    sweep(tmp_path, *CHEAP)
+def test_an_image_of_other_settings_or_a_changed_file_is_made_again(tmp_path, made):
+    measure(tmp_path, *CHEAP)
     folder = tmp_path / "shapes-unet" / "shapes"
     (folder / "magnitude.json").unlink()
     before = len(made)
-    sweep(tmp_path, *CHEAP, "--guidance_scale", "3")
-    assert len(made) == before + 9  # all anew
+    measure(tmp_path, *CHEAP, "--guidance_scale", "3")
+    assert len(made) == before + 9  # all of them
     (folder / "magnitude.json").unlink()
-    Image.new("RGB", (64, 64)).save(folder / "images/magnitude/0.3/0001.png")  # without the hash of what made it
-    sweep(tmp_path, *CHEAP, "--guidance_scale", "3")
-    assert len(made) == before + 9 + 1  # its batch
+    Image.new("RGB", (64, 64)).save(folder / "images/magnitude/0.3/0001.png")  # without its provenance
+    measure(tmp_path, *CHEAP, "--guidance_scale", "3")
+    assert len(made) == before + 9 + 1  # the batch of that image
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:len(data) // 2], lambda data: b"", lambda data: os.urandom(500)],
-                         ids=["cut", "empty", "garbage"])
-@pytest.mark.parametrize("file", ["magnitude.json", "images/magnitude/0.3/0001.png", "images/magnitude/dense/0000.png"])
-def test_a_broken_file_is_set_aside_with_a_message_and_measured_again(file, damage, tmp_path, whole, capfd):
-    shutil.copytree(str(whole[0] / "shapes-unet"), str(tmp_path / "shapes-unet"))
-    path = tmp_path / "shapes-unet" / "shapes" / file
-    broken = damage(path.read_bytes())
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_broken_image_is_set_aside_with_a_message(damage, tmp_path, capfd):
+    path = tmp_path / "0000.png"
+    store.save_image(store.Made(np.zeros((8, 8, 3), np.uint8), True, 0.5, 3), path, "origin")
+    assert store.load_image(path, "origin").calls == 3
+    broken = DAMAGES[damage](path.read_bytes())
     path.write_bytes(broken)
-    if file.endswith("png"):  # or nothing would look at it
-        (tmp_path / "shapes-unet/shapes/magnitude.json").unlink()
-    assert without_times(sweep(tmp_path, *CHEAP)) == without_times(whole[1])
+    assert store.load_image(path, "origin") is None
     aside = path.with_name(path.name + ".broken")
     assert aside.read_bytes() == broken
-    said = capfd.readouterr()
-    assert aside.name in said.err + said.out
+    printed = capfd.readouterr()
+    assert aside.name in printed.err + printed.out
 
 
-def test_discarded_images_leave_those_of_the_figure_and_are_made_again_when_needed(tmp_path, made, whole):
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_broken_record_is_set_aside_with_a_message(damage, tmp_path, whole, capfd):
+    path = tmp_path / "magnitude.json"
+    broken = DAMAGES[damage]((whole[0] / "shapes-unet/shapes/magnitude.json").read_bytes())
+    path.write_bytes(broken)
+    assert sweep.earlier_record(path) is None
+    aside = path.with_name(path.name + ".broken")
+    assert aside.read_bytes() == broken
+    assert aside.name in capfd.readouterr().err
+
+
+def test_a_sweep_with_broken_files_ends_with_the_record_of_an_undisturbed_one(tmp_path, whole, made):
+    shutil.copytree(str(whole[0] / "shapes-unet"), str(tmp_path / "shapes-unet"))
+    own = tmp_path / "shapes-unet" / "shapes"
+    for file in ("magnitude.json", "images/magnitude/0.3/0001.png", "images/magnitude/dense/0000.png"):
+        (own / file).write_bytes(DAMAGES["cut"]((own / file).read_bytes()))
+    assert without_times(measure(tmp_path, *CHEAP)) == without_times(whole[1])
+    assert made == [2, 2]  # the two batches with a broken image
+
+
+def test_discarded_images_leave_those_of_the_figure_and_are_made_again_when_needed(tmp_path, made):
     flags = ["--num_images", str(plots.ROWS + 2)]
-    discarded = sweep(tmp_path, "--metrics", "clip_score", "--discard_images", *flags)
+    discarded = measure(tmp_path, "--metrics", "clip_score", "--discard_images", *flags)
     files = sorted(path.name for path in (tmp_path / "shapes-unet/shapes/images/magnitude/0.3").iterdir())
-    assert files == [store.file_name(index) for index in range(plots.ROWS)]
+    assert files == [f"{index:04d}.png" for index in range(plots.ROWS)]
     before = len(made)
-    record = sweep(tmp_path, *CHEAP, *flags)
-    assert len(made) == before + 3  # the last batch of dense and both rates
+    record = measure(tmp_path, *CHEAP, *flags)
+    assert len(made) == before + 3  # the last batch of dense and of both rates
     assert record.points[1].per_image["clip_score"] == discarded.points[1].per_image["clip_score"]
 
 
-def test_a_second_process_on_the_same_record_is_turned_away(tmp_path):
+def test_a_shard_started_afresh_leaves_the_images_of_other_shards(tmp_path):
+    own = tmp_path / "shapes-unet" / "shapes" / "images" / "magnitude"
+    flags = [*QUICK, *CHEAP, "--results_dir", str(tmp_path)]
+    for part in ("1/2", "2/2"):
+        pruning_analysis.main([*flags, "--shard", part])
+    before = {path: path.stat().st_mtime_ns for path in own.rglob("*.png")}
+    pruning_analysis.main([*flags, "--shard", "2/2", "--overwrite"])
+    for path, written in before.items():
+        assert (path.stat().st_mtime_ns == written) == (path.parent.name != "0.8"), path
+
+
+def test_a_second_process_on_the_same_record_is_refused(tmp_path):
     path = tmp_path / "shapes-unet" / "shapes" / "magnitude.json"
     with store.only_writer(path):
         with pytest.raises(UserError, match="another process is writing"):
-            sweep(tmp_path, *CHEAP)
-        code = f"from pruning import kept; from pathlib import Path\nwith store.only_writer(Path({str(path)!r})): pass"
+            measure(tmp_path, *CHEAP)
+        code = ("from pruning.records import store; from pathlib import Path\n"
+                f"with store.only_writer(Path({str(path)!r})): pass")
         other = subprocess.run([sys.executable, "-c", code], cwd=str(ROOT), capture_output=True, text=True)
         assert "another process is writing" in other.stderr
     assert list(path.parent.iterdir()) == []
 
 
-def test_results_that_cannot_be_written_are_one_line_before_anything_is_measured(tmp_path, made):
+def test_a_folder_that_cannot_be_written_is_one_line_before_anything_is_measured(tmp_path, made):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write into"):
-        sweep(tmp_path / "file", *CHEAP)
+        measure(tmp_path / "file", *CHEAP)
     (tmp_path / "folder").mkdir(mode=0o500)
-    if not os.access(str(tmp_path / "folder"), os.W_OK):  # which root always may
+    if not os.access(str(tmp_path / "folder"), os.W_OK):  # root may write everywhere
         with pytest.raises(UserError, match="cannot write into"):
-            sweep(tmp_path / "folder", *CHEAP)
+            measure(tmp_path / "folder", *CHEAP)
     assert not made
 
 
 @pytest.mark.parametrize(("limit", "first"), [(2000, "0000.png"), (9000, "magnitude_images.png")])
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(limit, first, tmp_path, whole):
-    """A limit on the size of files, beyond which the system refuses to write as it does on a full disk."""
+    """The system's limit on the size of files makes writes fail as a full disk does."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
         with pytest.raises(UserError, match=f"cannot write .*{first}"):
-            sweep(tmp_path, *CHEAP)
+            measure(tmp_path, *CHEAP)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix not in (".png", ".json")]
-    assert without_times(sweep(tmp_path, *CHEAP)) == without_times(whole[1])
+    assert without_times(measure(tmp_path, *CHEAP)) == without_times(whole[1])
 
 
-def test_features_of_real_images_are_computed_once_and_again_where_anything_differs(tmp_path, monkeypatch):
+def test_features_of_real_images_are_computed_once_and_again_if_anything_differs(tmp_path, monkeypatch):
     monkeypatch.setenv("PRUNING_CACHE", str(tmp_path))
     images, computed = np.random.RandomState(0).randint(0, 256, (4, 8, 8, 3)).astype(np.uint8), []
 
-    def features(images=images, **origin):
+    def count_after(key, images=images):
+        """How often features have been computed after they are asked for once more."""
         def compute(images):
-            computed.append(origin)
+            computed.append(key)
             return images.mean(axis=(1, 2))
-        found = store.features(compute, images, origin)
+        found = store.cached_features(compute, images, key)
         assert np.array_equal(found, images.mean(axis=(1, 2)))
         return len(computed)
 
-    assert [features(weights="a"), features(weights="a")] == [1, 1]
-    assert features(weights="b") == 2
+    assert [count_after("a"), count_after("a")] == [1, 1]
+    assert count_after("b") == 2
     other = images.copy()
     other[0, 0, 0, 0] ^= 1
-    assert features(other, weights="a") == 3
+    assert count_after("a", other) == 3
     for file in tmp_path.rglob("*.npy"):
         file.write_bytes(file.read_bytes()[:-5])
-    assert [features(weights="a"), features(weights="a")] == [4, 4]
-    monkeypatch.setenv("PRUNING_CACHE", str(next(tmp_path.rglob("*.npy"))))  # where no folder can be made
-    assert [features(weights="a"), features(weights="a")] == [5, 6]
+    assert [count_after("a"), count_after("a")] == [4, 4]
+    monkeypatch.setenv("PRUNING_CACHE", str(next(tmp_path.rglob("*.npy"))))  # a file: no folder can be made there
+    assert [count_after("a"), count_after("a")] == [5, 6]
 
 
-# A process for sweeps to fork from that has imported what the first one did, which takes longer than to sweep. It runs
-# nothing itself, as torch does not bear a fork once it has worked.
-ZYGOTE = """
-import contextlib, importlib, os, sys
+# The sweeps are forked from a process that has imported what the first sweep imported, as imports take longer than
+# a sweep. That process runs no torch itself, because torch does not survive a fork after its first work. A sweep
+# counts the files that it puts into place, and kills itself before it would put the `fatal`-th there.
+FORKS = """
+import contextlib, importlib, os, signal, sys
 sys.path.insert(0, {root!r})
 from pruning import cli, pruning_analysis
 
-def fork(folder):
+def fork(folder, fatal):
     child = os.fork()
-    if child == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        cli.run(lambda: pruning_analysis.main([*{flags!r}, folder]))
-        with open({modules!r}, "w") as file:
-            file.write("\\n".join(sys.modules))
-        os._exit(0)
-    return child
+    if child:
+        return os.waitpid(child, 0)[1]
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    replace, count = os.replace, [0]
+    def counting(*paths):
+        count[0] += 1
+        if count[0] == fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(*paths)
+    os.replace = counting
+    cli.run(lambda: pruning_analysis.main([*{flags!r}, folder]))
+    with open({report!r}, "w") as file:
+        file.write("\\n".join([str(count[0]), *sys.modules]))
+    os._exit(0)
 
-os.waitpid(fork({whole!r}), 0)
-for name in open({modules!r}).read().split():
+assert fork({whole!r}, 0) == 0
+count, *modules = open({report!r}).read().split()
+for name in modules:
     with contextlib.suppress(Exception):
         importlib.import_module(name)
-print("ready", flush=True)
+print(count, flush=True)
 for line in sys.stdin:
-    child = fork({killed!r})
-    print(child, flush=True)
-    print(os.waitpid(child, 0)[1], flush=True)
+    print(fork({killed!r}, int(line)), flush=True)
 """
 
 
-def test_a_sweep_killed_at_20_moments_ends_with_the_record_of_an_undisturbed_one(tmp_path):
-    code = ZYGOTE.format(root=str(ROOT), flags=[*QUICK, *CHEAP, "--results_dir"], whole=str(tmp_path / "whole"),
-                         killed=str(tmp_path / "killed"), modules=str(tmp_path / "modules"))
-    zygote = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                              stderr=subprocess.DEVNULL, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
+def test_a_sweep_killed_20_times_ends_with_the_record_of_an_undisturbed_one(tmp_path):
+    code = FORKS.format(root=str(ROOT), flags=[*QUICK, *CHEAP, "--results_dir"], whole=str(tmp_path / "whole"),
+                        killed=str(tmp_path / "killed"), report=str(tmp_path / "report"))
+    forks = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                             stderr=subprocess.DEVNULL, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     whole, record = (tmp_path / name / "shapes-unet/shapes/magnitude.json" for name in ("whole", "killed"))
-    met, rng = set(), np.random.RandomState(0)
 
-    def images():
-        return len(list((record.parent / "images").rglob("0*.png")))
-
-    def run(seconds=None, more=0):
-        """Start a sweep, kill it so many seconds after it made so many images more; its status, and how long it ran."""
-        there = images()
-        zygote.stdin.write("\n")
-        zygote.stdin.flush()
-        child, started = int(zygote.stdout.readline()), time.monotonic()
-        if seconds is not None:
-            while images() < there + more and time.monotonic() < started + span:
-                time.sleep(0.001)
-            time.sleep(seconds)
-            with suppress(ProcessLookupError):  # where it was sooner
-                os.kill(child, signal.SIGKILL)
-        return int(zygote.stdout.readline()), time.monotonic() - started
+    def run(fatal=0):
+        """Run the sweep until it puts its `fatal`-th file into place, to the end for 0. Returns its exit status."""
+        forks.stdin.write(f"{fatal}\n")
+        forks.stdin.flush()
+        return int(forks.stdout.readline())
 
     try:
-        assert zygote.stdout.readline() == "ready\n"
-        status, span = run()
-        assert status == 0
-        killed = 0
-        for _ in range(60):
-            if killed == 20:
-                break
-            if rng.rand() < 0.4:  # begin again from nothing, as a longer sweep would have more to do
-                shutil.rmtree(str(record.parent), ignore_errors=True)
-            # Any moment, or one of those while images are made, which are but a small part of all.
-            status, _ = run(rng.uniform(0, span)) if rng.rand() < 0.5 else run(rng.uniform(0, 0.1), rng.randint(1, 12))
-            killed += os.WIFSIGNALED(status)
-            met.add((images(), record.exists()))
-        assert killed == 20
-        assert len(met) > 4  # moments that differ: before the first image, between images, between points, at the end
-        assert run()[0] == 0
+        files = int(forks.stdout.readline())
+        assert files > 18 + 3  # images, a record after each point, figures
+        for start in np.linspace(1, files, 5).round().astype(int):
+            shutil.rmtree(str(record.parent), ignore_errors=True)
+            for fatal in (start, 1, 2, 3):  # the runs that continue are killed soon
+                status = run(fatal)
+                assert status == signal.SIGKILL or (record.exists() and start + fatal > files - 8)
+            assert run() == 0
+            assert without_times(read_record(record)) == without_times(read_record(whole))
+            assert not [path for path in tmp_path.rglob("*") if path.name.endswith((".part", ".lock"))]
     finally:
-        zygote.stdin.close()
-        zygote.wait()
-    assert without_times(read_record(record)) == without_times(read_record(whole))
-    assert not [path for path in tmp_path.rglob("*") if path.name.endswith((".part", ".lock"))]
+        forks.stdin.close()
+        forks.wait()

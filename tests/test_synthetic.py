@@ -1,4 +1,4 @@
-"""The synthetic graph: repeatable, falling, and never to be taken for a measurement."""
+"""The synthetic figure is repeatable and falls, and nobody can mistake it for a measurement."""
 import json
 
 import pytest
@@ -48,7 +48,7 @@ def test_picture_and_json_are_written_and_the_json_says_that_it_is_synthetic(dra
     assert sorted(path.name for path in drawn.iterdir()) == ["synthetic.json", "synthetic.png"]
 
 
-def test_the_synthetic_json_is_no_record(drawn):
+def test_the_synthetic_json_is_not_a_record(drawn):
     assert find_records(drawn) == []
     with pytest.raises(UserError, match="synthetic"):
         read_record(drawn / "synthetic.json")
@@ -64,7 +64,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, arguments):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_method_of_which_nothing_is_expected_is_named_and_not_drawn(monkeypatch, tmp_path, capsys):
+def test_a_method_without_an_expected_curve_is_named_and_not_drawn(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(METHODS, "a_new_method", METHODS["magnitude"])
     generate_synthetic_graph.main(["--output_dir", str(tmp_path)])
     assert "a_new_method" in capsys.readouterr().err

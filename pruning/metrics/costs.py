@@ -1,4 +1,8 @@
-"""What a denoiser costs: parameters, multiply-accumulates, memory and time, of dense and pruned alike."""
+"""The costs of a denoiser, dense or pruned: parameters, multiply-accumulates, memory and time.
+
+A `call` holds the keyword arguments of a denoiser call. Every call runs under torch.no_grad(), because torch.compile
+compiles again for any other mode.
+"""
 from __future__ import annotations
 
 import os
@@ -7,11 +11,14 @@ from typing import Callable, Dict, List, Optional, Sequence
 
 import numpy as np
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces itself on stderr otherwise
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise torch's profiler prints to stderr
 
 
 def count_parameters(module) -> Dict[str, int]:
-    """Parameters, how many are not zero, and the bytes of all weights at their dtype, which is what a file holds."""
+    """Return the number of parameters, the number of nonzero ones, and the bytes of all weights.
+
+    The bytes are those of the state dict in its dtype, which is what a weights file holds.
+    """
     parameters = list(module.parameters())
     return {
         "parameters": sum(p.numel() for p in parameters),
@@ -21,31 +28,32 @@ def count_parameters(module) -> Dict[str, int]:
 
 
 def count_macs(denoiser, call: dict) -> int:
-    """Multiply-accumulates of a call for one latent: matrix products, convolutions and attention, as torch counts.
+    """Return the multiply-accumulates of a call for one latent, counted by torch's FlopCounterMode.
 
-    call: the keyword arguments of a call. A multiplication by zero counts, as dense kernels compute it.
+    Matrix products, convolutions and attention count. Multiplications by zero count too, as dense kernels compute them.
     """
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    # Fused CPU attention is not counted by older releases, and inference mode hides everything from them.
+    # Older releases of torch do not count fused attention on the CPU.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        latents = _sample(denoiser.forward(**call)).shape[0]  # not what torch.compile made of it, which hides them too
+        latents = _sample(denoiser.forward(**call)).shape[0]  # forward: compiled calls would not be counted
     return counter.get_total_flops() // 2 // latents
 
 
 def peak_bytes(denoiser, call: dict) -> int:
-    """The denoiser's weights and the most memory that a call holds at once on top of them, in bytes.
+    """Return the bytes of the denoiser's weights plus the most that a call allocates at once on top of them.
 
-    On CUDA what its allocator saw, on the CPU the allocations that torch's profiler saw: both repeatable,
-    where the memory of the process would also hold what was freed and not given back.
+    On CUDA, torch's allocator reports the peak; on the CPU, torch's profiler reports each allocation. Both numbers are
+    repeatable. The memory of the process is not, because it includes freed memory that was not returned.
     """
     import torch
+
     device = _device(call)
     weights = sum(tensor.numel() * tensor.element_size() for tensor in denoiser.state_dict().values()
-                  if tensor.device.type == device.type)  # offloaded ones come and go within the call
-    with torch.inference_mode():
+                  if tensor.device.type == device.type)  # offloaded weights are allocated within the call
+    with torch.no_grad():
         if device.type == "cuda":
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
@@ -61,14 +69,16 @@ def peak_bytes(denoiser, call: dict) -> int:
 
 
 def denoiser_seconds(denoisers: Sequence, call: dict, rounds: int = 5, place: Optional[Callable] = None) -> List[float]:
-    """Median seconds of a call of each denoiser, timed in turn so that the machine's drift meets all alike.
+    """Return the median seconds of a call of each denoiser over `rounds` rounds.
 
-    place(denoiser), where given, is called whenever another denoiser's turn comes, to bring it to the device, and a
-    call to warm up follows. Without it the first of the calls may be cold, which a median leaves out.
+    Each round calls every denoiser once, so a machine that becomes slower slows all of them. place(denoiser), if given,
+    brings a denoiser to the device before its turn, and an untimed warm-up call follows. Without `place` the first
+    timed call may be slow; the median ignores it.
     """
     import torch
+
     seconds, device = [[] for _ in denoisers], _device(call)
-    with torch.inference_mode():
+    with torch.no_grad():
         for _ in range(rounds):
             for denoiser, own in zip(denoisers, seconds):
                 if place:
@@ -83,8 +93,9 @@ def denoiser_seconds(denoisers: Sequence, call: dict, rounds: int = 5, place: Op
 
 
 def synchronize(device) -> None:
-    """Wait until the device has done all it was given."""
+    """Wait until a torch.device has finished all its work. Only CUDA devices work asynchronously here."""
     import torch
+
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -1,9 +1,8 @@
-"""A pruned pipeline as a folder: what diffusers writes, and a manifest with which it loads again.
+"""A pruned pipeline as a folder: the files that diffusers writes, and a manifest.
 
-diffusers refuses weights whose shapes differ from the config. So the manifest
-holds the config of the dense denoiser and the units that were kept: loading
-builds the dense denoiser on the meta device, takes the same units out again,
-and loads the weights strictly. Nothing in the folder is pickled or trusted.
+diffusers refuses weights whose shapes differ from the config. So the manifest holds the config of the dense denoiser
+and the units that were kept. Loading builds the dense denoiser on the meta device, removes the same units again, and
+loads the weights strictly. Nothing in the folder is pickled, and nothing in it is trusted.
 """
 from __future__ import annotations
 
@@ -25,12 +24,12 @@ def save(pipeline, component: str, folder: Path, sampling: Dict[str, Any], pruni
          point: Dict[str, Any]) -> None:
     """Write the pipeline with its pruned denoiser as a folder, whole or not at all.
 
-    sampling: the settings it is meant for; pruning: what made it; point: what was measured. Weights are
-    stored in half precision where that loses nothing, which is so where they came from half precision.
-    Raises UserError where there is something else at `folder` (see is_saved), or it cannot be written.
+    sampling: the settings that the model is meant for. pruning: all that decides its weights. point: what was measured.
+    Weights are stored in half precision if no weight changes by that. Raises UserError if `folder` exists or cannot be
+    written.
     """
     if folder.exists():
-        raise UserError(f"{folder} is there already; name another folder to save to")
+        raise UserError(f"{folder} exists already; name another folder to save to")
     denoiser = getattr(pipeline, component)
     config = {name: value for name, value in denoiser.config.items() if name != "_name_or_path"}
     part = folder.with_name(f".{folder.name}.part")
@@ -40,7 +39,7 @@ def save(pipeline, component: str, folder: Path, sampling: Dict[str, Any], pruni
         pipeline.save_pretrained(part, safe_serialization=True)
         for file in sorted(part.rglob("*.safetensors")):
             narrow(file)
-            file.chmod((part / "model_index.json").stat().st_mode)  # safetensors writes for the owner alone
+            file.chmod((part / "model_index.json").stat().st_mode)  # safetensors lets only the owner read
         write_json({"format_version": FORMAT_VERSION, "component": component, "base_class": type(denoiser).__name__,
                     "config": config, "removals": getattr(denoiser, "removals", []), "sampling": sampling,
                     "pruning": pruning, "point": point}, part / MANIFEST)
@@ -52,7 +51,7 @@ def save(pipeline, component: str, folder: Path, sampling: Dict[str, Any], pruni
 
 
 def narrow(file: Path) -> None:
-    """Rewrite a safetensors file in float16 or bfloat16 if every number in it stays what it is."""
+    """Rewrite a safetensors file in float16 or bfloat16 if every number in it stays the same."""
     import torch
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
@@ -69,17 +68,17 @@ def narrow(file: Path) -> None:
 
 
 def is_saved(folder: Path, pruning: Dict[str, Any]) -> bool:
-    """Whether `folder` holds what `pruning` describes. Raises UserError where it holds something else."""
+    """Return whether `folder` holds the model that `pruning` describes. Raises UserError if it holds another."""
     if not folder.exists():
         return False
     manifest = read_manifest(folder)
     if manifest is None or manifest["pruning"] != json.loads(json.dumps(pruning)):
-        raise UserError(f"{folder} is there already and holds something else; name another folder to save to")
+        raise UserError(f"{folder} exists already and holds something else; name another folder to save to")
     return True
 
 
 def read_manifest(folder: Path) -> Optional[Dict[str, Any]]:
-    """The manifest of a folder, None where it has none. Raises UserError for one that cannot be right."""
+    """Return the manifest of a folder, or None if it has none. Raises UserError if the manifest is malformed."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
         return None
@@ -88,7 +87,7 @@ def read_manifest(folder: Path) -> Optional[Dict[str, Any]]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{path} is no manifest of a pruned model in format {FORMAT_VERSION}")
+        raise UserError(f"{path} is not a manifest of a pruned model in format {FORMAT_VERSION}")
     for name, kind in FIELDS.items():
         if not isinstance(manifest.get(name), kind):
             raise UserError(f"{path}: {name} must be {kind.__name__}")
@@ -97,7 +96,7 @@ def read_manifest(folder: Path) -> Optional[Dict[str, Any]]:
     numbers = [manifest["sampling"].get(name) for name in ("steps", "image_size", "guidance_scale")]
     if len(manifest["sampling"]) != 3 or [type(n) for n in numbers[:2]] != [int, int] or min(numbers[:2]) < 1 \
             or type(numbers[2]) not in (int, float):
-        raise UserError(f"{path}: sampling must be steps and image_size, whole numbers above 0, and guidance_scale")
+        raise UserError(f"{path}: sampling must hold steps and image_size, whole numbers above 0, and guidance_scale")
     for plan in manifest["removals"]:
         if not isinstance(plan, dict) or not all(isinstance(keep, list) for keep in plan.values()):
             raise UserError(f"{path}: removals must be a list of objects of lists")
@@ -105,7 +104,10 @@ def read_manifest(folder: Path) -> Optional[Dict[str, Any]]:
 
 
 def load_denoiser(folder: Path, manifest: Dict[str, Any], dtype: str):
-    """The pruned denoiser of a folder, on the CPU. Raises UserError where manifest, config and weights disagree."""
+    """Load the pruned denoiser of a folder on the CPU, in eval mode.
+
+    dtype: of the weights, a name that torch knows. Raises UserError if manifest, config and weights disagree.
+    """
     import diffusers
     import torch
     from accelerate import init_empty_weights
@@ -120,11 +122,11 @@ def load_denoiser(folder: Path, manifest: Dict[str, Any], dtype: str):
         raise UserError(f"cannot read the class of the denoiser in {weights / 'config.json'}: {error}") from None
     kind = getattr(diffusers, base, None) if isinstance(base, str) and base == manifest["base_class"] else None
     if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
-        raise UserError(f"{path} is of {manifest['base_class']}, {weights} of {base}; they must be the same denoiser")
+        raise UserError(f"{path} describes a {manifest['base_class']}, {weights} holds a {base}; they must agree")
     try:
-        with init_empty_weights():  # parameters alone: buffers that no file holds are computed
+        with init_empty_weights():  # only of parameters: buffers are computed, no file holds them
             denoiser = kind.from_config(manifest["config"])
-    except Exception as error:  # whatever a class makes of values that it does not know
+    except Exception as error:  # each class fails in its own way on unknown values
         raise UserError(f"{path}: {base} cannot be built from its config: {error}") from None
     try:
         for plan in manifest["removals"]:
@@ -143,5 +145,5 @@ def load_denoiser(folder: Path, manifest: Dict[str, Any], dtype: str):
         denoiser.load_state_dict(tensors, strict=True, assign=True)
     except RuntimeError as error:
         first = " ".join(str(error).split())[:200]
-        raise UserError(f"the weights in {weights} are not those that {path} describes: {first}") from None
+        raise UserError(f"the weights in {weights} do not match {path}: {first}") from None
     return denoiser.eval()

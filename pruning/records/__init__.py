@@ -1,1 +1,1 @@
-"""What was measured: the record as JSON, the images on disk, and the figures and texts made from both. No torch."""
+"""Records as JSON, the files beside them, and the tables, sentences and figures made of records. No torch."""

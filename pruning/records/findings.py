@@ -1,8 +1,8 @@
-"""What a record says: numbers relative to dense, how sure they are, how far a method holds, what it saves. No torch."""
+"""What a record says: values relative to dense, their intervals, how far a variant holds, what it saves. No torch."""
 from __future__ import annotations
 
 import math
-from typing import Dict, List, NamedTuple, Sequence
+from typing import List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
@@ -12,67 +12,90 @@ from pruning.metrics import METRICS
 from pruning.metrics.intervals import by_sample, mean_interval
 from pruning.records.record import Point, Record
 
+QUALITY = "clip_score"  # the metric that decides how far a model can be pruned
+SIMILARITY = "lpips_dense"  # the metric that shows beside it how far images move from those of the dense model
+TOLERANCE = 0.05  # the share of the dense model's QUALITY that may be lost
+COLLAPSED = 0.5  # QUALITY has collapsed below this share of the dense model's
 ARROWS = {"higher": "↑", "lower": "↓"}
-COST = "generation_time"  # what pruning should save; every other metric is about quality
-QUALITY = "clip_score"  # which decides how far a model can be pruned
-TOLERANCE, COLLAPSED = 0.05, 0.5  # shares of the dense model's: what may be lost, and what is left of a ruin
-# Metrics of which a share of dense says nothing: two are about 0 for a good model, one is infinite for the dense.
-WITHOUT_SHARE = ("kid", "cmmd", "psnr_dense")
 
 
 class Cost(NamedTuple):
-    """How a figure of what a denoiser costs is shown: a field of Point, and the one with dense's value beside it."""
+    """How figures and tables show what a denoiser costs, a field of Point."""
 
     title: str
     unit: str
-    scale: float
-    dense: str  # of the same point for a time, as both were taken in turn; else of the dense point
+    scale: float  # from the field's unit to the unit shown
+    dense: str = ""  # the field of the same point that holds dense's value, "" if the dense point holds it
 
 
 COSTS = {
-    "parameters": Cost("parameters", "million", 1e-6, ""),
-    "weight_bytes": Cost("weights on disk", "MB", 1e-6, ""),
-    "peak_bytes": Cost("peak memory, one image", "MB", 1e-6, ""),
-    "macs": Cost("multiply-accumulates a call", "billion, one latent", 1e-9, ""),
+    "parameters": Cost("parameters", "million", 1e-6),
+    "weight_bytes": Cost("weights on disk", "MB", 1e-6),
+    "peak_bytes": Cost("peak memory, one image", "MB", 1e-6),
+    "macs": Cost("multiply-accumulates per call", "billion, one latent", 1e-9),
     "denoiser_seconds": Cost("time of a denoiser call", "ms, a batch", 1e3, "dense_denoiser_seconds"),
     "image_seconds": Cost("time of an image", "s", 1, "dense_image_seconds"),
 }
 
 
-def rate_folder(rate: float) -> str:
-    """The folder of a rate's images, 'dense' for 0."""
-    return f"{rate:.4g}" if rate else "dense"
+# ---- metrics
+
+def metrics_of(*records: Record) -> List[str]:
+    """Return the metrics that all records have, in the order of METRICS. Raises UserError for an unknown metric."""
+    for record in records:
+        for name in record.dense.metrics:
+            check_name("metric", name, METRICS)
+    return [name for name in METRICS if all(name in record.dense.metrics for record in records)]
+
+
+def relative_metrics(record: Record) -> List[str]:
+    """Return the metrics about quality that have a value relative to dense."""
+    return [name for name in metrics_of(record) if METRICS[name].relative and not METRICS[name].cost]
+
+
+def paired_metrics(metrics: Sequence[str]) -> List[str]:
+    """Return those metrics whose interval is that of the paired difference to dense."""
+    return [name for name in metrics if METRICS[name].interval == "difference"]
 
 
 def relative(metric: str, value: float | None, dense: float | None) -> float:
-    """A value relative to the dense model's, up is better and dense is 1; NaN where that says nothing."""
-    if value is None or dense is None or metric in WITHOUT_SHARE:
+    """Return a value relative to the dense model: higher is better and dense is 1. NaN if there is no such value."""
+    entry = METRICS[metric]
+    if value is None or dense is None or not entry.relative:
         return math.nan
-    if metric == "lpips_dense":  # the distance to the dense model's image, which is 0 for dense
+    if entry.relative == "1 - value":
         return 1 - value
-    if metric == "ssim_dense":  # a likeness to it, which is 1 for dense
+    if entry.relative == "value":
         return value
-    if METRICS[metric].better == "higher":
+    if entry.better == "higher":
         return value / dense if dense > 0 else math.nan
     return dense / value if dense > 0 and value > 0 else math.nan
 
 
+def formula(metric: str) -> str:
+    """Return a label that says how relative() computes its value."""
+    entry = METRICS[metric]
+    if entry.relative == "1 - value":
+        return f"1 − {metric}"
+    if entry.relative == "value":
+        return metric
+    return f"{metric} ÷ dense" if entry.better == "higher" else f"dense ÷ {metric}"
+
+
 def relative_curve(record: Record, metric: str) -> List[float]:
-    """A metric relative to the dense model at dense and at each rate."""
+    """Return a metric relative to the dense model, at dense and at each rate."""
     return [relative(metric, point.metrics[metric], record.dense.metrics[metric]) for point in all_points(record)]
 
 
-def formula(metric: str) -> str:
-    """How relative() comes to its number, as a label."""
-    if metric in ("lpips_dense", "ssim_dense"):
-        return {"lpips_dense": "1 − lpips_dense", "ssim_dense": "ssim_dense"}[metric]
-    return f"{metric} ÷ dense" if METRICS[metric].better == "higher" else f"dense ÷ {metric}"
+def values_of(record: Record, metric: str) -> np.ndarray:
+    """Return a metric at dense and at each rate, float (1 + rates,); NaN if it was not finite."""
+    return np.array([math.nan if p.metrics[metric] is None else p.metrics[metric] for p in all_points(record)], float)
 
 
-def interval(metric: str, point: Point, dense: Point) -> tuple:
-    """The ends of a metric's 95 % interval in its own unit, NaN where there is none.
+def interval(metric: str, point: Point, dense: Point) -> Tuple[float, float]:
+    """Return the ends of a metric's 95 % interval in the metric's unit, NaN if there is none.
 
-    Of a paired difference it is dense's mean and the difference: the band says how sure the distance to dense is.
+    For a paired difference, both ends are dense's value plus the end of the difference.
     """
     ends, base = point.intervals.get(metric), 0.0
     if METRICS[metric].interval == "difference":
@@ -80,43 +103,58 @@ def interval(metric: str, point: Point, dense: Point) -> tuple:
     return (math.nan, math.nan) if ends is None or base is None else (base + ends[0], base + ends[1])
 
 
-def relative_interval(metric: str, point: Point, dense: Point) -> tuple:
-    """The ends of an interval, low and high, relative to the dense model as relative() has it."""
+def relative_interval(metric: str, point: Point, dense: Point) -> Tuple[float, float]:
+    """Return the ends of a metric's 95 % interval relative to dense, the lower one first."""
     low, high = sorted(relative(metric, end, dense.metrics[metric]) for end in interval(metric, point, dense))
     return low, high
 
 
-def metrics_of(record: Record) -> List[str]:
-    """The metrics of a record in the order of METRICS."""
-    for name in record.dense.metrics:
-        check_name("metric", name, METRICS)
-    return [name for name in METRICS if name in record.dense.metrics]
+def feature_size(record: Record, metric: str) -> int:
+    """Return how many features a metric's network gives, 0 if the record does not say."""
+    return record.notes.feature_sizes.get(METRICS[metric].backbone or "", 0)
 
+
+def unreliable(record: Record, metric: str) -> bool:
+    """Return whether a metric is biased for few images and there are fewer images than features."""
+    return METRICS[metric].biased and images_of(record) < feature_size(record, metric)
+
+
+def floor(record: Record, metric: str) -> float | None:
+    """Return a metric's value for a set of as many real images, None if it was not measured."""
+    return record.dense.floors.get(metric) if METRICS[metric].against == "reference" else None
+
+
+# ---- points
 
 def all_points(record: Record) -> List[Point]:
-    """Dense and the rates."""
+    """Return dense and the points of all rates."""
     return [record.dense, *record.points]
 
 
-def values_of(record: Record, metric: str) -> np.ndarray:
-    """A metric at the dense model and at each rate; NaN where it was not finite."""
-    return np.array([math.nan if p.metrics[metric] is None else p.metrics[metric] for p in all_points(record)])
+def images_of(record: Record) -> int:
+    """Return how many images were generated at each rate."""
+    return len(record.samples) * record.settings["seeds"]
 
 
 def saved_share(point: Point, dense: Point) -> float:
-    """The share of the dense model's parameters that a point has removed or zeroed."""
+    """Return the share of the dense model's parameters that a point has removed or zeroed."""
     return 1 - point.nonzero_parameters / dense.nonzero_parameters if dense.nonzero_parameters else 0.0
 
 
 def removes(record: Record) -> bool:
-    """Whether the denoiser really shrank at any rate."""
+    """Return whether the denoiser became smaller at any rate."""
     return any(point.parameters < record.dense.parameters for point in record.points)
 
 
-def holds(point: Point, dense: Point, tolerance: float) -> bool | None:
-    """Whether QUALITY is surely not worse than dense by more than the tolerance; None where that cannot be said.
+def dense_cost(name: str, point: Point, dense: Point) -> float:
+    """Return what the dense model costs, to compare with getattr(point, name)."""
+    return getattr(point, COSTS[name].dense) if COSTS[name].dense else getattr(dense, name)
 
-    Decided on the interval of the paired differences and not on their mean: a rate that might be worse does not hold.
+
+def holds(point: Point, dense: Point, tolerance: float) -> bool | None:
+    """Return whether a point's QUALITY is within the tolerance of dense, None if that cannot be decided.
+
+    The lower end of the 95 % interval of the paired differences decides, so a rate that may be worse does not hold.
     """
     score, ends = dense.metrics.get(QUALITY), point.intervals.get(QUALITY)
     if score is None or score <= 0 or ends is None:
@@ -125,7 +163,7 @@ def holds(point: Point, dense: Point, tolerance: float) -> bool | None:
 
 
 def last_good(record: Record, tolerance: float = TOLERANCE) -> Point | None:
-    """The point of the highest rate that holds, as all lower ones measured do."""
+    """Return the point of the highest rate at which it and all lower rates hold, None if there is none."""
     good = None
     for point in record.points:
         if not holds(point, record.dense, tolerance):
@@ -134,56 +172,38 @@ def last_good(record: Record, tolerance: float = TOLERANCE) -> Point | None:
     return good
 
 
-def dense_cost(name: str, point: Point, dense: Point) -> float:
-    """What the dense model costs where `point` costs getattr(point, name)."""
-    return getattr(point, COSTS[name].dense) if COSTS[name].dense else getattr(dense, name)
+def winners(measured: Sequence[Tuple[Record, Point]]) -> List[Record]:
+    """Return the record of the highest QUALITY at one rate, followed by the records that may be as good.
 
-
-def images_of(record: Record) -> int:
-    """How many images were made at each rate."""
-    return len(record.samples) * record.settings["seeds"]
-
-
-def fid_is_empty(record: Record) -> bool:
-    """Whether there are fewer images than FID's features, so that it estimates a covariance that it cannot."""
-    return images_of(record) < record.notes.get("fid_feature_size", 0)
-
-
-def left_out(record: Record) -> str:
-    """A sentence on the modules that the method did not know how to prune, "" if there are none."""
-    modules = record.notes.get("left_out") or {}
-    reasons: Dict[str, List[str]] = {}
-    for name, why in modules.items():
-        reasons.setdefault(why, []).append(name)
-    parts = [f"{counted(len(names), 'module')} ({names[0]}{', …' if len(names) > 1 else ''}), as {why}"
-             for why, names in reasons.items()]
-    return f"Left out: {'; '.join(parts)}." if parts else ""
-
-
-def counted(count: int, noun: str) -> str:
-    """'1 image', '2 images'."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def in_order(records: Sequence[Record]) -> List[Record]:
-    """By method as METHODS lists them, others after those."""
-    order = list(METHODS)
-    return sorted(records, key=lambda r: (order.index(r.method) if r.method in order else len(order), r.method))
-
-
-def winners(measured: Sequence[tuple]) -> List[Record]:
-    """Of (record, point) at one rate: the record of the highest QUALITY first, then those not surely below it.
-
-    A method is surely below where the 95 % interval of its paired differences to the best lies below 0.
+    A record is worse if the 95 % interval of its paired differences to the best lies below 0. Records that were
+    measured on different samples have no such interval.
     """
     finite = [(record, point) for record, point in measured if point.metrics[QUALITY] is not None]
     if not finite:
         return []
     best, top = max(finite, key=lambda pair: pair[1].metrics[QUALITY])
-    found, seeds = [best], best.settings["seeds"]
+    found = [best]
     for record, point in finite:
         if record is not best:
-            ends = mean_interval(by_sample(point.per_image[QUALITY], seeds) - by_sample(top.per_image[QUALITY], seeds))
+            ends = _paired_interval(record, point, best, top)
             if ends is None or ends[1] >= 0:
                 found.append(record)
     return found
+
+
+def _paired_interval(record: Record, point: Point, other: Record, other_point: Point):
+    """Return the 95 % interval of QUALITY's paired differences between two records, None if there are no pairs."""
+    seeds = record.settings["seeds"]
+    values = [each.per_image.get(QUALITY) for each in (point, other_point)]
+    if None in values or record.samples != other.samples or seeds != other.settings["seeds"]:
+        return None
+    own, others = (by_sample(each, seeds) for each in values)
+    return mean_interval(own - others)
+
+
+# ---- records
+
+def in_order(records: Sequence[Record]) -> List[Record]:
+    """Sort records by method as METHODS lists them, other methods last, and by variant."""
+    order = list(METHODS)
+    return sorted(records, key=lambda r: (order.index(r.method) if r.method in order else len(order), r.variant))

@@ -1,10 +1,10 @@
-"""What a sweep keeps on disk while it runs: images, each with what made it, and a lock. No torch."""
+"""What lies on disk beside a record: images with their provenance, cached features and a lock. No torch."""
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
+import re
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -18,70 +18,75 @@ from pruning import UserError, cache_folder, whole_file
 
 
 class Made(NamedTuple):
-    """An image and how it came to be."""
+    """An image, and how it was generated."""
 
     pixels: np.ndarray  # uint8 (h, w, 3)
-    finite: bool  # whether the pipeline gave numbers for all of it
-    seconds: float  # its share of the time of its batch
+    finite: bool  # whether the pipeline gave finite numbers for every pixel
+    seconds: float  # the time of its batch, divided by the images of the batch
+    calls: int  # how often the denoiser was called for its batch
 
 
-def made_by(**origin) -> str:
-    """A hash of everything that decides an image's pixels, 32 hex digits."""
-    return hashlib.sha256(json.dumps(origin, sort_keys=True, default=str).encode()).hexdigest()[:32]
+def rate_folder(rate: float) -> str:
+    """Return the name of the folder of a rate: 'dense' for 0, else the rate with all its digits."""
+    return repr(float(rate)) if rate else "dense"
 
 
-def file_name(index: int) -> str:
-    """What the image of the index-th sample of a point is called."""
-    return f"{index:04d}.png"
+def image_file(images_folder, variant: str, rate: float, index: int) -> Path:
+    """Return the path of the image of the index-th sample: IMAGES/VARIANT/RATE/0000.png."""
+    return Path(images_folder) / variant / rate_folder(rate) / f"{index:04d}.png"
 
 
-def save(made: Made, path: Path, origin: str) -> None:
-    """Write an image as PNG with its origin, whole or not at all. Raises UserError where that cannot be."""
-    notes = PngImagePlugin.PngInfo()
-    for name, value in (("made_by", origin), ("finite", str(int(made.finite))), ("seconds", repr(made.seconds))):
-        notes.add_text(name, value)
-    with whole_file(path, sync=False) as part:  # what a power cut leaves broken is found broken and made again
-        Image.fromarray(made.pixels).save(part, format="PNG", pnginfo=notes, compress_level=1)
+def save_image(made: Made, path: Path, provenance: str) -> None:
+    """Write an image as PNG with its provenance, whole or not at all. Raises UserError if that fails."""
+    text = PngImagePlugin.PngInfo()
+    for name, value in (("provenance", provenance), ("finite", str(int(made.finite))),
+                        ("seconds", repr(float(made.seconds))), ("calls", str(int(made.calls)))):
+        text.add_text(name, value)
+    # Without sync: if a power cut leaves half a file, load_image sets that aside and the image is generated again.
+    with whole_file(path, sync=False) as part:
+        Image.fromarray(made.pixels).save(part, format="PNG", pnginfo=text, compress_level=1)
 
 
-def load(path: Path, origin: str) -> Optional[Made]:
-    """The image at `path` if it is there and was made by `origin`.
+def load_image(path: Path, provenance: str) -> Optional[Made]:
+    """Return the image at `path`, or None if there is none with this provenance.
 
-    One that cannot be read is set aside under another name, with a message.
+    A file that cannot be read is renamed, with a message.
     """
     try:
         with Image.open(path) as image:
-            if image.info.get("made_by") != origin:
+            if image.info.get("provenance") != provenance or "calls" not in image.info:
                 return None
-            seconds = float(image.info["seconds"])
-            made = Made(np.asarray(image.convert("RGB")), image.info["finite"] == "1", seconds)
-            if not (math.isfinite(seconds) and seconds > 0):
-                raise ValueError(f"its time is {seconds}")
+            made = Made(np.asarray(image.convert("RGB")), image.info["finite"] == "1", float(image.info["seconds"]),
+                        int(image.info["calls"]))
+            if not (math.isfinite(made.seconds) and made.seconds > 0):
+                raise ValueError(f"its time is {made.seconds}")
             return made
     except FileNotFoundError:
         return None
-    except Exception as error:  # Pillow raises what the broken bytes lead it to
-        tqdm.write(f"{path} is no image that can be read ({error}): {set_aside(path)}, and it is made again")
+    except Exception as error:  # Pillow raises many types of exception for broken bytes
+        tqdm.write(f"{path} is not a readable image ({error}): {set_aside(path)}, and generated again")
         return None
 
 
-def features(compute, images: np.ndarray, origin: dict) -> np.ndarray:
-    """compute(images) of real images, as an earlier run with the same `origin` of what computes left it in the cache.
+def cached_features(compute, images: np.ndarray, key: str) -> np.ndarray:
+    """Return compute(images), from the cache if an earlier call with this key stored it for the same images.
 
-    Where the cache cannot be read or written it is computed each time.
+    key: names all that decides the result but the images, in letters that a file name may have. A cache that cannot
+    be read or written is not used.
     """
-    content = hashlib.sha256(np.ascontiguousarray(images)).hexdigest()
-    path = cache_folder() / "features" / f"{made_by(**origin, shape=images.shape, content=content)}.npy"
+    images = np.ascontiguousarray(images)
+    content = hashlib.sha256(f"{images.dtype} {images.shape} ".encode() + images.tobytes()).hexdigest()[:32]
+    path = cache_folder() / "features" / f"{key}-{content}.npy"
     with suppress(OSError, ValueError, EOFError):
         return np.load(path, allow_pickle=False)
-    found = compute(images)
+    features = compute(images)
     with suppress(UserError), whole_file(path, sync=False) as part, open(part, "wb") as file:
-        np.save(file, found)
-    return found
+        np.save(file, features)
+    return features
 
 
 def set_aside(path: Path) -> str:
-    """Rename a file that cannot be used to a free name beside it; words that say so. Raises UserError."""
+    """Rename a broken file to a free name beside it, and return words that say so. Raises UserError if that fails."""
     for number in range(1, 1000):
         aside = path.with_name(f"{path.name}.broken{number if number > 1 else ''}")
         if not aside.exists():
@@ -89,17 +94,17 @@ def set_aside(path: Path) -> str:
     try:
         path.rename(aside)
     except FileNotFoundError:  # another process was faster
-        return "set aside by another process"
+        return "renamed by another process"
     except OSError as error:
-        raise UserError(f"cannot read {path}, nor set it aside: {error.strerror or error}") from None
-    return f"set aside as {aside.name}"
+        raise UserError(f"{path} can neither be read nor renamed: {error.strerror or error}") from None
+    return f"renamed to {aside.name}"
 
 
 @contextmanager
 def only_writer(path: Path):
-    """Hold a lock file beside `path` for the block; what a killed writer left half-written there is removed.
+    """Hold a lock on the record at `path` during the block, after removing half-written files of a killed writer.
 
-    Raises UserError where another process holds it, on this machine or another that shares the folder.
+    Raises UserError if another process holds the lock, on this machine or another one that shares the folder.
     """
     lock = filelock.FileLock(str(path.with_name(f".{path.stem}.lock")), timeout=0)
     try:
@@ -110,11 +115,18 @@ def only_writer(path: Path):
     except OSError as error:
         raise UserError(f"cannot write into {path.parent}: {error.strerror or error}") from None
     try:
-        for part in (*path.parent.glob(f".{path.stem}*.part"),
+        for part in (*filter(_half_written(path), path.parent.glob(".*.part")),
                      *(path.parent / "images" / path.stem).rglob(".*.part")):
             part.unlink()
         yield
     finally:
         with suppress(OSError):
-            os.unlink(lock.lock_file)  # while it is held, so that nobody else's is
+            os.unlink(lock.lock_file)  # before the release, or it could be another process's
         lock.release()
+
+
+def _half_written(path: Path):
+    """Return a test for parts of the record at `path` and of its figures, but not of other records in the folder."""
+    name, stem = re.escape(path.name), re.escape(path.stem)
+    pattern = re.compile(rf"\.({name}|{stem}(_\w+)?\.(?!json)\w+)\.[0-9a-f]+\.part")
+    return lambda part: pattern.fullmatch(part.name) is not None

@@ -1,1 +1,1 @@
-"""The bundled model: its scenes, its training script, its weights and its card."""
+"""The bundled models and metric networks: the scenes, the training script, the weights and the model cards."""

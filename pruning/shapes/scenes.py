@@ -1,8 +1,8 @@
-"""Shapes: small drawn scenes with exact captions, the data of the bundled model.
+"""Shapes: small drawn scenes with exact captions, the data of the bundled models.
 
 A scene is one or two coloured shapes on a plain background, 64 x 64 pixels. It
 is a pure function of (split, index), so the data set is stored as code. No two
-splits share a caption, hence no scene either.
+splits share a caption, and therefore no two splits share a scene.
 """
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SIZE = 64
-OVERSAMPLE = 4  # drawn four times as large and reduced, which antialiases the edges
+OVERSAMPLE = 4  # scenes are drawn four times as large and then reduced, which antialiases the edges
 
 COLOURS = {
     "red": (216, 38, 44),
@@ -33,9 +33,9 @@ BACKGROUNDS = {
     "mint": (184, 230, 204),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-RADII = {"small": (8.0, 10.0), "large": (18.0, 22.0), "": (11.0, 13.5)}  # pixels, by size word
+RADII = {"small": (8.0, 10.0), "large": (18.0, 22.0), "": (11.0, 13.5)}  # size word -> range of radii in pixels
 
-# split -> (scenes, the tenths of all captions that belong to it)
+# split -> (number of scenes, last digits of the captions' hashes). Each digit belongs to one split.
 SPLITS = {
     "train": (40_000, range(2, 10)),
     "reference": (2_048, range(1, 2)),
@@ -48,14 +48,14 @@ class Object(NamedTuple):
 
     colour: str
     shape: str
-    size: str  # "small", "large", or "" where there are two objects
-    x: float  # centre, pixels
+    size: str  # "small", "large", or "" if the scene has two objects
+    x: float  # of the centre, in pixels
     y: float
-    radius: float
+    radius: float  # in pixels
 
 
 class Scene(NamedTuple):
-    """What a picture shows, and the caption that says so."""
+    """The content of an image, and the caption that describes it."""
 
     caption: str
     background: str
@@ -64,11 +64,11 @@ class Scene(NamedTuple):
 
 
 def scene(split: str, index: int) -> Scene:
-    """The scene at `index` of a split. Raises IndexError outside the split."""
+    """Return the scene at `index` of a split. Raises IndexError if `index` is not in [0, number of scenes)."""
     count, tenths = SPLITS[split]
     if not 0 <= index < count:
-        raise IndexError(f"split {split!r} has {count} scenes, there is no scene {index}")
-    # RandomState's stream is frozen by numpy's policy: the same scenes with every version.
+        raise IndexError(f"split {split!r} has {count} scenes, so there is no scene {index}")
+    # numpy keeps the stream of RandomState the same in all releases, so the scenes are the same too.
     rng = np.random.RandomState([list(SPLITS).index(split), index])
     while True:
         drawn = _draw_scene(rng)
@@ -102,7 +102,7 @@ def _draw_scene(rng: np.random.RandomState) -> Scene:
 
 
 def render(drawn: Scene) -> Image.Image:
-    """Draw a scene as an RGB image of SIZE x SIZE pixels."""
+    """Return the RGB image of a scene, SIZE x SIZE pixels."""
     image = Image.new("RGB", (SIZE * OVERSAMPLE,) * 2, BACKGROUNDS[drawn.background])
     canvas = ImageDraw.Draw(image)
     for o in drawn.objects:

@@ -1,10 +1,11 @@
-"""Train the bundled models and their metric networks from nothing but drawn scenes.
+"""Train the bundled models and their metric networks on drawn scenes alone.
 
     python pruning/shapes/train.py --work_dir /tmp/shapes
 
-Stages: vae, features, clip, unet, mmdit, export. Each keeps a checkpoint in
-the work folder and goes on from it; a finished stage is not repeated. About
-140 minutes on two CPU cores, and much faster with CUDA.
+The stages are vae, features, clip, unet, mmdit and export. Each training stage
+saves a checkpoint in the work folder and continues from it; a finished stage is
+not repeated. All stages take about 140 minutes on two CPU cores, and far less
+with CUDA.
 """
 from __future__ import annotations
 
@@ -28,10 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from pruning.shapes import scenes
 
 HERE = Path(__file__).resolve().parent
-TOKENS = 20  # the longest caption has 16 with its two marks,
-MMDIT_TOKENS = 16  # which is as many as the transformer is given of each encoder,
-T5_TOKENS = 256  # and so many zeros, which its pipeline gives where there is no T5
-# stage -> steps, batch size, peak learning rate, decay of the averaged weights, running loss that is good enough
+TOKENS = 20  # the longest caption has 16 tokens, including its start and end tokens
+MMDIT_TOKENS = 16  # tokens that the transformer takes from each CLIP text encoder
+T5_TOKENS = 256  # zero tokens that StableDiffusion3Pipeline appends if it has no T5
+# stage -> steps, batch size, peak learning rate, decay of the averaged weights, running loss that ends the stage early
 RECIPE = {
     "vae": (2600, 32, 3e-3, 0.995, 0.0),
     "features": (3000, 128, 1e-3, 0.99, 0.0),
@@ -44,7 +45,7 @@ RECIPE = {
 # ---------------------------------------------------------------- data
 
 def load_split(work_dir: Path, split: str):
-    """All images of a split as uint8 (n, 64, 64, 3), and its scenes."""
+    """Return all images of a split, uint8 (n, 64, 64, 3), and its scenes. The images are rendered once and kept."""
     count, _ = scenes.SPLITS[split]
     drawn = [scenes.scene(split, i) for i in range(count)]
     path = work_dir / f"{split}.npy"
@@ -56,14 +57,16 @@ def load_split(work_dir: Path, split: str):
 
 
 def pixels(images: np.ndarray, device) -> torch.Tensor:
-    """uint8 (n, h, w, 3) -> float (n, 3, h, w) in [-1, 1]."""
+    """Convert images from uint8 (n, h, w, 3) to float (n, 3, h, w) in [-1, 1]."""
     return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def attributes(drawn) -> torch.Tensor:
-    """What a scene shows, as class indices (n, 9): background, relation, then
-    colour, shape, size word of the first object, and the same of the second,
-    each of which is the last class where there is no such object; then the count."""
+    """Return what the scenes show as class indices, int (n, 8).
+
+    The columns are background and relation, then colour, shape and size word of the first object, then those of the
+    second object. If there is no second object, its columns hold the last class, which means "absent".
+    """
     backgrounds, colours = list(scenes.BACKGROUNDS), list(scenes.COLOURS)
     relations, sizes = ["", "above", "to the left of"], list(scenes.RADII)
     rows = []
@@ -76,17 +79,17 @@ def attributes(drawn) -> torch.Tensor:
     return torch.tensor(rows)
 
 
-ATTRIBUTE_CLASSES = (4, 3, 9, 7, 4, 9, 7, 4)
+ATTRIBUTE_CLASSES = (4, 3, 9, 7, 4, 9, 7, 4)  # the number of classes in each column of `attributes`
 
 
 def positions(drawn) -> torch.Tensor:
-    """Centre and radius of both objects in [-1, 1], zero where absent: (n, 6)."""
+    """Return x, y and radius of both objects, each scaled to [-1, 1], float (n, 6). An absent object has zeros."""
     rows = [[v for o in s.objects for v in (o.x / 32 - 1, o.y / 32 - 1, o.radius / 16 - 1)] for s in drawn]
     return torch.tensor([row + [0.0] * (6 - len(row)) for row in rows])
 
 
 class AttributeHeads(nn.Module):
-    """Linear read-outs used in training alone: they make the features know the scene."""
+    """Linear heads, used in training only, that make the features predict the attributes and positions of a scene."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -94,17 +97,21 @@ class AttributeHeads(nn.Module):
         self.places = nn.Linear(width, 6)
 
     def loss(self, features, labels, places):
-        """Cross entropy of the attributes plus squared error of the places."""
-        wrong = sum(F.cross_entropy(head(features), labels[:, i]) for i, head in enumerate(self.classes))
-        return wrong + 4 * F.mse_loss(self.places(features), places)
+        """Return the cross entropy of the attributes plus four times the mean squared error of the positions.
+
+        Shapes: features (n, width), labels (n, 8), places (n, 6).
+        """
+        entropy = sum(F.cross_entropy(head(features), labels[:, i]) for i, head in enumerate(self.classes))
+        return entropy + 4 * F.mse_loss(self.places(features), places)
 
 
 # ---------------------------------------------------------------- networks
 
 def make_tokenizer(folder: Path):
-    """A CLIP byte-pair tokenizer in which every word of the captions is one token; that of the folder if it has one.
+    """Return the CLIP byte-pair tokenizer in `folder`, or learn one in which every word of the captions is one token.
 
-    It is learned once, as ties between merges fall otherwise each time, and the encoders know their own ids alone.
+    A learned tokenizer is saved and reused: ties between merges are broken differently each time, and a text encoder
+    only knows the token ids of the tokenizer that it was trained with.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
@@ -135,11 +142,13 @@ def make_tokenizer(folder: Path):
 
 
 def tokenize(tokenizer, captions) -> torch.Tensor:
+    """Return the token ids of captions, int (n, TOKENS), padded at the end."""
     return tokenizer(list(captions), padding="max_length", truncation=True, max_length=TOKENS,
                      return_tensors="pt").input_ids
 
 
 def make_vae():
+    """Return an untrained autoencoder from (3, 64, 64) images to (4, 16, 16) latents."""
     from diffusers import AutoencoderKL
     return AutoencoderKL(
         block_out_channels=(16, 32, 64), layers_per_block=1, latent_channels=4, norm_num_groups=8,
@@ -148,22 +157,24 @@ def make_vae():
 
 
 def make_features():
-    """SqueezeNet 1.1 with 64 outputs: FID reads these, LPIPS the layers below."""
+    """Return an untrained SqueezeNet 1.1. FID uses its 64 outputs, LPIPS uses its intermediate layers."""
     from torchvision.models import squeezenet1_1
     return squeezenet1_1(weights=None, num_classes=64, dropout=0.0)
 
 
 def make_clip(tokenizer):
+    """Return an untrained CLIP for 64 x 64 images and the tokens of `tokenizer`."""
     from transformers import CLIPConfig, CLIPModel
     tower = dict(hidden_size=128, intermediate_size=512, num_attention_heads=4, projection_dim=64)
-    marks = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-                 pad_token_id=tokenizer.pad_token_id)
-    text = dict(tower, num_hidden_layers=3, vocab_size=len(tokenizer), max_position_embeddings=TOKENS, **marks)
+    special = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                   pad_token_id=tokenizer.pad_token_id)
+    text = dict(tower, num_hidden_layers=3, vocab_size=len(tokenizer), max_position_embeddings=TOKENS, **special)
     vision = dict(tower, num_hidden_layers=4, image_size=scenes.SIZE, patch_size=8)
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
 
 
 def make_unet():
+    """Return an untrained UNet for the latents of `make_vae`."""
     from diffusers import UNet2DConditionModel
     return UNet2DConditionModel(
         sample_size=scenes.SIZE // 4, in_channels=4, out_channels=4, layers_per_block=1,
@@ -173,7 +184,11 @@ def make_unet():
 
 
 def make_mmdit():
-    """Stable Diffusion 3's transformer; it starts as the identity, with its modulation and output at zero."""
+    """Return an untrained Stable Diffusion 3 transformer for the latents of `make_vae`.
+
+    The weights of the modulation and of the output are zero, so that every block starts as the identity (Peebles and
+    Xie, 2023, adaLN-Zero).
+    """
     from diffusers import SD3Transformer2DModel
     mmdit = SD3Transformer2DModel(
         sample_size=scenes.SIZE // 4, patch_size=2, in_channels=4, out_channels=4, num_layers=6,
@@ -187,10 +202,14 @@ def make_mmdit():
 
 
 class PaddedJointAttention:
-    """Joint attention in which the last token stands for T5_TOKENS equal ones, which stay equal in every block."""
+    """Joint attention in which the last text token stands for T5_TOKENS equal tokens.
+
+    Equal tokens stay equal in every block, so one token suffices. Adding log(T5_TOKENS) to its attention logits gives
+    the token the softmax weight of T5_TOKENS tokens.
+    """
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
-        """Take and give what diffusers' JointAttnProcessor2_0 does, with one token for T5's zeros."""
+        """Return (image tokens, text tokens) of the shapes given, as diffusers' JointAttnProcessor2_0 does."""
         def heads(tokens, project, norm):
             projected = project(tokens).unflatten(2, (attn.heads, -1)).transpose(1, 2)
             return norm(projected) if norm is not None else projected
@@ -208,11 +227,13 @@ class PaddedJointAttention:
 
 
 def make_flow_scheduler():
+    """Return the scheduler of shapes-mmdit."""
     from diffusers import FlowMatchEulerDiscreteScheduler
     return FlowMatchEulerDiscreteScheduler(shift=1.0)
 
 
 def make_scheduler():
+    """Return the scheduler of shapes-unet; its noise schedule is that of Stable Diffusion 1."""
     from diffusers import DDIMScheduler
     return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
                          set_alpha_to_one=False, steps_offset=1, prediction_type="epsilon")
@@ -221,32 +242,32 @@ def make_scheduler():
 # ---------------------------------------------------------------- training
 
 def fit(stage: str, work_dir: Path, module: nn.Module, loss_of, device) -> nn.Module:
-    """Train `module` by RECIPE[stage]; returns its averaged weights' module, in eval mode.
+    """Train `module` by RECIPE[stage] and return a copy with exponentially averaged weights, in eval mode.
 
-    `loss_of(module, rng, batch_size)` gives the loss of one random batch.
-    The checkpoint is rewritten every minute.
+    `loss_of(module, rng, batch_size)` returns the loss of one random batch. A checkpoint is saved every minute, and
+    the training continues from the checkpoint in `work_dir` if there is one.
     """
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-    steps, batch, peak, decay, enough = RECIPE[stage]
+    steps, batch, peak, decay, target_loss = RECIPE[stage]
     path = work_dir / f"{stage}.pt"
     module.to(device).train()
     average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
     optimizer = torch.optim.AdamW(module.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
-    warm = steps // 25
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min(1, (s + 1) / warm) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, s / steps)))))
+    warmup = steps // 25
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / warmup) * (
+        0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, s / steps)))))
     parts = dict(module=module, average=average, optimizer=optimizer, scheduler=scheduler)
-    step, shown = 0, None
+    step, running_loss = 0, None
     if path.exists():
         saved = torch.load(path, map_location=device, weights_only=True)
-        step, shown = saved.pop("step"), saved.pop("shown", None)
+        step, running_loss = saved.pop("step"), saved.pop("running_loss", None)
         for name, state in saved.items():
             parts[name].load_state_dict(state)
 
     saved_at = time.monotonic()
     bar = tqdm(total=steps, initial=step, desc=stage, mininterval=10)
-    while step < steps and not (shown is not None and shown < enough):
+    while step < steps and not (running_loss is not None and running_loss < target_loss):
         torch.manual_seed(step)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             loss = loss_of(module, np.random.RandomState(step), batch)
@@ -255,21 +276,22 @@ def fit(stage: str, work_dir: Path, module: nn.Module, loss_of, device) -> nn.Mo
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
-        if step >= warm:
+        if step >= warmup:
             average.update_parameters(module)
         step += 1
-        shown = loss.item() if shown is None else shown + (loss.item() - shown) / 50
-        bar.set_postfix(loss=f"{shown:.4f}", refresh=False)
+        running_loss = loss.item() if running_loss is None else running_loss + (loss.item() - running_loss) / 50
+        bar.set_postfix(loss=f"{running_loss:.4f}", refresh=False)
         bar.update()
-        if step == steps or shown < enough or time.monotonic() - saved_at > 60:
+        if step == steps or running_loss < target_loss or time.monotonic() - saved_at > 60:
             states = {name: part.state_dict() for name, part in parts.items()}
-            torch.save({"step": step, "shown": shown, **states}, path.with_suffix(".part"))
+            torch.save({"step": step, "running_loss": running_loss, **states}, path.with_suffix(".part"))
             os.replace(path.with_suffix(".part"), path)
             saved_at = time.monotonic()
     return average.module.eval().requires_grad_(False)
 
 
 def train_vae(work_dir, images, device):
+    """Train the autoencoder with L1 loss, 4 times the squared error and 1e-6 times the KL divergence."""
     def loss_of(vae, rng, batch):
         x = pixels(images[rng.randint(len(images), size=batch)], device).contiguous(memory_format=torch.channels_last)
         posterior = vae.encode(x).latent_dist
@@ -281,6 +303,7 @@ def train_vae(work_dir, images, device):
 
 
 def train_features(work_dir, images, drawn, device):
+    """Train the feature network to predict the attributes and positions of the scenes."""
     net = nn.ModuleDict({"net": make_features(), "heads": AttributeHeads(64)})
     labels, places = attributes(drawn).to(device), positions(drawn).to(device)
 
@@ -289,17 +312,20 @@ def train_features(work_dir, images, drawn, device):
         return net["heads"].loss(net["net"](pixels(images[rows], device)), labels[rows], places[rows])
 
     net = fit("features", work_dir, net, loss_of, device)["net"]
-    # The outputs are scaled to a mean square of 1, so that FID has the size one is used to.
+    # The outputs are scaled to a mean square of 1, so that FID has the usual order of magnitude.
     with torch.no_grad():
         scale = net(pixels(images[:2048], device)).square().mean().sqrt()
-    last = net.classifier[1]  # only a ReLU and a mean follow it
+    last = net.classifier[1]  # only a ReLU and a mean follow this layer, so scaling its weights scales the outputs
     last.weight /= scale
     last.bias /= scale
     return net
 
 
 def train_clip(work_dir, tokenizer, images, drawn, device):
-    """Contrastive training (Radford et al., 2021); equal captions in a batch are all positives."""
+    """Train CLIP with the contrastive loss of Radford et al. (2021).
+
+    All pairs in a batch that have equal captions are positives. A tenth of the loss of AttributeHeads is added.
+    """
     captions = [s.caption for s in drawn]
     ids = tokenize(tokenizer, captions).to(device)
     _, same = np.unique(captions, return_inverse=True)
@@ -315,21 +341,21 @@ def train_clip(work_dir, tokenizer, images, drawn, device):
         target = (same[rows][:, None] == same[rows][None, :]).float()
         target /= target.sum(1, keepdim=True)
         contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        seen = out.vision_model_output.last_hidden_state[:, 0]
-        return contrast + 0.1 * net["heads"].loss(seen, labels[rows], places[rows])
+        class_token = out.vision_model_output.last_hidden_state[:, 0]
+        return contrast + 0.1 * net["heads"].loss(class_token, labels[rows], places[rows])
 
     return fit("clip", work_dir, net, loss_of, device)["clip"]
 
 
 @torch.no_grad()
 def encode_images(vae, images, device):
-    """Mean latents (n, 4, 16, 16), unscaled."""
+    """Return the means of the latent distributions, float (n, 4, 16, 16), not scaled by scaling_factor."""
     return torch.cat([vae.encode(pixels(images[i:i + 64], device)).latent_dist.mean
                       for i in tqdm(range(0, len(images), 64), desc="latents")])
 
 
 def load_latents(work_dir, vae, images, device):
-    """Scaled mean latents of the training images, encoded once."""
+    """Return the scaled mean latents of the training images, float (n, 4, 16, 16). They are encoded once and kept."""
     path = work_dir / "latents.pt"
     if not path.exists():
         torch.save(encode_images(vae, images, device).half().cpu(), path)
@@ -337,7 +363,11 @@ def load_latents(work_dir, vae, images, device):
 
 
 def encode_captions(tokenizer, drawn, encode):
-    """encode(token ids) of no caption and of each different one, tensors of a row a caption; the scenes' rows."""
+    """Encode the empty caption and each distinct caption once. Return the encodings and each scene's row in them.
+
+    `encode(token ids)` returns a tuple of tensors with one row per caption; the encodings are a list of such tensors
+    for all captions, in float16. Row 0 is the empty caption.
+    """
     captions = ["", *sorted({s.caption for s in drawn})]
     row_of = {c: i for i, c in enumerate(captions)}
     ids = tokenize(tokenizer, captions)
@@ -347,7 +377,10 @@ def encode_captions(tokenizer, drawn, encode):
 
 
 def train_unet(work_dir, tokenizer, text_encoder, vae, images, drawn, device):
-    """Noise prediction with min-SNR-5 weights (Hang et al., 2023), a tenth of the captions dropped."""
+    """Train the UNet to predict noise, with min-SNR-5 loss weights (Hang et al., 2023).
+
+    A tenth of the captions is replaced by the empty caption, for classifier-free guidance.
+    """
     latents = load_latents(work_dir, vae, images, device)
     (states,), caption_rows = encode_captions(
         tokenizer, drawn, lambda ids: (text_encoder(ids.to(device)).last_hidden_state,))
@@ -370,7 +403,10 @@ def train_unet(work_dir, tokenizer, text_encoder, vae, images, drawn, device):
 
 
 def train_mmdit(work_dir, tokenizer, clip, vae, images, drawn, device):
-    """Rectified flow with logit-normal times (Esser et al., 2024), a tenth of the captions dropped."""
+    """Train the transformer by rectified flow with logit-normal times (Esser et al., 2024).
+
+    A tenth of the captions is replaced by the empty caption, for classifier-free guidance.
+    """
     latents = load_latents(work_dir, vae, images, device)
 
     def encode(ids):
@@ -387,23 +423,23 @@ def train_mmdit(work_dir, tokenizer, clip, vae, images, drawn, device):
         sigma = torch.from_numpy(1 / (1 + np.exp(-rng.randn(batch)))).float().to(device)
         noisy = torch.lerp(x, noise, sigma[:, None, None, None])
         text = states[texts].float()
-        text = F.pad(torch.cat([text, text], 2), (0, 0, 0, 1))  # both encoders are this one; then T5's zeros
+        text = F.pad(torch.cat([text, text], 2), (0, 0, 0, 1))  # twice the same encoder, then a zero token for T5
         predicted = mmdit(noisy, timestep=1000 * sigma, encoder_hidden_states=text,
                           pooled_projections=torch.cat([pooled[texts].float()] * 2, 1)).sample
         return F.mse_loss(predicted.float(), noise - x)
 
     mmdit = make_mmdit()
-    pipelines = mmdit.attn_processors
+    original_processors = mmdit.attn_processors
     mmdit.set_attn_processor(PaddedJointAttention())
     mmdit = fit("mmdit", work_dir, mmdit, loss_of, device)
-    mmdit.set_attn_processor(pipelines)
+    mmdit.set_attn_processor(original_processors)
     return mmdit
 
 
-# ---------------------------------------------------------------- what is kept
+# ---------------------------------------------------------------- export
 
 def export_unet(vae, clip, unet, tokenizer_dir: Path, folder: Path):
-    """Write shapes-unet as a pipeline folder of fp16 safetensors."""
+    """Save shapes-unet to `folder` as a StableDiffusionPipeline with fp16 safetensors."""
     from diffusers import StableDiffusionPipeline
     from safetensors.torch import save_file
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -415,16 +451,19 @@ def export_unet(vae, clip, unet, tokenizer_dir: Path, folder: Path):
     pipeline = StableDiffusionPipeline(
         vae=vae, text_encoder=text_encoder, tokenizer=CLIPTokenizer.from_pretrained(tokenizer_dir), unet=unet,
         scheduler=make_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    # A copy: half precision is for the disk, the caller goes on with what it has.
+    # A copy is converted to half precision, because the caller still uses the parts in single precision.
     copy.deepcopy(pipeline).to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
-    # The names that every version of transformers reads; newer ones write others.
+    # Every version of transformers reads these parameter names; newer versions would save other names.
     save_file({name: value.half().contiguous() for name, value in tower.items()},
               folder / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
     copy_tokenizer(tokenizer_dir, folder / "tokenizer")
 
 
 def export_mmdit(vae, clip, mmdit, tokenizer_dir: Path, folder: Path):
-    """Write shapes-mmdit as a pipeline folder of fp16 safetensors; both text encoders are the one."""
+    """Save shapes-mmdit to `folder` as a StableDiffusion3Pipeline with fp16 safetensors.
+
+    Its two text encoders are copies of the same one.
+    """
     from diffusers import StableDiffusion3Pipeline
     from safetensors.torch import save_file
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer
@@ -434,7 +473,7 @@ def export_mmdit(vae, clip, mmdit, tokenizer_dir: Path, folder: Path):
     text_encoder = CLIPTextModelWithProjection(clip.config.text_config)
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_dir)
     vae = copy.deepcopy(vae)
-    vae.register_to_config(shift_factor=0.0)  # which this pipeline asks for
+    vae.register_to_config(shift_factor=0.0)  # StableDiffusion3Pipeline needs a number
     pipeline = StableDiffusion3Pipeline(
         transformer=mmdit, scheduler=make_flow_scheduler(), vae=vae, text_encoder=text_encoder, tokenizer=tokenizer,
         text_encoder_2=text_encoder, tokenizer_2=tokenizer, text_encoder_3=None, tokenizer_3=None)
@@ -446,16 +485,16 @@ def export_mmdit(vae, clip, mmdit, tokenizer_dir: Path, folder: Path):
 
 
 def copy_tokenizer(source: Path, target: Path, tokens: int = TOKENS):
-    """The tokenizer's files as every version of transformers reads them, for so many tokens."""
+    """Copy the files of a tokenizer that every version of transformers reads, with `tokens` as its maximum length."""
     for file in source.iterdir():
         shutil.copyfile(file, target / file.name)
     config = json.loads((source / "tokenizer_config.json").read_text())
     (target / "tokenizer_config.json").write_text(json.dumps({**config, "model_max_length": tokens}, indent=2) + "\n")
-    (target / "tokenizer.json").unlink(missing_ok=True)  # newer versions write it, older ones do not
+    (target / "tokenizer.json").unlink(missing_ok=True)  # only newer versions of transformers write this file
 
 
 def export_metrics(features, clip, tokenizer_dir: Path, folder: Path):
-    """Write the metric networks as fp16 safetensors below `folder`."""
+    """Save the metric networks to `folder` as fp16 safetensors."""
     from safetensors.torch import save_file
 
     copy.deepcopy(clip).half().save_pretrained(folder / "clip", safe_serialization=True)
@@ -468,53 +507,59 @@ def export_metrics(features, clip, tokenizer_dir: Path, folder: Path):
     save_file({k: v.half().contiguous() for k, v in features.state_dict().items()}, folder / "squeezenet.safetensors")
 
 
+# ---------------------------------------------------------------- evaluation
+
 @torch.no_grad()
 def evaluate(model: str, count: int = 500) -> dict:
-    """The model card's figures, of the weights beside this file, on `count` prompt scenes."""
-    from pruning import data, metrics
-    from pruning.models import pipelines
+    """Return the figures of the model card, measured with the saved weights on `count` scenes of the prompts split."""
+    from pruning import data
+    from pruning.metrics import backbones, scores
+    from pruning.models import generation, pipelines
 
     samples = data.load_samples("shapes", count)[0]
-    texts = np.array([sample.caption for sample in samples])
+    captions = np.array([sample.caption for sample in samples])
     originals = data.load_originals(samples, scenes.SIZE)
     pipeline = pipelines.load_pipeline(model)
     settings = dict(pipelines.sampling_settings(pipeline, model), seed=0, batch_size=25)
     with tqdm(total=count, unit="image", desc="dense images") as bar:
-        made = pipelines.generate(pipeline, samples, on_batch=bar.update, **settings).pixels
+        generated = generation.generate(pipeline, samples, on_batch=bar.update, **settings).pixels
 
     x = pixels(originals, "cpu")
     errors = [(pipeline.vae.decode(pipeline.vae.encode(part).latent_dist.mean).sample.clamp(-1, 1) - part)
               .square().mean((1, 2, 3)) for part in x.split(50)]
-    clip = metrics.load_backbone("bundled", "clip")
-    embedded, _ = metrics.embed_captions(clip, list(texts))
-    scores, found = {}, {}
-    for name, images in (("real", originals), ("dense", made)):
-        seen = metrics.embed_images(clip, images)
-        scores[name] = float(metrics.clip_score(seen, embedded).mean())
-        found[name] = float((texts[(seen @ embedded.T).argmax(1)] == texts).mean())
-    features = metrics.load_backbone("bundled", "features")
-    reference = metrics.Reference(metrics.image_features(features, data.load_originals(
-        data.reference_samples("shapes", []), scenes.SIZE)))
+    clip = backbones.load_backbone("bundled", "clip")
+    texts, _ = backbones.embed_captions(clip, list(captions))
+    clip_scores, retrieval = {}, {}
+    for name, images in (("real", originals), ("dense", generated)):
+        embedded = backbones.embed_images(clip, images)
+        clip_scores[name] = float(scores.clip_score(embedded, texts).mean())
+        retrieval[name] = float((captions[(embedded @ texts.T).argmax(1)] == captions).mean())
+    features = backbones.load_backbone("bundled", "features")
+    reference = scores.Reference(backbones.image_features(features, data.load_originals(
+        data.reference_samples("shapes", samples), scenes.SIZE)))
     return {
         "scenes": count,
         "vae_psnr_db": float((10 * torch.log10(4 / torch.cat(errors))).mean()),
-        "clip_score_real": scores["real"], "clip_score_dense": scores["dense"],
-        "clip_score_dense_over_real": scores["dense"] / scores["real"],
-        "retrieval_real": found["real"], "retrieval_dense": found["dense"],
-        "retrieval_dense_over_real": found["dense"] / found["real"],
-        "fid_dense": metrics.fid(metrics.image_features(features, made), reference).value,
-        "fid_real": metrics.fid(metrics.image_features(features, originals), reference).value,
+        "clip_score_real": clip_scores["real"], "clip_score_dense": clip_scores["dense"],
+        "clip_score_dense_over_real": clip_scores["dense"] / clip_scores["real"],
+        "retrieval_real": retrieval["real"], "retrieval_dense": retrieval["dense"],
+        "retrieval_dense_over_real": retrieval["dense"] / retrieval["real"],
+        "fid_dense": scores.fid(backbones.image_features(features, generated), reference).value,
+        "fid_real": scores.fid(backbones.image_features(features, originals), reference).value,
     }
 
 
 def main():
+    """Train and export everything, or measure the figures of the model cards."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, default=Path("shapes_training"),
-                        help="checkpoints and rendered scenes (default: shapes_training)")
+                        help="folder for checkpoints and rendered scenes (default: shapes_training)")
     parser.add_argument("--output_dir", type=Path, default=HERE,
-                        help="where the weights go (default: beside this file)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--evaluate", action="store_true", help="only measure the weights that are there")
+                        help="folder for the exported weights (default: the folder of this file)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="cpu or cuda (default: cuda if there is a GPU)")
+    parser.add_argument("--evaluate", action="store_true",
+                        help="do not train; measure the saved weights and write figures.json")
     args = parser.parse_args()
     if args.evaluate:
         from pruning.models.pipelines import MODELS

@@ -1,4 +1,4 @@
-"""Data sets are read in their real layouts, chosen by seed, fetched whole or not at all."""
+"""Data sets are read in their real layouts, samples are chosen by seed, files are fetched completely or not at all."""
 from __future__ import annotations
 
 import hashlib
@@ -6,11 +6,9 @@ import http.server
 import io
 import json
 import logging
-import subprocess
-import sys
 import threading
 import zipfile
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pooch
@@ -19,19 +17,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pruning import UserError, data
+from pruning import UserError
 from pruning.data import (
     DATASETS,
+    Dataset,
+    Sample,
+    Source,
+    coco,
     fit_image,
     load_originals,
     load_samples,
+    open_rgb,
     other_samples,
     reference_samples,
     training_captions,
 )
 from pruning.shapes import scenes
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def picture(number=0, width=24, height=16):
@@ -45,7 +46,7 @@ def jpeg(number=0):
 
 
 def coco_json(count=12):
-    """Image n (1, 2, ...) with three captions; the one of lowest id stands between the others."""
+    """Return images 1, 2, ... `count` with three captions each; the caption of lowest id is neither first nor last."""
     images = [{"id": n, "file_name": f"{n:012d}.jpg"} for n in range(1, count + 1)]
     second, third = ([{"id": k * 1000 + n, "image_id": n, "caption": f"other {n}"} for n in range(1, count + 1)]
                      for k in (1, 2))
@@ -69,8 +70,8 @@ FLICKR8K_LAYOUTS = {
     "token": ("Flickr8k.token.txt", "Flicker8k_Dataset", TOKEN_LINES),
     "token, other spelling": ("Flickr8k.token.txt", "Flickr8k_Dataset", TOKEN_LINES),
     "token in its folder": ("Flickr8k_text/Flickr8k.token.txt", "Flicker8k_Dataset", TOKEN_LINES),
-    "kaggle": ("data.txt", "Images", CSV_LINES),
-    "kaggle, small letters": ("data.txt", "images", CSV_LINES),
+    "kaggle": ("captions.txt", "Images", CSV_LINES),
+    "kaggle, small letters": ("captions.txt", "images", CSV_LINES),
 }
 
 
@@ -88,38 +89,71 @@ def ids(samples):
     return [sample.id for sample in samples]
 
 
-# ---------------------------------------------------------------- tables
+# ---------------------------------------------------------------- the table and its entries
 
-def test_table_loads_without_the_heavy_packages():
-    code = ("import sys, pruning.data as c; print(*c.DATASETS); "
-            "print([m for m in ('torch', 'diffusers', 'transformers', 'requests', 'pycocotools') if m in sys.modules])")
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout.decode()
-    assert out.splitlines() == ["shapes coco flickr8k", "[]"]
+NUMBERS = [f"{n:03d}" for n in range(10)]
 
 
-def test_each_data_set_says_its_model_and_backbones():
-    assert {name: (d.default_model, d.backbones) for name, d in DATASETS.items()} == {
-        "shapes": ("shapes-unet", "bundled"),
-        "coco": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "standard"),
-        "flickr8k": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "standard"),
-    }
+def read_numbers(data_dir):
+    return Source([Sample(n, f"number {n}", partial(picture, int(n))) for n in NUMBERS])
 
 
-@pytest.mark.parametrize("function", [load_samples, training_captions])
-def test_unknown_data_set_suggests_the_near_name(function):
-    with pytest.raises(UserError, match="did you mean 'flickr8k'"):
-        function("flicker8k", 1)
+def add_data_set(monkeypatch, read):
+    monkeypatch.setitem(DATASETS, "numbers", Dataset("images of one colour", "shapes-unet", "bundled", read))
+
+
+def test_a_new_data_set_is_one_entry_and_one_function(monkeypatch):
+    add_data_set(monkeypatch, read_numbers)
+    samples, skipped = load_samples("numbers", 4, seed=5)
+    assert len(set(ids(samples))) == 4
+    assert skipped == 0
+    assert load_originals(samples, 8)[:, 0, 0, 0].tolist() == [10 * int(sample.id) for sample in samples]
+    trained = training_captions("numbers", 100, 5, exclude=samples)
+    assert sorted([*trained, *(sample.caption for sample in samples)]) == [f"number {n}" for n in NUMBERS]
+    assert reference_samples("numbers", samples) == samples
+    others = other_samples("numbers", samples, 5)
+    assert len(set(ids([*samples, *others]))) == 8
+
+
+def test_a_source_may_have_training_captions_and_a_reference_set_of_its_own(monkeypatch):
+    asked = []
+
+    def training(count, seed):
+        asked.append((count, seed))
+        return [f"number {n}" for n in ("003", "x", "y")]
+
+    def read(data_dir):
+        samples = read_numbers(data_dir).samples
+        return Source(samples[:5], training=training, reference=lambda: samples[5:])
+
+    add_data_set(monkeypatch, read)
+    samples, _ = load_samples("numbers", 5)
+    assert training_captions("numbers", 3, 7) == ["number 003", "number x", "number y"]
+    assert training_captions("numbers", 3, 7, exclude=samples) == ["number x", "number y"]
+    assert asked == [(3, 7), (3, 7)]
+    assert ids(reference_samples("numbers", samples)) == NUMBERS[5:]
+    assert other_samples("numbers", samples) == samples  # the reference set has none of them
+
+
+def test_every_function_reads_the_data_folder_that_it_is_given(tmp_path, monkeypatch):
+    read = []
+    add_data_set(monkeypatch, lambda data_dir: read.append(data_dir) or read_numbers(data_dir))
+    samples, _ = load_samples("numbers", 2, 0, str(tmp_path))
+    training_captions("numbers", 2, 0, tmp_path, samples)
+    reference_samples("numbers", samples, tmp_path)
+    other_samples("numbers", samples, 0, tmp_path)
+    assert read == 4 * [tmp_path]
 
 
 # ---------------------------------------------------------------- choosing
 
-def test_selection_is_the_same_on_every_machine_and_release():
+def test_a_seed_chooses_the_same_samples_on_every_machine_and_release():
     samples, skipped = load_samples("shapes", 5, seed=0)
     assert ids(samples) == ["prompts-00283", "prompts-00100", "prompts-00037", "prompts-00046", "prompts-00374"]
     assert skipped == 0
 
 
-def test_fewer_images_are_a_prefix_and_another_seed_chooses_others(tmp_path):
+def test_fewer_images_are_the_first_of_many_and_another_seed_gives_another_order(tmp_path):
     folder = coco_folder(tmp_path)
     many, few, other = (ids(load_samples("coco", n, seed, folder)[0]) for n, seed in ((12, 3), (5, 3), (12, 4)))
     assert few == many[:5]
@@ -127,7 +161,7 @@ def test_fewer_images_are_a_prefix_and_another_seed_chooses_others(tmp_path):
     assert many != other
 
 
-def test_order_in_the_file_does_not_matter(tmp_path):
+def test_the_order_in_the_caption_file_does_not_matter(tmp_path):
     content = coco_json()
     backwards = {key: rows[::-1] for key, rows in content.items()}
     one, two = (load_samples("coco", 6, 0, coco_folder(tmp_path / name, c))[0]
@@ -136,64 +170,68 @@ def test_order_in_the_file_does_not_matter(tmp_path):
 
 
 @pytest.mark.parametrize("count", [0, -3])
-def test_number_of_images_must_be_positive(count):
+def test_the_number_of_images_must_be_positive(count):
     with pytest.raises(UserError, match="1 or more"):
         load_samples("shapes", count)
 
 
-def test_more_images_than_there_are_is_an_error_with_the_number(tmp_path):
+def test_more_images_than_samples_is_an_error_that_gives_both_numbers(tmp_path):
     assert len(load_samples("coco", 12, 0, coco_folder(tmp_path))[0]) == 12
-    with pytest.raises(UserError, match="13 images asked for, coco has 12"):
+    with pytest.raises(UserError, match="13 images asked for, but coco has 12"):
         load_samples("coco", 13, 0, tmp_path)
 
 
 @pytest.mark.parametrize("seed", [-1, 2 ** 32])
-def test_seed_out_of_range_is_an_error(seed):
+def test_a_seed_out_of_range_is_an_error(seed):
     with pytest.raises(UserError, match=f"seed {seed}"):
         load_samples("shapes", 1, seed)
 
 
 # ---------------------------------------------------------------- shapes
 
-def test_shapes_are_the_prompt_scenes():
+def test_the_shapes_are_the_scenes_of_the_prompts_split():
     for sample in load_samples("shapes", 4)[0]:
         split, index = sample.id.split("-")
         scene = scenes.scene(split, int(index))
         assert split == "prompts"
         assert sample.caption == scene.caption
         assert sample.open_image().tobytes() == scenes.render(scene).tobytes()
+        assert sample.file is None
 
 
-def test_shapes_refuse_a_folder(tmp_path):
-    with pytest.raises(UserError, match="data_dir"):
-        load_samples("shapes", 1, 0, tmp_path)
+@pytest.mark.parametrize("function", [
+    partial(load_samples, num_images=1), partial(training_captions, count=1), partial(reference_samples, samples=[]),
+    partial(other_samples, samples=[])])
+def test_the_shapes_refuse_a_data_folder(tmp_path, function):
+    with pytest.raises(UserError, match="drawn, not read from a folder.*--data_dir"):
+        function("shapes", data_dir=tmp_path)
 
 
-def test_fid_reference_is_the_reference_scenes_or_the_originals(tmp_path):
+def test_the_reference_set_is_the_reference_split_of_the_shapes_and_the_samples_of_coco(tmp_path):
     samples, _ = load_samples("shapes", 3)
     reference = reference_samples("shapes", samples)
     assert len(reference) == 2048
     assert not {s.caption for s in reference} & {s.caption for s in load_samples("shapes", 512)[0]}
     assert reference[7].open_image().tobytes() == scenes.render(scenes.scene("reference", 7)).tobytes()
     photos, _ = load_samples("coco", 3, 0, coco_folder(tmp_path))
-    assert reference_samples("coco", photos) == photos
+    assert reference_samples("coco", photos, tmp_path) == photos
 
 
-def test_as_many_other_real_images_are_those_that_are_there_and_not_of_the_reference(tmp_path):
+def test_other_samples_exist_and_are_not_in_the_reference_set(tmp_path):
     samples, _ = load_samples("shapes", 3)
-    assert other_samples("shapes", samples) == samples  # which the reference scenes have none of
+    assert other_samples("shapes", samples) == samples  # the reference split contains none of them
     folder = coco_folder(tmp_path)
     photos, _ = load_samples("coco", 5, 0, folder)
     others = other_samples("coco", photos, 0, folder)
     assert len({sample.id for sample in others} - {sample.id for sample in photos}) == 5
     (folder / "val2017" / others[0].id).unlink()
     assert others[0] not in other_samples("coco", photos, 0, folder)
-    assert other_samples("coco", [*photos, *others[1:2]], 0, folder) == []  # six, of which five others are there
+    assert other_samples("coco", [*photos, *others[1:2]], 0, folder) == []  # six others are needed, five exist
 
 
 # ---------------------------------------------------------------- training captions
 
-def test_shapes_train_on_captions_no_sample_has():
+def test_no_training_caption_of_the_shapes_is_a_caption_of_a_sample():
     trained = training_captions("shapes", 300, exclude=load_samples("shapes", 512)[0])
     assert len(trained) == 300
     assert trained[:100] == training_captions("shapes", 100)
@@ -201,10 +239,10 @@ def test_shapes_train_on_captions_no_sample_has():
     assert not set(trained) & {s.caption for s in load_samples("shapes", 512)[0]}
 
 
-def test_training_captions_are_never_those_of_the_samples(tmp_path):
+def test_no_training_caption_of_coco_is_a_caption_of_a_sample(tmp_path):
     content = coco_json()
     first = content["annotations"][12:24]
-    first[3]["caption"] = first[8]["caption"]  # one text, two images
+    first[3]["caption"] = first[8]["caption"]  # two images with the same caption
     folder = coco_folder(tmp_path, content)
     everything = {s.caption for s in load_samples("coco", 12, 0, folder)[0]}
     for count in range(1, 11):
@@ -220,7 +258,7 @@ def test_training_captions_do_not_change_with_the_number_of_samples(tmp_path):
     assert few == many
 
 
-def test_no_caption_left_to_train_on_is_an_error(tmp_path):
+def test_no_caption_left_for_training_is_an_error(tmp_path):
     samples, _ = load_samples("coco", 12, 0, coco_folder(tmp_path))
     with pytest.raises(UserError, match="no caption left"):
         training_captions("coco", 4, 0, tmp_path, samples)
@@ -229,27 +267,28 @@ def test_no_caption_left_to_train_on_is_an_error(tmp_path):
 # ---------------------------------------------------------------- coco
 
 @pytest.mark.parametrize("captions_at", ["annotations/captions_val2017.json", "captions_val2017.json"])
-def test_coco_takes_the_caption_of_lowest_id_with_plain_spaces(tmp_path, capsys, captions_at):
+def test_coco_takes_the_caption_of_lowest_id_and_normalises_its_spaces(tmp_path, capsys, captions_at):
     samples, skipped = load_samples("coco", 12, 0, coco_folder(tmp_path, captions_at=captions_at))
     assert {s.id: s.caption for s in samples} == {f"{n:012d}.jpg": f"A picture, number {n}." for n in range(1, 13)}
     assert skipped == 0
     assert capsys.readouterr().out == ""
 
 
-def test_coco_images_belong_to_their_captions(tmp_path):
+def test_the_images_of_coco_belong_to_their_captions(tmp_path):
     for sample in load_samples("coco", 12, 0, coco_folder(tmp_path))[0]:
         number = int(sample.caption.split()[-1].rstrip("."))
         assert abs(sample.open_image().getpixel((3, 3))[0] - 10 * number) < 6
+        assert sample.file == tmp_path / "val2017" / f"{number:012d}.jpg"
 
 
 @pytest.mark.parametrize("name", ["../1.jpg", "/etc/1.jpg", "a/1.jpg", "a\\1.jpg", "..jpg", "C:1.jpg", "1.jpg.1", ""])
-def test_names_that_are_no_plain_image_file_are_skipped_and_counted(tmp_path, name):
+def test_captions_without_the_plain_name_of_an_image_file_are_skipped_and_counted(tmp_path, name):
     content = coco_json(4)
     coco_folder(tmp_path, content)
     content["images"][1]["file_name"] = name
-    content["annotations"][0]["caption"] = " \n"  # an empty caption of image 1, which has others
-    content["annotations"].append({"id": 9000, "image_id": 77, "caption": "of an image that is not listed"})
-    (tmp_path / data.COCO_CAPTIONS).write_text(json.dumps(content))
+    content["annotations"][0]["caption"] = " \n"  # image 1 keeps two captions
+    content["annotations"].append({"id": 9000, "image_id": 77, "caption": "an image that is not listed"})
+    (tmp_path / coco.CAPTIONS).write_text(json.dumps(content))
     samples, skipped = load_samples("coco", 3, 0, tmp_path)
     assert sorted(ids(samples)) == [f"{n:012d}.jpg" for n in (1, 3, 4)]
     assert skipped == 3 + 1 + 1
@@ -263,8 +302,8 @@ def test_names_that_are_no_plain_image_file_are_skipped_and_counted(tmp_path, na
     '{"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 1, "id": 1, "caption": null}]}',
     '{"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": [1], "id": 1, "caption": "a"}]}',
 ])
-def test_broken_coco_captions_are_an_error_that_names_the_file(tmp_path, content):
-    path = coco_folder(tmp_path) / data.COCO_CAPTIONS
+def test_malformed_captions_of_coco_are_an_error_that_names_the_file(tmp_path, content):
+    path = coco_folder(tmp_path) / coco.CAPTIONS
     path.write_text(content)
     with pytest.raises(UserError) as error:
         load_samples("coco", 1, 0, tmp_path)
@@ -272,14 +311,14 @@ def test_broken_coco_captions_are_an_error_that_names_the_file(tmp_path, content
     assert "expected" in str(error.value)
 
 
-def test_missing_coco_parts_are_errors_that_name_them(tmp_path):
+def test_a_missing_part_of_coco_is_an_error_that_names_the_part(tmp_path):
     with pytest.raises(UserError, match="no folder .*nowhere"):
         load_samples("coco", 1, 0, tmp_path / "nowhere")
     with pytest.raises(UserError, match="expected annotations/captions_val2017.json or captions_val2017.json"):
         load_samples("coco", 1, 0, tmp_path)
     folder = coco_folder(tmp_path / "coco")
     (folder / "val2017" / "000000000003.jpg").unlink()
-    assert len(training_captions("coco", 12, 0, folder)) == 12  # these need no image
+    assert len(training_captions("coco", 12, 0, folder)) == 12  # training captions need no image
     with pytest.raises(UserError, match="000000000003.jpg"):
         load_samples("coco", 12, 0, folder)
     (folder / "val2017").rename(folder / "train2017")
@@ -290,7 +329,7 @@ def test_missing_coco_parts_are_errors_that_name_them(tmp_path):
 # ---------------------------------------------------------------- flickr8k
 
 @pytest.mark.parametrize("layout", FLICKR8K_LAYOUTS)
-def test_flickr8k_layouts_give_the_same_samples(tmp_path, layout):
+def test_all_layouts_of_flickr8k_give_the_same_samples(tmp_path, layout):
     samples, skipped = load_samples("flickr8k", 6, 0, flickr8k_folder(tmp_path, layout))
     expected, _ = load_samples("flickr8k", 6, 0, flickr8k_folder(tmp_path / "token"))
     assert {s.id: s.caption for s in samples} == {f"{n}_ab.jpg": f"A dog , number {n}0 ." for n in range(6)}
@@ -299,7 +338,7 @@ def test_flickr8k_layouts_give_the_same_samples(tmp_path, layout):
     assert all(s.open_image().size == (24, 16) for s in samples)
 
 
-def test_flickr8k_takes_caption_0_wherever_it_stands(tmp_path):
+def test_flickr8k_takes_caption_0_at_any_place_in_the_file(tmp_path):
     folder = flickr8k_folder(tmp_path)
     path = folder / "Flickr8k.token.txt"
     path.write_text("\n".join(reversed(path.read_text().split("\n"))))
@@ -307,13 +346,13 @@ def test_flickr8k_takes_caption_0_wherever_it_stands(tmp_path):
 
 
 @pytest.mark.parametrize(("layout", "extra", "count"), [
-    # the malformed key of the original
+    # a malformed name in the original file
     ("token", "".join(f"2258277193_586949ec62.jpg.1#{k}\tSome people .\n" for k in range(5)), 5),
     ("token", "../../secret.jpg#0\tA dog .\n/etc/x.jpg#0\tA dog .\n..\\x.jpg#0\tA dog .\n", 3),
     ("token", "no tab\n7.jpg\tno index\n7.jpg#x\tno number\n7.jpg#0\t \n\n\n", 4),
     ("kaggle", "../../secret.jpg,A dog .\n7.jpg\n7.jpg,A dog , no quotes\n7.jpg,\n,A dog .\n\n", 5),
 ])
-def test_flickr8k_malformed_captions_are_skipped_and_counted(tmp_path, layout, extra, count):
+def test_malformed_captions_of_flickr8k_are_skipped_and_counted(tmp_path, layout, extra, count):
     samples, skipped = load_samples("flickr8k", 6, 0, flickr8k_folder(tmp_path, layout, extra))
     assert sorted(ids(samples)) == [f"{n}_ab.jpg" for n in range(6)]
     assert skipped == count
@@ -324,7 +363,7 @@ def test_flickr8k_malformed_captions_are_skipped_and_counted(tmp_path, layout, e
     ("kaggle", b""), ("kaggle", b"1.jpg,A dog .\n"), ("kaggle", b"image,caption\n"),
     ("kaggle", b"image,caption\n1.jpg,\xff\xfe\n"), ("kaggle", b'image,caption\n1.jpg,"' + b"x" * 200_000),
 ])
-def test_broken_flickr8k_captions_are_an_error_that_names_the_file(tmp_path, layout, content):
+def test_malformed_caption_files_of_flickr8k_are_errors_that_name_the_file(tmp_path, layout, content):
     path = flickr8k_folder(tmp_path, layout) / FLICKR8K_LAYOUTS[layout][0]
     path.write_bytes(content)
     with pytest.raises(UserError) as error:
@@ -333,12 +372,12 @@ def test_broken_flickr8k_captions_are_an_error_that_names_the_file(tmp_path, lay
     assert "expected" in str(error.value)
 
 
-def test_missing_flickr8k_parts_are_errors_that_name_them(tmp_path):
+def test_a_missing_part_of_flickr8k_is_an_error_that_names_the_part(tmp_path):
     with pytest.raises(UserError, match="--data_dir"):
         load_samples("flickr8k", 1)
     with pytest.raises(UserError, match="no folder .*nowhere"):
         load_samples("flickr8k", 1, 0, tmp_path / "nowhere")
-    with pytest.raises(UserError, match="Flickr8k.token.txt or .* or data.txt"):
+    with pytest.raises(UserError, match="Flickr8k.token.txt or .* or captions.txt"):
         load_samples("flickr8k", 1, 0, tmp_path)
     folder = flickr8k_folder(tmp_path / "flickr8k")
     (folder / "Flicker8k_Dataset" / "4_ab.jpg").unlink()
@@ -349,10 +388,10 @@ def test_missing_flickr8k_parts_are_errors_that_name_them(tmp_path):
         load_samples("flickr8k", 1, 0, folder)
 
 
-# ---------------------------------------------------------------- files that are not to be trusted
+# ---------------------------------------------------------------- untrusted files
 
 READERS = {"coco": ("annotations/captions_val2017.json", "val2017"), "token": ("Flickr8k.token.txt", "Images"),
-           "kaggle": ("data.txt", "Images")}
+           "kaggle": ("captions.txt", "Images")}
 ANY = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
                     lambda part: st.lists(part, max_size=3) | st.dictionaries(st.text(max_size=5), part, max_size=3),
@@ -360,33 +399,37 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st
 
 
 def read_any(folder, layout, content):
-    """Load a sample of a captions file with this content: one whose image lies in the image folder, or a UserError."""
+    """Read a caption file with this content: either all images lie in the image folder, or the error is one line."""
     captions_file, images = READERS[layout]
     (folder / captions_file).parent.mkdir(parents=True, exist_ok=True)
     (folder / images).mkdir(exist_ok=True)
     (folder / captions_file).write_bytes(content)
-    found, said = [], ""
+    samples, message = [], ""
     try:
-        found, _ = load_samples("coco" if layout == "coco" else "flickr8k", 1, 0, folder)
+        samples = DATASETS["coco" if layout == "coco" else "flickr8k"].read(folder).samples
     except UserError as error:
-        said = str(error)
-    assert bool(found) != bool(said)
-    assert all(sample.open_image.args[0].parent == folder / images for sample in found)
-    assert "\n" not in said
-    assert len(said) < 1000
+        message = str(error)
+    assert bool(samples) != bool(message)
+    assert all(sample.file.parent == folder / images for sample in samples)
+    for sample in samples[:5]:
+        with pytest.raises(UserError) as error:  # the image folder is empty
+            sample.open_image()
+        assert str(sample.file) in str(error.value)
+    assert "\n" not in message
+    assert len(message) < 1000
 
 
 @pytest.mark.parametrize("layout", READERS)
 @ANY
 @given(start=st.sampled_from([b"", b"image,caption\n", b"1.jpg#0\t", b'{"images": [', b"[" * 60_000]),
        content=st.binary(max_size=80))
-def test_any_bytes_for_captions_are_samples_or_one_line(tmp_path, layout, start, content):
+def test_any_bytes_of_a_caption_file_give_samples_or_a_one_line_error(tmp_path, layout, start, content):
     read_any(tmp_path, layout, start + content)
 
 
 @ANY
 @given(data=st.data())
-def test_any_value_anywhere_in_cocos_captions_is_a_sample_or_one_line(tmp_path, data):
+def test_any_value_in_the_captions_of_coco_gives_samples_or_a_one_line_error(tmp_path, data):
     content = coco_json(3)
     part = data.draw(st.sampled_from(["images", "annotations"]))
     field = data.draw(st.sampled_from(["", "id", "image_id", "file_name", "caption"]))
@@ -404,18 +447,17 @@ def test_any_value_anywhere_in_cocos_captions_is_a_sample_or_one_line(tmp_path, 
     ("token", b"#1" * (5 * 10 ** 6)), ("kaggle", b'image,caption\n1.jpg,"' + b"x" * 10 ** 7),
     ("coco", b'{"images": [], "annotations": [], "x": "' + b"x" * 10 ** 7),
 ], ids=["a million lines", "a long name", "a long number", "many numbers", "a long row", "a long string"])
-def test_huge_captions_do_no_harm(tmp_path, layout, content):
-    """Nothing in the readers takes more than in proportion."""
+def test_a_huge_caption_file_gives_samples_or_a_one_line_error(tmp_path, layout, content):
     read_any(tmp_path, layout, content)
 
 
-def test_an_archive_is_unpacked_nowhere_but_in_the_cache(mirror, monkeypatch):
+def test_an_archive_is_unpacked_only_into_the_cache(mirror, monkeypatch):
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as members:
         members.writestr("../../outside.json", "{}")
         members.writestr("annotations/captions_val2017.json", json.dumps(coco_json()))
     mirror.files[mirror.archive] = archive.getvalue()
-    monkeypatch.setattr(data, "COCO_ARCHIVE_HASH", "md5:" + hashlib.md5(archive.getvalue()).hexdigest())
+    monkeypatch.setattr(coco, "ARCHIVE_HASH", "md5:" + hashlib.md5(archive.getvalue()).hexdigest())
     load_samples("coco", 1)
     assert not list(mirror.cache.parent.parent.rglob("outside.json"))
 
@@ -427,26 +469,26 @@ def test_an_archive_is_unpacked_nowhere_but_in_the_cache(mirror, monkeypatch):
 def test_every_kind_of_image_is_opened_as_rgb(tmp_path, mode, suffix):
     path = tmp_path / f"image.{suffix}"
     Image.new("RGB", (9, 7), (255, 255, 255)).convert(mode).save(path)
-    image = data.open_rgb(path)
+    image = open_rgb(path)
     assert image.mode == "RGB"
     assert image.size == (9, 7)
     assert min(image.getpixel((4, 4))) > 250
 
 
-def test_exif_orientation_is_honoured(tmp_path):
+def test_an_image_is_turned_by_its_exif_orientation(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held upright: show it turned clockwise
+    exif[0x0112] = 6  # display the image turned clockwise by 90 degrees
     stored = Image.new("RGB", (32, 16), (0, 0, 0))
-    stored.paste((255, 255, 255), (0, 0, 16, 16))  # the left half, which is to be the upper
+    stored.paste((255, 255, 255), (0, 0, 16, 16))  # the left half becomes the upper half
     stored.save(tmp_path / "turned.jpg", exif=exif)
-    shown = data.open_rgb(tmp_path / "turned.jpg")
+    shown = open_rgb(tmp_path / "turned.jpg")
     assert shown.size == (16, 32)
     assert min(shown.getpixel((8, 4))) > 250
     assert max(shown.getpixel((8, 28))) < 5
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>not found</html>", jpeg()[:300], jpeg()[:-40], b"\x89PNG\r\n\x1a\n1234"])
-def test_broken_image_is_an_error_that_names_the_file(tmp_path, body):
+def test_a_broken_image_is_an_error_that_names_the_file(tmp_path, body):
     folder = coco_folder(tmp_path)
     samples, _ = load_samples("coco", 12, 0, folder)
     (folder / "val2017" / samples[5].id).write_bytes(body)
@@ -464,13 +506,13 @@ def test_fit_image_keeps_the_centred_square(width, height):
     assert (fitted == (0, 0, 255)).all()
 
 
-def test_fit_image_averages_what_is_finer_than_a_pixel():
+def test_fit_image_averages_details_smaller_than_a_pixel():
     checks = (np.indices((128, 128)).sum(0) % 2 * 255).astype(np.uint8)
     fitted = np.asarray(fit_image(Image.fromarray(checks), 16)).astype(int)
     assert abs(fitted - 127).max() <= 2
 
 
-def test_fit_image_leaves_an_image_of_the_right_size_as_it_is():
+def test_fit_image_does_not_change_an_image_of_the_right_size():
     image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3)).astype(np.uint8))
     assert fit_image(image, 64).tobytes() == image.tobytes()
 
@@ -487,7 +529,7 @@ def test_originals_are_in_the_order_of_the_samples(tmp_path):
 # ---------------------------------------------------------------- fetching
 
 def serve(self):
-    """Answer a GET from server.files; server.faults[path] is a list of what goes wrong, first things first."""
+    """Answer a GET from server.files; each answer uses up the first fault of server.faults[path]."""
     server, path = self.server, self.path
     with server.lock:
         server.asked.append(path)
@@ -506,7 +548,7 @@ def serve(self):
 
 @pytest.fixture
 def mirror(tmp_path, monkeypatch):
-    """A mirror of COCO on this machine, with an empty cache to fetch into."""
+    """A local mirror of COCO, and an empty cache for the fetched files."""
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as members:
         members.writestr("annotations/captions_val2017.json", json.dumps(coco_json()))
@@ -522,7 +564,7 @@ def mirror(tmp_path, monkeypatch):
     monkeypatch.setenv("PRUNING_COCO_URL", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("PRUNING_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(data, "COCO_ARCHIVE_HASH", "md5:" + hashlib.md5(archive.getvalue()).hexdigest())
+    monkeypatch.setattr(coco, "ARCHIVE_HASH", "md5:" + hashlib.md5(archive.getvalue()).hexdigest())
     yield server
     server.shutdown()
     server.server_close()
@@ -532,10 +574,10 @@ def files_in(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def test_only_what_is_needed_is_fetched_and_only_once(mirror, capfd):
+def test_only_needed_files_are_fetched_and_only_once(mirror, capfd):
     samples, _ = load_samples("coco", 4)
     assert sorted(mirror.asked) == sorted([mirror.archive] + [f"/val2017/{i}" for i in ids(samples)])
-    assert files_in(mirror.cache) == sorted([data.COCO_CAPTIONS] + [f"val2017/{i}" for i in ids(samples)])
+    assert files_in(mirror.cache) == sorted([coco.CAPTIONS] + [f"val2017/{i}" for i in ids(samples)])
     mirror.asked.clear()
     more, _ = load_samples("coco", 6)
     assert ids(more[:4]) == ids(samples)
@@ -547,12 +589,12 @@ def test_only_what_is_needed_is_fetched_and_only_once(mirror, capfd):
     out, err = capfd.readouterr()
     assert out == ""
     assert "COCO images" in err
-    assert not pooch.get_logger().isEnabledFor(logging.INFO)  # no line a file
-    # the cache is a data folder like any other
+    assert not pooch.get_logger().isEnabledFor(logging.INFO)  # no line for each file
+    # The cache has the layout of a data folder.
     assert [s[:2] for s in load_samples("coco", 6, 0, mirror.cache)[0]] == [s[:2] for s in more]
 
 
-def test_what_fails_once_is_fetched_again(mirror):
+def test_a_failed_download_is_tried_again(mirror):
     mirror.faults = {path: [fault] for path, fault in zip(mirror.files, 5 * ["error", "cut", "no length"])}
     samples, _ = load_samples("coco", 12)
     assert len(mirror.asked) == 2 * 13
@@ -562,27 +604,27 @@ def test_what_fails_once_is_fetched_again(mirror):
 
 
 @pytest.mark.parametrize("fault", ["error", "cut", "no length"])
-def test_images_that_never_come_whole_leave_nothing_behind(mirror, monkeypatch, fault):
-    monkeypatch.setattr(data, "RETRIES", 0)
+def test_incomplete_images_leave_no_file_behind(mirror, monkeypatch, fault):
+    monkeypatch.setattr(coco, "RETRIES", 0)
     mirror.faults = {path: [fault] for path in mirror.files if path != mirror.archive}
     with pytest.raises(UserError, match="val2017.zip.*--data_dir"):
         load_samples("coco", 12)
-    assert files_in(mirror.cache) == [data.COCO_CAPTIONS]
+    assert files_in(mirror.cache) == [coco.CAPTIONS]
 
 
-def test_a_page_sent_for_an_image_is_no_image(mirror, monkeypatch):
-    monkeypatch.setattr(data, "RETRIES", 0)
+def test_a_web_page_sent_instead_of_an_image_is_an_error(mirror, monkeypatch):
+    monkeypatch.setattr(coco, "RETRIES", 0)
     bad = load_samples("coco", 3)[0][2].id
     (mirror.cache / "val2017" / bad).unlink()
     mirror.files[f"/val2017/{bad}"] = b"<html>please log in</html>"
-    with pytest.raises(UserError, match=f"{bad} sent no whole image"):
+    with pytest.raises(UserError, match=f"{bad} sent no complete image"):
         load_samples("coco", 3)
     assert f"val2017/{bad}" not in files_in(mirror.cache)
 
 
 @pytest.mark.parametrize("fault", ["error", "cut", "no length", "hash"])
-def test_captions_that_never_come_whole_leave_nothing_behind(mirror, monkeypatch, fault):
-    monkeypatch.setattr(data, "RETRIES", 0)
+def test_incomplete_captions_leave_no_file_behind(mirror, monkeypatch, fault):
+    monkeypatch.setattr(coco, "RETRIES", 0)
     if fault == "hash":
         mirror.files[mirror.archive] += b"changed"
     else:
@@ -593,10 +635,10 @@ def test_captions_that_never_come_whole_leave_nothing_behind(mirror, monkeypatch
     assert files_in(mirror.cache) == []
 
 
-def test_offline_error_says_what_to_download_and_where_to_put_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "RETRIES", 0)
+def test_the_error_without_a_network_names_the_files_to_download_and_the_flag(tmp_path, monkeypatch):
+    monkeypatch.setattr(coco, "RETRIES", 0)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("PRUNING_COCO_URL", "http://127.0.0.1:9/")  # nobody answers there
+    monkeypatch.setenv("PRUNING_COCO_URL", "http://127.0.0.1:9/")  # no server listens on this port
     monkeypatch.setenv("PRUNING_CACHE", str(tmp_path))
     with pytest.raises(UserError) as error:
         load_samples("coco", 1)
@@ -606,7 +648,7 @@ def test_offline_error_says_what_to_download_and_where_to_put_it(tmp_path, monke
     assert files_in(tmp_path) == []
 
 
-def test_cache_that_cannot_be_made_is_an_error_in_one_line(tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_created_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PRUNING_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="cannot fetch"):

@@ -1,0 +1,123 @@
+"""COCO val2017, from a folder or fetched as needed."""
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import tempfile
+import zipfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
+from pathlib import Path
+from typing import Iterator, List, Optional, Tuple
+
+from tqdm import tqdm
+
+from pruning import UserError, cache_folder
+from pruning.data.folders import file_samples, first_in, folder_source, read_captions
+from pruning.data.images import open_rgb
+from pruning.data.samples import Sample, Source
+
+# The S3 bucket of images.cocodataset.org; that host itself has no valid TLS certificate.
+URL = "https://s3.amazonaws.com/images.cocodataset.org"
+ARCHIVE = "annotations_trainval2017.zip"
+ARCHIVE_HASH = "md5:f4bbac642086de4f52a3fdda2de5fa2c"
+ARCHIVE_BYTES = 252_907_541
+CAPTIONS = "annotations/captions_val2017.json"  # in the archive and in a data folder
+IMAGES = "val2017"
+RETRIES = 3
+
+
+def read(data_dir: Optional[Path]) -> Source:
+    """Return the samples of COCO val2017; each image has its caption of lowest annotation id.
+
+    Without a data folder, the captions are fetched into the cache, and `Source.provide` fetches the images.
+    Raises UserError if the captions cannot be fetched, or if the captions or the image folder are missing or malformed.
+    """
+    folder = _fetch_captions() if data_dir is None else data_dir
+    path = first_in(folder, "COCO captions", (CAPTIONS, "captions_val2017.json"))
+    images = first_in(folder, "COCO images", (IMAGES + "/",))
+    captions, skipped = read_captions(path, _entries, "the JSON of COCO's captions_val2017.json")
+    if data_dir is None:
+        return Source(file_samples(captions, images), skipped, partial(_fetch_images, images))
+    return folder_source(captions, images, skipped)
+
+
+def _entries(path: Path) -> Iterator[Tuple[str, int, str]]:
+    """Yield (image name, annotation id, caption) for each caption of the file."""
+    from pycocotools.coco import COCO
+
+    with contextlib.redirect_stdout(io.StringIO()):  # COCO prints how long the reading took
+        coco = COCO(str(path))
+    for annotation in coco.anns.values():
+        image = coco.imgs.get(annotation["image_id"], {})
+        yield image.get("file_name", ""), annotation["id"], annotation.get("caption", "")
+
+
+# ---------------------------------------------------------------- fetching
+
+def _fetch_captions() -> Path:
+    """Fetch the captions unless the cache has them. Return the cache folder, whose layout is that of a data folder."""
+    cache = cache_folder() / "coco"
+    with _fetching("COCO's captions"):
+        (cache / IMAGES).mkdir(parents=True, exist_ok=True)
+        if not (cache / CAPTIONS).exists():
+            # The archive and a half-written file of captions lie in a scratch folder, so that no failure leaves them.
+            with tempfile.TemporaryDirectory(dir=cache) as scratch:
+                with tqdm(total=ARCHIVE_BYTES, desc=ARCHIVE, unit="B", unit_scale=True, leave=False) as bar:
+                    archive = _fetch(Path(scratch), ARCHIVE, ARCHIVE_HASH, "annotations", _downloader(progressbar=bar))
+                with zipfile.ZipFile(archive) as members:
+                    captions = members.extract(CAPTIONS, scratch)
+                (cache / CAPTIONS).parent.mkdir(exist_ok=True)
+                os.replace(captions, cache / CAPTIONS)
+    return cache
+
+
+def _fetch_images(folder: Path, samples: List[Sample]) -> None:
+    """Fetch the images of `samples` that `folder` lacks, eight at a time."""
+    download = _downloader()
+
+    def download_whole(url, path, pooch):
+        download(url, path, pooch)
+        try:
+            open_rgb(path)  # a server may cut an image short without an error, or send an HTML page instead
+        except UserError as error:
+            raise ValueError(f"{url} sent no complete image") from error  # pooch retries after a ValueError
+
+    with _fetching("COCO's images"), ThreadPoolExecutor(8) as pool:
+        jobs = [pool.submit(_fetch, folder, sample.id, None, IMAGES, download_whole) for sample in samples]
+        try:
+            for job in tqdm(as_completed(jobs), total=len(jobs), desc="COCO images", leave=False):
+                job.result()
+        finally:
+            for job in jobs:  # start no further downloads after an error or Ctrl-C
+                job.cancel()
+
+
+def _downloader(**options):
+    import pooch
+
+    pooch.get_logger().setLevel("WARNING")  # a progress bar replaces pooch's line for each file
+    return pooch.HTTPDownloader(timeout=30, chunk_size=2 ** 18, **options)
+
+
+def _fetch(folder: Path, name: str, known_hash: Optional[str], part: str, download) -> str:
+    """Fetch one file with retries and return its path. The file gets its name only when it is complete."""
+    import pooch
+
+    return pooch.create(folder, f"{_url()}/{part}/", registry={name: known_hash},
+                        retry_if_failed=RETRIES).fetch(name, downloader=download)
+
+
+def _url() -> str:
+    return (os.environ.get("PRUNING_COCO_URL") or URL).rstrip("/")
+
+
+@contextlib.contextmanager
+def _fetching(what: str):
+    """Turn errors of fetching `what` into a UserError that explains how to download COCO by hand."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # requests raises OSErrors, pooch a ValueError for a wrong hash
+        raise UserError(f"cannot fetch {what}: download {_url()}/annotations/{ARCHIVE} and {_url()}/zips/val2017.zip, "
+                        f"unpack both into one folder and give it as --data_dir ({error})") from error

@@ -1,0 +1,88 @@
+"""Allocation: how many units each group loses at a given rate, and which. Gives the plans that surgery carries out.
+
+A criterion is one function, score(group) -> (units,) tensor, the lowest first to go.
+"""
+from __future__ import annotations
+
+import math
+from typing import Callable, Dict, List
+
+import torch
+from torch import Tensor
+
+from pruning import UserError
+from pruning.methods.surgery import Group, Plan
+
+Score = Callable[[Group], Tensor]
+
+
+def lowest_overall(groups: List[Group], rate: float, score: Score) -> Plan:
+    """Plan to remove the round(rate * n) of all n units that have the lowest scores, wherever they are.
+
+    Of equal scores the first in order go. A group may lose all its units. Raises UserError if a score is NaN.
+    """
+    scores = torch.cat([scores_of(group, score) for group in groups])
+    kept = torch.ones(len(scores), dtype=torch.bool)
+    kept[torch.argsort(scores, stable=True)[:round(rate * len(scores))]] = False
+    keeps = {group.name: part.nonzero().flatten().tolist()
+             for group, part in zip(groups, kept.split([group.units for group in groups]))}
+    return {group.name: keeps[group.name] for group in groups if len(keeps[group.name]) < group.units}
+
+
+def equal_shares(groups: List[Group], rate: float, score: Score, round_to: int = 1) -> Plan:
+    """Plan to remove the same share of every group: its units of lowest score, equally many from each norm group.
+
+    A width that is a multiple of round_to stays one. With round_to=1 round(rate * n) of all n units go exactly,
+    unless every group is down to one unit a norm group. Of equal scores the first in order go. Raises UserError if a
+    score is NaN.
+    """
+    counts = drop_counts(groups, rate, round_to)
+    return {group.name: highest(scores_of(group, score), counts[group.name], group.norm_groups)
+            for group in groups if counts[group.name]}
+
+
+def scores_of(group: Group, score: Score) -> Tensor:
+    """Return the scores of a group's units, (units,), on the CPU. Raises UserError if a score is NaN."""
+    scores = score(group).cpu()
+    if scores.shape != (group.units,):
+        raise ValueError(f"a score of {group.name} is {tuple(scores.shape)} for {group.units} units")
+    if scores.isnan().any():
+        raise UserError(f"{group.name} has scores that are NaN and so have no order; check the weights of the model")
+    return scores
+
+
+def drop_counts(groups: List[Group], rate: float, round_to: int = 1) -> Dict[str, int]:
+    """Return how many units each group loses: the same share, in sum round(rate * n) of all n units if possible.
+
+    Groups with coarse steps are rounded first, and their rounding errors are spread evenly over the finer groups.
+    """
+    steps = {group.name: step_of(group, round_to) for group in groups}
+    units = sum(group.units for group in groups)
+    spare = sum(group.units - steps[group.name] for group in groups)  # at least one step of units stays in each group
+    left = min(round(rate * units), spare)
+    counts = {}
+    for group in sorted(groups, key=lambda group: -steps[group.name]):
+        step, most = steps[group.name], group.units - steps[group.name]
+        spare -= most
+        least = -(-max(left - spare, 0) // step) * step  # more than the later groups could lose
+        counts[group.name] = min(max(round(left * group.units / units / step) * step, least), most)
+        left -= counts[group.name]
+        units -= group.units
+    return counts
+
+
+def step_of(group: Group, round_to: int) -> int:
+    """Return the number of units that a group loses at a time: one a norm group, times what round_to asks for.
+
+    round_to counts only if the group's width is a multiple of the resulting step.
+    """
+    step = group.norm_groups * round_to // math.gcd(group.norm_groups, round_to)
+    return step if group.units % step == 0 else group.norm_groups
+
+
+def highest(scores: Tensor, drop: int, norm_groups: int) -> List[int]:
+    """Return the ascending indices that stay if `drop` units go: the lowest scores of each norm group, equally many."""
+    scores = scores.view(norm_groups, -1)
+    kept = torch.argsort(scores, dim=1, stable=True)[:, drop // norm_groups:]
+    starts = torch.arange(norm_groups)[:, None] * scores.shape[1]
+    return (kept + starts).flatten().sort().values.tolist()

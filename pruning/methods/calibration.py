@@ -1,0 +1,32 @@
+"""What a method may learn from: recorded calls of the dense denoiser."""
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Calibration:
+    """Recorded calls of the dense denoiser, a seed, and a file for a method's state between two rates.
+
+    The calls come from images that the dense pipeline makes of captions that are never measured; `record` makes these
+    images and returns the calls. It is called when a method first asks for `calls`, as recording takes minutes and a
+    method may need no calls at all.
+    """
+
+    def __init__(self, record: Callable[[], List[Tuple[Dict[str, Any], Tensor]]], seed: int,
+                 checkpoint: Optional[Path] = None):
+        self._record = record
+        self.seed = seed  # seeds everything that a method draws
+        self.checkpoint = checkpoint  # a file that the method may write and read; None: nothing is kept
+
+    @cached_property
+    def calls(self) -> List[Tuple[Dict[str, Any], Tensor]]:
+        """(keyword arguments, output sample) of each call, recorded once and then kept.
+
+        Arguments and samples are as the pipeline passed them, on its device and in its dtype.
+        """
+        return self._record()

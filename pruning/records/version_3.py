@@ -1,0 +1,42 @@
+"""Records of version 3, read as version 4. No torch."""
+from __future__ import annotations
+
+import copy
+
+from pruning import methods
+from pruning.records.schema import COUNT, NAMED_TEXTS, NUMBERS_OR_NULL, OBJECT, POINTS, TEXTS, check
+
+NOTES = {  # name -> its kind, and the value of a note that is absent
+    "captions_skipped": (COUNT, 0),
+    "captions_truncated": (COUNT, 0),
+    "code": (TEXTS, []),
+    "reference_images": (COUNT, 0),
+    "fid_feature_size": (COUNT, 0),
+    "left_out": (NAMED_TEXTS, {}),
+    "floors": (NUMBERS_OR_NULL, {}),
+    "seed_spread": (NUMBERS_OR_NULL, {}),
+}
+
+
+def from_version_3(data: dict) -> dict:
+    """Return a version 3 object as a version 4 object. Raises ValueError that names a part that version 3 has not.
+
+    Version 3 kept a method's options in settings, and skipped modules, floors and the spread of seeds in notes.
+    """
+    check(data, {"settings": OBJECT, "notes": OBJECT, "dense": OBJECT, "points": POINTS}, "")
+    method, settings = data.get("method"), data["settings"]
+    known = methods.METHODS[method].options if isinstance(method, str) and method in methods.METHODS else {}
+    notes = copy.deepcopy({**{name: default for name, (_, default) in NOTES.items()}, **data["notes"]})
+    check(notes, {name: kind for name, (kind, _) in NOTES.items()}, "notes.")
+    feature_size = notes.pop("fid_feature_size")
+    # Version 3 did not say whether torch.compile fell back.
+    added = {"skipped_modules": notes.pop("left_out"), "floors": {}, "seed_spread": {}, "compiled": None}
+    of_dense = {"floors": notes.pop("floors"), "seed_spread": notes.pop("seed_spread")}
+    return {
+        **data,
+        "options": {name: settings[name] for name in known if name in settings},
+        "settings": {name: value for name, value in settings.items() if name not in known},
+        "notes": {**notes, "feature_sizes": {"features": feature_size} if feature_size else {}},
+        "dense": {**data["dense"], **added, **of_dense},
+        "points": [{**point, **added} for point in data["points"]],
+    }

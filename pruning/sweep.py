@@ -1,0 +1,166 @@
+"""Measure what a record lacks, write it, and continue after a cut.
+
+The function that measures a point is an argument, so that this file imports no command.
+"""
+from __future__ import annotations
+
+import shutil
+import sys
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Callable, Dict, List, Optional, Tuple
+
+from tqdm import tqdm
+
+from pruning import UserError, cli, distributed
+from pruning.data import DATASETS
+from pruning.experiment import (
+    Dense,
+    Experiment,
+    checkpoint_file,
+    image_file,
+    load_images,
+    prepare,
+    prune_copy,
+    pruned_origin,
+    save_pruned,
+)
+from pruning.methods import variant_name
+from pruning.models import pipelines, saving
+from pruning.records import report, store
+from pruning.records.plots import ROWS
+from pruning.records.record import BrokenRecordError, Point, Record, read_record, record_path, write_record
+from pruning.records.summaries import skipped_modules
+
+
+def sweep(args, run_pruning_experiment: Callable[..., Optional[Point]]) -> Tuple[Path, Optional[Record]]:
+    """Measure the dense model and every rate of args that the record lacks, then draw.
+
+    Returns the record's path and, in the main process, the record. Raises UserError if something cannot be had,
+    a record of other settings is in the way, or another process writes the record.
+    """
+    path = own_path(args)
+    with distributed.main_first():
+        earlier = None if args.overwrite else earlier_record(path)
+    experiment = prepare(args, path, earlier)
+    if not distributed.is_main:
+        measure_all(experiment, args, path, None, run_pruning_experiment)
+        return path, None
+    with store.only_writer(path):
+        if args.overwrite:
+            delete_images(experiment, args)
+        elif earlier_record(path) != earlier:
+            raise UserError(f"another process has written {path} meanwhile: give the same command again")
+        try:
+            measure_all(experiment, args, path, earlier, run_pruning_experiment)
+        finally:
+            # Also after Ctrl-C: finished points are worth a look.
+            record = read_record(path) if path.exists() else None
+            if record and not args.shard:
+                report.write_record_files(record, path.parent, experiment.images_folder, args.tolerance)
+            if args.discard_images:
+                discard_images(experiment, [0.0, *(point.rate for point in record.points)] if record else [0.0])
+    if skipped_modules(record):
+        print(skipped_modules(record), file=sys.stderr)
+    return path, record
+
+
+def measure_all(experiment: Experiment, args, path: Path, earlier: Optional[Record],
+                run_pruning_experiment: Callable[..., Optional[Point]]) -> None:
+    """Measure the points and the metrics that `earlier` lacks, and write the record after each point."""
+    known = {point.rate: point for point in (earlier.dense, *earlier.points)} if earlier else {}
+    notes = experiment.record.notes
+    if earlier:
+        notes = replace(notes, code=list(dict.fromkeys([*earlier.notes.code, *notes.code])))
+    folders = saved_folders(args)
+    unsaved = {rate for rate in folders if not saving.is_saved(folders[rate], pruned_origin(experiment.record, rate))}
+    # The main process decides for all, as files change while the others look.
+    todo = distributed.broadcast(missing_points(experiment, args.rates, known))
+    chosen, dense = set(experiment.record.settings["metrics"]), None
+
+    def measure(rate: float, again: bool) -> None:
+        nonlocal dense
+        if rate and dense is None and distributed.is_main:
+            dense = Dense(load_images(experiment, 0.0).pixels, known[0.0].per_image)
+        bar.set_description(f"{experiment.record.variant} {rate:g}" if rate else "dense")
+        save_to = folders[rate] if rate in unsaved else None
+        known[rate] = run_pruning_experiment(experiment, rate, dense, known.get(rate) if again else None, save_to,
+                                             bar.update)
+        unsaved.discard(rate)
+
+    def write() -> None:
+        # All points of a record have the same metrics: it is written when no point lacks one.
+        if distributed.is_main and all(set(point.metrics) == chosen for point in known.values()):
+            first, *points = (known[rate] for rate in sorted(known))
+            write_record(replace(experiment.record, notes=notes, dense=first, points=points), path)
+
+    with tqdm(total=len(todo) * len(experiment.samples), unit="image",
+              disable=not (todo and distributed.is_main)) as bar:
+        for rate, again in todo:
+            if not again or distributed.is_main:
+                measure(rate, again)
+            write()
+            if args.discard_images and distributed.is_main and rate:
+                discard_images(experiment, [rate])
+    for rate in sorted(unsaved) if distributed.is_main else ():  # measured by an earlier run that did not save it
+        save_pruned(experiment, prune_copy(experiment, rate)[0], folders[rate], known[rate])
+    if distributed.is_main:
+        with suppress(FileNotFoundError):
+            checkpoint_file(path).unlink()
+
+
+def missing_points(experiment: Experiment, rates: List[float], known: Dict[float, Point]) -> List[Tuple[float, bool]]:
+    """Return what to measure, in order, as (rate, whether only its metrics): first known points, then missing rates.
+
+    Known points are measured again if they lack a metric. Their images are read from disk, or made again if one
+    is missing there. The dense model's images are needed whenever another point is measured.
+    """
+    chosen = set(experiment.record.settings["metrics"])
+    lacking = any(set(point.metrics) != chosen for point in known.values())
+    missing = [(rate, False) for rate in sorted({0.0, *rates} - set(known))]
+    again = sorted(known) if lacking else [0.0] if missing and 0.0 in known else []
+    again = [(rate, load_images(experiment, rate) is not None) for rate in again]
+    return [*(pair for pair in again if lacking or not pair[1]), *missing]
+
+
+def earlier_record(path: Path) -> Optional[Record]:
+    """Return the record at `path`, or None if there is none. A broken file is set aside under another name."""
+    try:
+        return read_record(path) if path.exists() else None
+    except BrokenRecordError as error:
+        print(f"{error}; {store.set_aside(path)}, and its rates are measured again from the images", file=sys.stderr)
+        return None
+
+
+def own_path(args) -> Path:
+    """Return the path of the record of these arguments."""
+    model = args.model or DATASETS[args.dataset].default_model
+    variant = variant_name(args.method, cli.method_options(args))
+    return record_path(args.results_dir, pipelines.label(model), args.dataset, variant, args.shard)
+
+
+def delete_images(experiment: Experiment, args) -> None:
+    """Delete the images of earlier runs. A shard deletes those of its own rates: other shards may be running."""
+    rates = args.rates if args.shard else None
+    folders = [image_file(experiment, rate, 0).parent for rate in rates] if rates \
+        else [image_file(experiment, 0.0, 0).parents[1]]
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def discard_images(experiment: Experiment, rates: List[float]) -> None:
+    """Delete the images of these rates that no figure shows."""
+    for rate in rates:
+        for index in range(ROWS, len(experiment.samples)):
+            with suppress(FileNotFoundError):
+                image_file(experiment, rate, index).unlink()
+
+
+def saved_folders(args) -> Dict[float, Path]:
+    """Return the folder of each rate's pruned pipeline: --save_pruned itself, or a folder in it if there are several."""
+    if args.save_pruned is None:
+        return {}
+    if len(args.rates) == 1:
+        return {args.rates[0]: args.save_pruned}
+    return {rate: args.save_pruned / store.rate_folder(rate) for rate in args.rates}
