@@ -130,7 +130,7 @@ def add_measuring_flags(parser: Parser) -> None:
     parser.add_argument("--metrics", nargs="+", type=name_in("metric", METRICS), default=list(METRICS),
                         help="what to measure")
     parser.add_argument("--metric_backbones", type=name_in("metric backbones", BACKBONES),
-                        help="networks behind the metrics: bundled, trained on shapes, or standard (default: by dataset)")
+                        help="networks behind the metrics: bundled (for shapes) or standard (default: by dataset)")
     add_method_flags(parser)
     add_tolerance(parser)
     parser.add_argument("--save_pruned", type=Path, metavar="DIR",

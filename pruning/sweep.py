@@ -61,7 +61,7 @@ def sweep(args, run_pruning_experiment: Callable[..., Optional[Point]]) -> Tuple
                 report.write_record_files(record, path.parent, experiment.images_folder, args.tolerance)
             if args.discard_images:
                 discard_images(experiment, [0.0, *(point.rate for point in record.points)] if record else [0.0])
-    if skipped_modules(record):
+    if record and skipped_modules(record):
         print(skipped_modules(record), file=sys.stderr)
     return path, record
 
@@ -158,7 +158,7 @@ def discard_images(experiment: Experiment, rates: List[float]) -> None:
 
 
 def saved_folders(args) -> Dict[float, Path]:
-    """Return the folder of each rate's pruned pipeline: --save_pruned itself, or a folder in it if there are several."""
+    """Return the folder of each rate's pruned pipeline: --save_pruned itself, or for several rates a folder in it."""
     if args.save_pruned is None:
         return {}
     if len(args.rates) == 1:

@@ -543,18 +543,20 @@ def test_ssim_and_psnr_equal_those_of_torchmetrics_on_whole_stacks(kind):
     pair = [torch.from_numpy(x.copy()).permute(0, 3, 1, 2).double() for x in (images, others)]
     expected = structural_similarity_index_measure(*pair, data_range=255.0, reduction="none").numpy()
     assert scores.ssim(images, others) == pytest.approx(expected, abs=1e-10)
+    on_device = [scores._ssim_by_torch(*pair, device="cpu") for pair in zip(images, others)]
+    assert on_device == pytest.approx(expected, abs=1e-10)
     expected = peak_signal_noise_ratio(*pair, data_range=255.0, reduction="none", dim=(1, 2, 3)).numpy()
     assert scores.psnr(images, others) == pytest.approx(expected, rel=1e-6)  # its logarithm of 10 is float32
 
 
 @pytest.mark.parametrize("rows", [1, 3, 7, 19])
 def test_ssim_does_not_depend_on_the_block_size(rows, monkeypatch):
-    images, others = image_pairs()["noise"]
-    height, width = images.shape[1:3]
+    (image, *_), (other, *_) = image_pairs()["noise"]
+    height, width = image.shape[:2]
     monkeypatch.setattr(scores, "STRIP_PIXELS", height * width)
-    whole = scores.ssim(images, others)
+    whole = scores._ssim_by_torch(image, other, device="cpu")
     monkeypatch.setattr(scores, "STRIP_PIXELS", rows * width)
-    assert scores.ssim(images, others) == pytest.approx(whole, rel=1e-12)
+    assert scores._ssim_by_torch(image, other, device="cpu") == pytest.approx(whole, rel=1e-12)
 
 
 def test_equal_images_have_ssim_1_and_infinite_psnr():
