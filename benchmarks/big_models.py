@@ -71,7 +71,7 @@ def measure(name: str, method: str, options: dict, rate: float) -> str:
 def main(argv=None) -> None:
     """Prune a fresh model by each method of CASES, and print a table in Markdown."""
     parser = cli.Parser(__doc__)
-    parser.add_argument("--models", nargs="+", type=cli.name_in("model", MODELS), default=list(MODELS),
+    parser.add_argument("--models", nargs="+", type=cli.one_of("model", MODELS), default=list(MODELS),
                         help="models to prune")
     parser.add_argument("--rate", type=cli.rate, default=0.5, help="pruning rate")
     args = parser.parse_args(argv)

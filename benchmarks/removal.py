@@ -245,9 +245,9 @@ def read(path: Path, header: dict) -> dict:
 def main(argv=None) -> None:
     """Measure the missing rows, then print and draw all rows."""
     parser = cli.Parser(__doc__)
-    parser.add_argument("--models", nargs="+", type=cli.name_in("model", MODELS), default=list(MODELS),
+    parser.add_argument("--models", nargs="+", type=cli.one_of("model", MODELS), default=list(MODELS),
                         help="models to prune")
-    parser.add_argument("--methods", nargs="+", type=cli.name_in("method", PRUNERS), default=list(PRUNERS),
+    parser.add_argument("--methods", nargs="+", type=cli.one_of("method", PRUNERS), default=list(PRUNERS),
                         help="; ".join(f"{name}: {pruner.help}" for name, pruner in PRUNERS.items()))
     parser.add_argument("--rates", nargs="+", type=cli.rate, default=list(RATES), help="pruning rates")
     parser.add_argument("--peers_on_big", action="store_true", help="measure masks and other libraries at every rate "
@@ -261,7 +261,7 @@ def main(argv=None) -> None:
     parser.add_argument("--layers", type=cli.positive, help="number of blocks of sd3 (default: 24; on the CPU 6)")
     parser.add_argument("--widths", action="store_true", help="time layers of even and odd widths, and no models")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is a GPU)")
-    parser.add_argument("--dtype", type=cli.name_in("dtype", ("float32", "float16", "bfloat16")),
+    parser.add_argument("--dtype", type=cli.one_of("dtype", ("float32", "float16", "bfloat16")),
                         help="dtype of the models (default: float32 on the CPU, else bfloat16)")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "benchmarks", help="where results go")
     parser.add_argument("--overwrite", action="store_true", help="measure these models, or the widths, again")

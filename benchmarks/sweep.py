@@ -129,7 +129,7 @@ def sweep_rows(count: int, rounds: int, with_usual: bool) -> list:
         for name, taken in (("the sweep, after imports", own), ("the sweep, whole process", process)):
             ratios = np.array(taken) / np.array(bare)
             rows.append((name, float(np.median(taken)), f"{np.median(ratios):.2f} x plain generation; "
-                         f"{ratios.min():.2f} to {ratios.max():.2f} in {rounds} rounds"))
+                         f"{ratios.min():.2f} to {ratios.max():.2f} over the rounds"))
         rows.append(("the first sweep on a machine, after imports", first, f"{first / sweep:.2f} x later sweeps"))
         if with_usual:
             found, usual, images = usual_way(count)
@@ -186,7 +186,7 @@ def threshold_rows() -> list:
     ratios = np.array(thresholds) / np.array(passes)
     return [("exact global threshold, 860 M weights", float(np.median(thresholds)),
              f"{np.median(ratios):.1f} x one abs().sum() pass ({np.median(passes):.2f} s); {ratios.min():.1f} to "
-             f"{ratios.max():.1f} in {len(ratios)} rounds"),
+             f"{ratios.max():.1f} over the rounds"),
             ("global magnitude pruning of these weights, with checks", whole, f"peak memory {extra:+.0f} MiB")]
 
 
@@ -226,7 +226,7 @@ def main(argv=None) -> None:
     parser.add_argument("--num_images", type=cli.positive, default=64, help="images a rate")
     parser.add_argument("--rounds", type=cli.positive, default=3,
                         help="how often plain generation and the sweep are timed, in alternation")
-    parser.add_argument("--parts", nargs="+", type=cli.name_in("part", PARTS), default=list(PARTS)[:-1],
+    parser.add_argument("--parts", nargs="+", type=cli.one_of("part", PARTS), default=list(PARTS)[:-1],
                         help="; ".join(f"{name}: {what}" for name, what in PARTS.items()))
     args = parser.parse_args(argv)
     rows = []

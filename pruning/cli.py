@@ -3,13 +3,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any, Dict
 
-from pruning import UserError, check_name
+from pruning import UserError
 from pruning.data import DATASETS
-from pruning.methods import METHODS, default_options
+from pruning.methods import METHODS, at_least, default_options, one_of
 from pruning.metrics import BACKBONES, METRICS
 from pruning.models.pipelines import OFFLOADS
 from pruning.records.findings import QUALITY, TOLERANCE
@@ -21,7 +20,7 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
     """Shows defaults, and keeps the line breaks of the description."""
 
     def _get_help_string(self, action):
-        if action.default in (None, False) or action.default is argparse.SUPPRESS:
+        if action.default is None or action.default is False or action.default is argparse.SUPPRESS:
             return action.help
         if isinstance(action.default, list):
             return f"{action.help} (default: {' '.join(map(str, action.default))})"
@@ -63,19 +62,8 @@ def _number(text: str, fits, expected: str) -> float:
     return value
 
 
-def at_least(least: int, text: str) -> int:
-    """Return a whole number that is `least` or more."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = least - 1
-    if value < least:
-        raise argparse.ArgumentTypeError(f"expected a whole number, {least} or more; got {text!r}")
-    return value
-
-
-positive = partial(at_least, 1)
-not_negative = partial(at_least, 0)
+positive = at_least(1)
+not_negative = at_least(0)
 
 
 def shard(text: str) -> tuple:
@@ -84,16 +72,6 @@ def shard(text: str) -> tuple:
     if not (slash and part.isdigit() and count.isdigit() and 1 <= int(part) <= int(count)):
         raise argparse.ArgumentTypeError(f"a shard is i/n with i from 1 to n, such as 2/4; got {text!r}")
     return int(part), int(count)
-
-
-def name_in(what: str, names):
-    """Return an argument type that takes one of `names` and suggests the nearest to a wrong name."""
-    def parse(text):
-        try:
-            return check_name(what, text, names)
-        except UserError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-    return parse
 
 
 # ---- flags; each means the same in every command
@@ -107,9 +85,9 @@ def add_tolerance(parser: Parser) -> None:
 def add_measuring_flags(parser: Parser) -> None:
     """Add the flags that measuring one rate and a sweep share."""
     defaults = ", ".join(f"{dataset.default_model} for {name}" for name, dataset in DATASETS.items())
-    parser.add_argument("--method", type=name_in("method", METHODS), default="magnitude",
+    parser.add_argument("--method", type=one_of("method", METHODS), default="magnitude",
                         help="how to prune: " + "; ".join(f"{name}: {m.help}" for name, m in METHODS.items()))
-    parser.add_argument("--dataset", type=name_in("dataset", DATASETS), default="shapes",
+    parser.add_argument("--dataset", type=one_of("dataset", DATASETS), default="shapes",
                         help="captions and originals: " + "; ".join(f"{n}: {d.help}" for n, d in DATASETS.items()))
     parser.add_argument("--data_dir", type=Path, help="folder of the data set (default: fetched if it can be)")
     parser.add_argument("--model", help=f"a bundled model, a pipeline folder or a hub id (default: {defaults})")
@@ -122,14 +100,14 @@ def add_measuring_flags(parser: Parser) -> None:
     parser.add_argument("--batch_size", type=positive,
                         help="images made together (default: as many as fit in GPU memory; 8 on a CPU)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is a GPU)")
-    parser.add_argument("--dtype", type=name_in("dtype", ("float32", "float16", "bfloat16")),
+    parser.add_argument("--dtype", type=one_of("dtype", ("float32", "float16", "bfloat16")),
                         help="dtype of the model (default: float32 on the CPU, else bfloat16)")
-    parser.add_argument("--offload", type=name_in("offload", OFFLOADS),
+    parser.add_argument("--offload", type=one_of("offload", OFFLOADS),
                         help="keep waiting parts of the model on the CPU: model (whole modules) or sequential (layers)")
     parser.add_argument("--compile", action="store_true", help="compile the denoiser with torch.compile before timing")
-    parser.add_argument("--metrics", nargs="+", type=name_in("metric", METRICS), default=list(METRICS),
+    parser.add_argument("--metrics", nargs="+", type=one_of("metric", METRICS), default=list(METRICS),
                         help="what to measure")
-    parser.add_argument("--metric_backbones", type=name_in("metric backbones", BACKBONES),
+    parser.add_argument("--metric_backbones", type=one_of("metric backbones", BACKBONES),
                         help="networks behind the metrics: bundled (for shapes) or standard (default: by dataset)")
     add_method_flags(parser)
     add_tolerance(parser)

@@ -65,13 +65,13 @@ def main(argv=None) -> None:
     """Fetch what the command line names. Print the parts with their hashes, and the environment of an offline run."""
     parser = cli.Parser(__doc__)
     parser.add_argument("--model", help="a hub id, pipeline folder or bundled name (default: that of the data set)")
-    parser.add_argument("--dataset", type=cli.name_in("dataset", DATASETS), default="shapes",
+    parser.add_argument("--dataset", type=cli.one_of("dataset", DATASETS), default="shapes",
                         help="the data set of the later run")
     parser.add_argument("--data_dir", type=Path,
                         help="the folder of the data set (default: fetch the data set if possible)")
     parser.add_argument("--num_images", type=cli.positive, default=32, help="images per rate of the later run")
     parser.add_argument("--seed", type=cli.not_negative, default=0, help="the later run's seed, which chooses samples")
-    parser.add_argument("--metric_backbones", type=cli.name_in("metric backbones", BACKBONES),
+    parser.add_argument("--metric_backbones", type=cli.one_of("metric backbones", BACKBONES),
                         help="the networks of the metrics (default: those of the data set)")
     args = parser.parse_args(argv)
     for part, files in fetch(args).items():

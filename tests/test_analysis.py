@@ -162,7 +162,7 @@ def test_every_promised_file_is_there_and_no_other(measured):
     record, folder = measured
     own = folder / record.model / record.dataset
     ends = (".json", ".png", "_metrics.png", "_cost.png", "_images.png", ".txt")
-    promised = {f"{record.method}{end}" for end in ends}
+    promised = {f"{record.variant}{end}" for end in ends}
     assert {path.name for path in own.iterdir() if path.is_file()} == promised
     assert not list(folder.rglob("*.part"))
     for path in own.glob("*.png"):
@@ -183,7 +183,7 @@ def test_per_image_values_are_behind_the_means(measured):
 
 def test_scores_are_those_of_the_images_on_disk(measured):
     record, folder = measured
-    own = folder / record.model / record.dataset / "images" / record.method / "0.3"
+    own = folder / record.model / record.dataset / "images" / record.variant / "0.3"
     images = np.stack([np.asarray(Image.open(path)) for path in sorted(own.iterdir())])
     clip = backbones.load_backbone("bundled", "clip")
     texts, _ = backbones.embed_captions(clip, [sample["caption"] for sample in record.samples])
@@ -242,7 +242,7 @@ def test_a_single_rate_equals_the_same_rate_of_an_iterative_sweep(tmp_path, caps
     test_single_rate.main([*QUICK, *flags, "--rate", "0.3", "--results_dir", str(tmp_path / "single")])
     single = read_record(next((tmp_path / "single").glob("*/*/*.json")))
     assert single.points[0].per_image == swept.points[2].per_image
-    assert "iterative 0.3" in capsys.readouterr().out
+    assert "iterative+recovery_steps=2 0.3" in capsys.readouterr().out
 
 
 def test_noise_belongs_to_the_sample_alone():

@@ -137,9 +137,10 @@ def test_only_a_method_with_calibration_images_is_given_the_calibration(new_meth
     assert prune("new_method", None, 0.2, calibration=calibration)[1]["calibration"] is calibration
 
 
-@EACH_METHOD
-def test_what_a_method_reports_has_the_unit_of_the_table(method):
-    options = {"recovery_steps": 0} if method == "iterative" else {}
+@pytest.mark.parametrize(("method", "options"), [
+    *((method, {}) for method, entry in METHODS.items() if not entry.calibration_images),
+    ("iterative", {"recovery_steps": 0})])
+def test_what_a_method_reports_has_the_unit_of_the_table(method, options):
     pruned = prune(method, denoiser(), 0.5, **options)
     assert isinstance(pruned, Pruned)
     assert pruned.unit == METHODS[method].unit

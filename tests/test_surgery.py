@@ -305,7 +305,7 @@ def test_heads_can_be_fewer_than_layers(family):
     prune("attention_heads", masked, rate, mask_only=True)
     assert done.total - done.taken == 1 < len(found)
     assert sum(isinstance(module, kinds.HeadlessAttention) for module in removed.modules()) == len(found) - 1
-    assert surgery.survey(removed, "heads")[1] == {}  # what stands in for an empty attention is no unknown attention
+    assert surgery.survey(removed, "heads")[1] == {}  # neither a stand-in for an attention nor its block is unknown
     assert_equal_outputs(removed, masked)
 
 

@@ -47,7 +47,7 @@ def test_scores_of_both_signs_and_of_all_sizes_are_ordered(monkeypatch, chunk):
     monkeypatch.setattr(zeroing, "CHUNK", chunk)
     inf, tiny, above = float("inf"), 1e-45, 2.0000002
     scores = torch.tensor([[2.0, -2.0, 0.0, 1e-40, -1e-40], [-3e38, 3e38, -above, above, 1.9999999],
-                           [-1.9999999, tiny, -tiny, inf, -inf], [-2.0, 2.0, -0.0, 0.0, 2e-5]])
+                           [-1.9999999, tiny, -tiny, inf, -1e20], [-2.0, 2.0, -0.0, 0.0, 2e-5]])
     order = scores.flatten().argsort(stable=True)  # -0.0 and 0.0 are equal to torch too
     places = torch.arange(1.0, 21.0).view(4, 5)
     for count in range(21):
@@ -134,16 +134,29 @@ def test_a_score_of_another_shape_is_an_error_and_zeroes_nothing():
 
 
 @EACH_SCOPE
-def test_scores_that_are_nan_are_refused_by_name_before_anything_is_zeroed(scope):
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_scores_of_nan_or_minus_infinity_are_refused_by_name_before_anything_is_zeroed(scope, value):
     weights = layers((6, 4), (6, 4))
     before = flat(weights)
 
     def score(rows, name):
-        return rows.abs() if name == "0" else rows.abs().log() * (rows > 0) / (rows > 0)
+        scores = rows.abs()
+        if name == "1":
+            scores[4, 2] = value
+        return scores
 
-    with pytest.raises(UserError, match="^1 has scores that are NaN"):
+    with pytest.raises(UserError, match="^1 has scores that are NaN or -inf"):
         zeroing.zero_lowest(weights, 0.5, score, scope)
     assert torch.equal(flat(weights), before)
+
+
+def test_scores_that_repeat_in_memory_or_are_the_rows_are_taken_as_they_are():
+    weights = {"0": torch.tensor([[3.0, -1.0, 2.0], [-4.0, 5.0, -6.0]])}
+    zeroing.zero_lowest(weights, 0.5, lambda rows, name: rows)
+    assert weights["0"].tolist() == [[3, 0, 2], [0, 5, 0]]
+    weights = {"0": torch.ones(2, 3)}
+    zeroing.zero_lowest(weights, 1 / 3, lambda rows, name: torch.tensor([2.0, -0.0, 1.0]).expand_as(rows))
+    assert weights["0"].tolist() == [[1, 0, 1], [1, 0, 1]]
 
 
 def test_an_unknown_scope_is_refused_before_anything_is_zeroed():

@@ -108,14 +108,17 @@ def find_groups(denoiser: nn.Module, units: Iterable[str]) -> Tuple[List[Group],
 
 
 def unknown_modules(denoiser: nn.Module, units: Iterable[str], known: List[nn.Module]) -> Dict[str, str]:
-    """Return {name: why} of the innermost modules whose class name suggests such units, and that are not known."""
+    """Return {name: why} of the innermost modules whose class name suggests such units, and that are not known.
+
+    Modules that stand in for emptied ones are known, and so are all modules that contain known ones.
+    """
+    emptied = tuple(kind.empty for kind in kinds.KINDS if isinstance(kind.empty, type))
+    known = known + [module for module in denoiser.modules() if isinstance(module, emptied)]
     covered = {id(part) for module in known for part in module.modules()}
     patterns = [kind.lookalikes for kind in kinds.KINDS if kind.unit in units and kind.lookalikes]
-    emptied = tuple(kind.empty for kind in kinds.KINDS if isinstance(kind.empty, type))
     names = {}
     for name, module in denoiser.named_modules():
         if (any(re.search(pattern, type(module).__name__, re.IGNORECASE) for pattern in patterns)
-                and not isinstance(module, emptied)
                 and any(True for _ in module.parameters())
                 and not any(id(part) in covered for part in module.modules())):
             names[name] = f"its class {type(module).__name__} is not known"

@@ -4,15 +4,16 @@ A criterion is one function, score(rows, name) -> scores:
   rows    some whole rows of a weight in float32: (rows, inputs) of a Linear, (rows, inputs / groups, height, width)
           of a Conv2d. They may be a view of the weight, so a score must not change them.
   name    the name of the weight in `prunable_weights`, to look up what was gathered for it.
-  scores  of the shape of `rows`; the lowest are zeroed. Any float but NaN, negative ones too, compared as float32.
+  scores  of the shape of `rows`; the lowest are zeroed. They may be negative, and are compared in float32.
 A score is called several times on the same rows and must give the same each time. Since rows are whole, what a score
 needs for each input broadcasts over them: |w| times the input's root mean square is
 `lambda rows, name: rows.abs() * input_rms[name]`, with a vector (inputs,) for a Linear and (inputs, 1, 1) for a Conv2d.
 """
 from __future__ import annotations
 
+import math
 from itertools import accumulate
-from typing import Callable, Dict, Iterable, Iterator, List, Sequence, Tuple
+from typing import Callable, Dict, Iterable, Iterator, List, Sequence, Set, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,6 @@ Score = Callable[[Tensor, str], Tensor]
 PRUNABLE = (nn.Linear, nn.Conv2d)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # float32 represents all of them exactly
 CHUNK = 1 << 19  # weights scored together: bounds the temporaries to a few MiB
-LOWEST = torch.iinfo(torch.int32).min  # the key of weights that are zero already, below the key of every score
 
 
 def prunable_weights(denoiser: nn.Module) -> Dict[str, nn.Parameter]:
@@ -52,12 +52,12 @@ def zero_lowest(weights: Dict[str, Tensor], rate: float, score: Score, scope: st
 
     scope: "layer" takes the same share of every weight tensor (see layer_counts), "global" the lowest of all tensors.
     Of equal scores the first in order go. Weights that are zero already count first and stay zero, so a growing rate
-    only adds zeros. Raises UserError for an unknown scope and for a score that is NaN, before anything changes.
+    only adds zeros. Raises UserError, before anything changes, for an unknown scope and for a score of NaN or -inf.
     """
     check_name("scope", scope, SCOPES)
     for name, _, scores in _blocks(weights, score):
-        if scores.max().isnan():  # max() passes NaN on, and needs no mask
-            raise UserError(f"{name} has scores that are NaN and so have no order; check the weights of the model")
+        if not scores.min() > -math.inf:  # false for NaN too, which min() passes on
+            raise UserError(f"{name} has scores that are NaN or -inf and so have no order; check the model's weights")
     if scope == "global":
         zero_count(weights, round(rate * sum(weight.numel() for weight in weights.values())), score)
         return
@@ -82,34 +82,48 @@ def layer_counts(weights: Sequence[Tensor], rate: float) -> List[int]:
 
 @torch.no_grad()
 def zero_count(weights: Dict[str, Tensor], count: int, score: Score) -> None:
-    """Zero exactly the `count` weights of lowest score over all tensors, in place; of equal scores the first go."""
+    """Zero exactly the `count` weights of lowest score over all tensors, in place.
+
+    Of equal scores the first in order go, and weights that are zero already go before all others.
+    """
     if count <= 0:
         return
     threshold, ties = find_threshold(weights, count, score)
-    for _, rows, scores in _blocks(weights, score):
-        keys = _keys(rows, scores)
-        lowest = keys < threshold
+    for _, rows, scores in _blocks(weights, score, with_zeros(weights)):
+        kept = scores >= threshold
         if ties:
-            tied = (keys == threshold).flatten().nonzero()[:ties, 0]
-            lowest.view(-1)[tied] = True
+            tied = (scores == threshold).flatten().nonzero()[:ties, 0]
+            kept.view(-1)[tied] = False
             ties -= len(tied)
-        rows.masked_fill_(lowest, 0)
+        bits = rows.view(torch.int32 if rows.dtype == torch.float32 else torch.int16)
+        bits &= kept.to(bits.dtype).neg_()  # -1 has all bits set; masked_fill_ takes several times as long on the CPU
 
 
 @torch.no_grad()
-def find_threshold(weights: Dict[str, Tensor], count: int, score: Score) -> Tuple[int, int]:
-    """Return the key (see _keys) of the `count`-th lowest score, and how many equal keys are among the `count` lowest.
+def find_threshold(weights: Dict[str, Tensor], count: int, score: Score) -> Tuple[float, int]:
+    """Return the `count`-th lowest score, and how many of the scores equal to it are among the `count` lowest.
 
-    A radix selection: a histogram of the upper 16 bits of all keys finds those of the threshold, and a histogram of
-    the lower 16 bits of the keys that share them finds the rest. So the threshold is exact, in constant memory.
+    Weights that are zero have the score -inf. A radix selection on the bits of the scores: a histogram of the upper 16
+    bits of all scores finds those of the threshold, and a histogram of the lower 16 bits of the scores that share them
+    finds the rest. So the threshold is exact, in constant memory.
     """
-    def keys():
-        return (_keys(rows, scores) for _, rows, scores in _blocks(weights, score))
+    zeros = with_zeros(weights)
 
-    high, rank = _digit(((each >> 16) + 0x8000 for each in keys()), count)  # + 0x8000: from 0
+    def bits():
+        return (scores.view(torch.int32) for _, _, scores in _blocks(weights, score, zeros))
+
+    # As int32, the bits of negative floats are negative too, but in the opposite order: -1.0 comes before -2.0.
+    negative, positive = torch.arange(-1, -0x8001, -1), torch.arange(0x8000)
+    high, rank = _digit(((each >> 16).add_(0x8000) for each in bits()), count, torch.cat([negative, positive]) + 0x8000)
     high -= 0x8000
-    low, ties = _digit((each[each >> 16 == high] & 0xFFFF for each in keys()), rank)
-    return high << 16 | low, ties
+    order = torch.arange(0x10000) if high >= 0 else torch.arange(0xFFFF, -1, -1)
+    low, ties = _digit((each[each >> 16 == high] & 0xFFFF for each in bits()), rank, order)
+    return torch.tensor(high << 16 | low, dtype=torch.int32).view(torch.float32).item(), ties
+
+
+def with_zeros(weights: Dict[str, Tensor]) -> Set[str]:
+    """Return the names of the weight tensors that hold zeros."""
+    return {name for name, weight in weights.items() if not weight.detach().all()}
 
 
 def report(denoiser: nn.Module, weights: Dict[str, Tensor], rate: float, method: str) -> Pruned:
@@ -129,29 +143,31 @@ def count_zeros(weight: Tensor) -> int:
     return weight.numel() - int(torch.count_nonzero(weight.detach()))
 
 
-def _blocks(weights: Dict[str, Tensor], score: Score) -> Iterator[Tuple[str, Tensor, Tensor]]:
-    """Yield the name of each weight, a view of some of its rows, and their scores in float32, row by row."""
+def _blocks(weights: Dict[str, Tensor], score: Score,
+            zeros: Iterable[str] = ()) -> Iterator[Tuple[str, Tensor, Tensor]]:
+    """Yield the name of each weight tensor, a view of some of its rows, and their scores.
+
+    The scores are in float32 and row-major order, without -0.0. In the tensors named in `zeros`, the score of a weight
+    that is zero is -inf.
+    """
     for name, weight in weights.items():
         for rows in weight.detach().split(max(1, CHUNK // weight[0].numel())):
             scores = score(rows.float(), name)
             if scores.shape != rows.shape:  # a smaller shape would broadcast and zero other weights than asked
                 raise ValueError(f"a score of {name} is {tuple(scores.shape)} for rows of {tuple(rows.shape)}")
-            yield name, rows, scores.float()
+            scores = scores.float().contiguous()
+            scores += 0.0  # makes -0.0 the equal 0.0, so that bits order scores; in place, as a copy takes longer
+            if name in zeros:
+                scores = scores.masked_fill(rows == 0, -math.inf)
+            yield name, rows, scores
 
 
-def _keys(rows: Tensor, scores: Tensor) -> Tensor:
-    """Return int32 keys in row-major order that sort as the scores do, and LOWEST for weights that are zero.
+def _digit(digits: Iterable[Tensor], rank: int, order: Tensor) -> Tuple[int, int]:
+    """Return the 16-bit digit of that rank (from 1) among all, and the rank among the digits equal to it.
 
-    The bit pattern of a float is sign and magnitude, and magnitudes sort as floats do; so the pattern becomes a two's
-    complement. -0.0 and 0.0 get the same key.
+    order: all 65,536 digits, from the one that ranks first.
     """
-    bits = scores.view(torch.int32)
-    return torch.where(bits < 0, LOWEST - bits, bits).masked_fill_(rows == 0, LOWEST).contiguous()
-
-
-def _digit(digits: Iterable[Tensor], rank: int) -> Tuple[int, int]:
-    """Return the 16-bit digit of that rank (from 1) among all, and the rank among the digits equal to it."""
-    counts = sum(torch.bincount(digit.flatten(), minlength=1 << 16).cpu() for digit in digits)
+    counts = sum(torch.bincount(digit.flatten(), minlength=0x10000).cpu() for digit in digits)[order]
     up_to = counts.cumsum(0)
-    digit = int(torch.searchsorted(up_to, rank))
-    return digit, rank - int(up_to[digit] - counts[digit])
+    place = int(torch.searchsorted(up_to, rank))
+    return int(order[place]), rank - int(up_to[place] - counts[place])
