@@ -43,9 +43,13 @@ def saved(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("model", list(pipelines.MODELS))
-@pytest.mark.parametrize(("method", "options"), CASES.values(), ids=CASES)
-def test_images_after_loading_in_another_process_are_the_same_bit_for_bit(tmp_path, method, options, model):
+@pytest.mark.parametrize(("case", "model"), [
+    ("structured", "shapes-unet"), ("magnitude", "shapes-unet"), ("attention_heads", "shapes-mmdit"),
+    *(pytest.param(case, model, marks=pytest.mark.slow) for case, model in [
+        ("masked heads", "shapes-unet"), ("attention_heads", "shapes-unet"), ("structured", "shapes-mmdit"),
+        ("magnitude", "shapes-mmdit"), ("masked heads", "shapes-mmdit")])])
+def test_images_after_loading_in_another_process_are_the_same_bit_for_bit(tmp_path, case, model):
+    method, options = CASES[case]
     pipeline = prune_and_save(tmp_path / "pruned", method, model=model, **options)
     program = f"""if True:
         import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
