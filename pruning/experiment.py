@@ -153,7 +153,8 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
         device=device, offload=args.offload, sampling=sampling, samples=repeated,
         originals=np.tile(originals, (args.seeds, 1, 1, 1)), networks=networks, caption_embeddings=embeddings,
         reference=reference, floor_features={family: describe(family, others) for family in sets if others},
-        calibration=Calibration(record_calls, args.seed, checkpoint_file(path)) if captions else None)
+        calibration=Calibration(record_calls, args.seed, checkpoint_file(path), sampling["guidance_scale"],
+                                min(sampling["batch_size"], len(captions))) if captions else None)
 
 
 def training_captions(args, samples: List[Sample]) -> List[str]:

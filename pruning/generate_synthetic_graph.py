@@ -38,6 +38,7 @@ EXPECTED = {
     "magnitude": Curve(0.50, 16, "published: holds to 0.3-0.4, collapses by 0.5-0.6"),
     "structured": Curve(0.15, 30, "published: destroyed at 0.15 without compensation"),
     "iterative": Curve(0.70, 16, "a guess: recovery moves the knee of magnitude"),
+    "reconstruct": Curve(0.85, 20, "a guess: re-fitted weights move the knee further"),
     "attention_heads": Curve(0.35, 10, "a guess: between magnitude and structured"),
 }
 

@@ -18,8 +18,11 @@ class Calibration:
     """
 
     def __init__(self, record: Callable[[], List[Tuple[Dict[str, Any], Tensor]]], seed: int,
-                 checkpoint: Optional[Path] = None):
+                 checkpoint: Optional[Path] = None, guidance_scale: float = 1.0, first_batch: int = 0):
         self._record = record
+        self._results: Dict[str, Any] = {}
+        self.guidance_scale = guidance_scale  # of the images
+        self.first_batch = first_batch  # images of the first call
         self.seed = seed  # seeds everything that a method draws
         self.checkpoint = checkpoint  # a file that the method may write and read; None: nothing is kept
 
@@ -30,3 +33,14 @@ class Calibration:
         Arguments and samples are as the pipeline passed them, on its device and in its dtype.
         """
         return self._record()
+
+    @property
+    def guidance(self) -> Optional[float]:
+        """The guidance scale if a call's output holds two halves, unconditional and conditional; else None."""
+        return self.guidance_scale if len(self.calls[0][1]) == 2 * self.first_batch else None
+
+    def once(self, key: str, compute: Callable[[], Any]) -> Any:
+        """Return compute() of the first call with this key: what all rates of a sweep share."""
+        if key not in self._results:
+            self._results[key] = compute()
+        return self._results[key]
