@@ -82,11 +82,11 @@ METHODS: Dict[str, Method] = {
         {"scope": SCOPE,
          "recovery_steps": Option(60, at_least(0), "training steps after each rate of the schedule, 0 for none")},
         calibration_images=128),
+    "attention_heads": Method("remove whole attention heads, ranked over the denoiser", "heads",
+                              {"mask_only": MASK_ONLY}, removes=True),
     "reconstruct": Method(
         "zero weights that the guided output feels least, and re-fit the others by least squares", "weights",
         calibration_images=32),
-    "attention_heads": Method("remove whole attention heads, ranked over the denoiser", "heads",
-                              {"mask_only": MASK_ONLY}, removes=True),
 }
 
 
