@@ -135,7 +135,8 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
     describe = functools.partial(describe_originals, networks, described, record.versions, device,
                                  sampling["image_size"])
     reference = {family: scores.Reference(describe(family, real)) for family in sets}
-    notes = Notes(captions_skipped=skipped, captions_truncated=truncated, code=[provenance.code_version()],
+    code = [*(earlier.notes.code if earlier else []), provenance.code_version()]
+    notes = Notes(captions_skipped=skipped, captions_truncated=truncated, code=list(dict.fromkeys(code)),
                   reference_images=len(real),
                   feature_sizes={family: each.features.shape[1] for family, each in reference.items()})
 
@@ -213,7 +214,7 @@ def prune_copy(experiment: Experiment, rate: float):
     Then the report is None in the others.
     """
     method, options = experiment.record.method, experiment.record.options
-    calibrates = METHODS[method].calibration_images > 0
+    calibrates = METHODS[method].calibrates
     denoiser = copy.deepcopy(experiment.dense).to("cpu" if experiment.offload else experiment.device)
     pruned: Optional[Pruned] = None
     if distributed.is_main or not calibrates:
@@ -286,8 +287,7 @@ def make_images(experiment: Experiment, rate: float, on_batch: Optional[Callable
             make(batch)
     images = load_images(experiment, rate)
     if images is None:
-        raise UserError(f"images in {image_file(experiment, rate, 0).parent} were deleted or changed during the run; "
-                        "give the same command again")
+        raise UserError(f"images in {image_file(experiment, rate, 0).parent} vanished: give the same command again")
     return images
 
 
@@ -323,9 +323,9 @@ def image_provenance(experiment: Experiment, rate: float, index: int) -> str:
 
 def pruned_origin(record: Record, rate: float) -> Dict[str, Any]:
     """Return all that decides the weights of a pruned model."""
-    calibrates = METHODS[record.method].calibration_images > 0
+    seed = {"seed": record.settings["seed"]} if METHODS[record.method].calibrates else {}
     return {"model": record.model, "denoiser": record.settings["denoiser"], "method": record.method, "rate": rate,
-            **record.options, **({"seed": record.settings["seed"]} if calibrates else {})}
+            **record.options, **seed}
 
 
 def time_calls(experiment: Experiment, denoiser, rate: float, images: generation.Images) -> Dict[str, float]:

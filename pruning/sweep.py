@@ -45,18 +45,19 @@ def sweep(args, run_pruning_experiment: Callable[..., Optional[Point]]) -> Tuple
         earlier = None if args.overwrite else earlier_record(path)
     experiment = prepare(args, path, earlier)
     if not distributed.is_main:
-        measure_all(experiment, args, path, None, run_pruning_experiment)
+        measure_all(experiment, args, path, {}, run_pruning_experiment)
         return path, None
+    known = {point.rate: point for point in (earlier.dense, *earlier.points)} if earlier else {}
     with store.only_writer(path):
         if args.overwrite:
             delete_images(experiment, args)
         elif earlier_record(path) != earlier:
             raise UserError(f"another process has written {path} meanwhile: give the same command again")
         try:
-            measure_all(experiment, args, path, earlier, run_pruning_experiment)
+            measure_all(experiment, args, path, known, run_pruning_experiment)
         finally:
-            # Also after Ctrl-C: finished points are worth a look.
-            record = read_record(path) if path.exists() else None
+            # Also after Ctrl-C: finished points are worth a look. Without any, the file is an earlier run's.
+            record = read_record(path) if known and path.exists() else None
             if record and not args.shard:
                 report.write_record_files(record, path.parent, experiment.images_folder, args.tolerance)
             if args.discard_images:
@@ -66,13 +67,12 @@ def sweep(args, run_pruning_experiment: Callable[..., Optional[Point]]) -> Tuple
     return path, record
 
 
-def measure_all(experiment: Experiment, args, path: Path, earlier: Optional[Record],
+def measure_all(experiment: Experiment, args, path: Path, known: Dict[float, Point],
                 run_pruning_experiment: Callable[..., Optional[Point]]) -> None:
-    """Measure the points and the metrics that `earlier` lacks, and write the record after each point."""
-    known = {point.rate: point for point in (earlier.dense, *earlier.points)} if earlier else {}
-    notes = experiment.record.notes
-    if earlier:
-        notes = replace(notes, code=list(dict.fromkeys([*earlier.notes.code, *notes.code])))
+    """Measure the points and the metrics that are not in `known` (rate -> point), add them there, write the record.
+
+    The record is written after each point.
+    """
     folders = saved_folders(args)
     unsaved = {rate for rate in folders if not saving.is_saved(folders[rate], pruned_origin(experiment.record, rate))}
     # The main process decides for all, as files change while the others look.
@@ -93,7 +93,7 @@ def measure_all(experiment: Experiment, args, path: Path, earlier: Optional[Reco
         # All points of a record have the same metrics: it is written when no point lacks one.
         if distributed.is_main and all(set(point.metrics) == chosen for point in known.values()):
             first, *points = (known[rate] for rate in sorted(known))
-            write_record(replace(experiment.record, notes=notes, dense=first, points=points), path)
+            write_record(replace(experiment.record, dense=first, points=points), path)
 
     with tqdm(total=len(todo) * len(experiment.samples), unit="image",
               disable=not (todo and distributed.is_main)) as bar:

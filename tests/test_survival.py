@@ -194,6 +194,20 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(limit, first, t
     assert without_times(measure(tmp_path, *CHEAP)) == without_times(whole[1])
 
 
+def test_a_fresh_start_that_fails_leaves_the_earlier_record_and_says_why(tmp_path, monkeypatch):
+    own = tmp_path / "shapes-unet" / "shapes"
+    own.mkdir(parents=True)
+    (own / "magnitude.json").write_text("{")
+
+    def full(*_, **__):
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(generation, "generate", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        measure(tmp_path, *CHEAP, "--overwrite", "--batch_size", "2")
+    assert [path.name for path in own.iterdir()] == ["magnitude.json"]
+
+
 def test_features_of_real_images_are_computed_once_and_again_if_anything_differs(tmp_path, monkeypatch):
     monkeypatch.setenv("PRUNING_CACHE", str(tmp_path))
     images, computed = np.random.RandomState(0).randint(0, 256, (4, 8, 8, 3)).astype(np.uint8), []

@@ -32,6 +32,11 @@ class Method(NamedTuple):
     removes: bool = False  # whether units are removed, so that shapes shrink, unless they are masked
     calibration_images: int = 0  # images whose denoiser calls are recorded for the method
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether prune() is given a Calibration."""
+        return self.calibration_images > 0
+
 
 class Pruned(NamedTuple):
     """What a method did: `taken` of `total` units are pruned, and round(rate * total) were asked for."""
@@ -122,7 +127,7 @@ def prune(method: str, denoiser, rate: float, *, calibration=None, **options) ->
     given = {**default_options(method), **options}
     for name, value in options.items():
         check_option(method, name, value)
-    if not METHODS[method].calibration_images:
+    if not METHODS[method].calibrates:
         calibration = None
     return importlib.import_module(f"{__name__}.{method}").prune(denoiser, rate, calibration=calibration, **given)
 

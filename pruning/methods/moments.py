@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterator, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from pruning import UserError
+from pruning.methods.calibration import Call, answer
 from pruning.methods.zeroing import prunable_weights
-
-Call = Tuple[Dict[str, Any], Tensor]
 
 ROWS = 1024  # random rows of x that a layer takes of each call
 
@@ -32,31 +31,6 @@ def as_rows(layer: nn.Module, weight: Optional[Tensor] = None) -> Tensor:
     """View the weight of a layer, or a tensor of its shape, as (groups, rows, d)."""
     weight = layer.weight if weight is None else weight
     return weight.reshape(getattr(layer, "groups", 1), -1, weight[0].numel())
-
-
-def moment_bytes(layer: nn.Module) -> int:
-    """Return the bytes of H of a layer, (groups, d, d) in float32."""
-    groups, _, d = as_rows(layer).shape
-    return 4 * groups * d * d
-
-
-def groups_within(layers: Dict[str, nn.Module], memory: int) -> List[List[str]]:
-    """Split the layers into groups, in order, whose moments fit into `memory` bytes together.
-
-    Raises UserError that names the layer if one layer alone needs more.
-    """
-    groups, held = [[]], 0
-    for name, layer in layers.items():
-        size = moment_bytes(layer)
-        if size > memory:
-            raise UserError(f"the input moments of {name} need {size / 2 ** 30:.2f} GiB; give --calibration_memory "
-                            f"at least that much (now {memory / 2 ** 30:.2f} GiB)")
-        if held + size > memory:
-            groups.append([])
-            held = 0
-        groups[-1].append(name)
-        held += size
-    return groups
 
 
 def input_rows(layer: nn.Module, x: Tensor, generator: torch.Generator, rows: int = ROWS) -> Tensor:
@@ -109,34 +83,32 @@ def watched(layers: Dict[str, nn.Module], note: Callable[[str, nn.Module, Tensor
 
 @torch.no_grad()
 def input_moments(denoiser: nn.Module, calls: Sequence[Call], layers: Dict[str, nn.Module], seed: int,
-                  call_weights: Optional[Sequence[float]] = None, bar: Optional[tqdm] = None) -> Dict[str, Tensor]:
+                  bar: Optional[tqdm] = None) -> Dict[str, Tensor]:
     """Return H of each layer, float32 (groups, d, d) on the layer's device: the mean of x xᵀ over places and calls.
 
-    layers: by name, those whose moments fit into memory together. call_weights: how much each call counts, equally if
-    None. A layer that is never called has H = 0. Raises UserError if a layer's input is not finite.
+    layers: by name; the moments of all of them are in memory together. A layer that is never called has H = 0. Raises
+    UserError if a layer's input is not finite.
     """
     sums: Dict[str, Tensor] = {}
-    counts = dict.fromkeys(layers, 0.0)
+    counts = dict.fromkeys(layers, 0)
     for name, layer in layers.items():
         groups, _, d = as_rows(layer).shape
         sums[name] = torch.zeros(groups, d, d, device=layer.weight.device)
     for index, (arguments, _) in enumerate(calls):
-        weight = 1.0 if call_weights is None else call_weights[index]
-
-        def note(name, layer, x, index=index, weight=weight):
+        def note(name, layer, x, index=index):
             x = input_rows(layer, x, torch.Generator().manual_seed(seed_of(seed, name, index)))
-            sums[name].baddbmm_(x.transpose(1, 2), x, alpha=weight)
-            counts[name] += weight * x.shape[1]
+            sums[name].baddbmm_(x.transpose(1, 2), x)
+            counts[name] += x.shape[1]
 
         with watched(layers, note):
-            denoiser(**arguments)
+            answer(denoiser, arguments)
         if bar is not None:
             bar.update()
     for name, total in sums.items():
         if not torch.isfinite(total.diagonal(dim1=1, dim2=2)).all():
             raise UserError(f"the input of {name} is not finite during calibration; use --dtype float32, or check "
                             "the weights of the model")
-        total /= max(counts[name], 1.0)
+        total /= max(counts[name], 1)
     return sums
 
 

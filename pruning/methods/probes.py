@@ -6,16 +6,15 @@ the gradients of all layers. So a few backwards replace one forward a layer.
 """
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pruning import UserError
+from pruning.methods.calibration import Call, answer
 from pruning.methods.moments import seed_of
-
-Call = Tuple[Dict[str, Any], Tensor]
 
 PROBES = 4  # backwards a call, each with signs of its own
 CALLS = 8  # calls that are probed
@@ -60,8 +59,7 @@ def visit_gradients(denoiser: nn.Module, calls: Sequence[Call], guidance: Option
     try:
         with torch.enable_grad():
             for index, (arguments, _) in enumerate(calls):
-                answer = denoiser(**arguments)
-                output = guided(answer[0] if isinstance(answer, tuple) else answer.sample, guidance).float()
+                output = guided(answer(denoiser, arguments), guidance).float()
                 if not torch.isfinite(output).all():
                     raise UserError("the denoiser's output is not finite during calibration; use --dtype float32")
                 for probe in range(PROBES):

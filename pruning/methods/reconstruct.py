@@ -8,14 +8,14 @@ that stay: masked least squares (refit).
 from __future__ import annotations
 
 from functools import partial
-from typing import Dict, List, NamedTuple, Optional
+from typing import Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from pruning import UserError
-from pruning.methods import Pruned, moments, probes, refit, zeroing
+from pruning.methods import Pruned, moments, probes, recovery, refit, zeroing
 from pruning.methods.calibration import Calibration
 
 CURVE = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.96)  # rates at which a layer's error is measured
@@ -45,12 +45,10 @@ def prune(denoiser: nn.Module, rate: float, *, calibration: Optional[Calibration
         survey = calibration.once("reconstruct", partial(survey_layers, denoiser, layers, calibration))
         counts = allocate(layers, survey, rate)
         for name, layer in tqdm(layers.items(), desc="re-fit", unit="layer", leave=False, delay=2):
-            weight = refitted(layer, survey, name, counts[name])
+            weight, zeros = refitted(layer, survey, name, counts[name])
             with torch.no_grad():
                 layer.weight.copy_(weight)
-                kept = weight.ne(0).to(layer.weight.device)
-                # A kept weight that rounds to zero would count as pruned.
-                layer.weight.masked_fill_(kept & (layer.weight == 0), torch.finfo(layer.weight.dtype).tiny)
+            recovery.restore_zeros({name: layer.weight}, {name: zeros})
     return zeroing.report(denoiser, {name: layer.weight for name, layer in layers.items()}, rate, "reconstruct")
 
 
@@ -68,7 +66,7 @@ def survey_layers(denoiser: nn.Module, layers: Dict[str, nn.Module], calibration
         rows = energies[name].view(dense.shape[:2])
         survey.curves[name] = [0.0]
         for rate in CURVE:
-            weight = refitted(layer, survey, name, round(rate * layer.weight.numel()))
+            weight, _ = refitted(layer, survey, name, round(rate * layer.weight.numel()))
             survey.curves[name].append(refit.output_error(dense, moments.as_rows(layer, weight), gathered[name], rows))
             if rate == REFERENCE_RATE:
                 changes[name] = (weight - layer.weight.detach().float()).to(layer.weight.dtype)
@@ -79,18 +77,18 @@ def survey_layers(denoiser: nn.Module, layers: Dict[str, nn.Module], calibration
     return survey
 
 
-def refitted(layer: nn.Module, survey: Survey, name: str, count: int) -> Tensor:
-    """Return the layer's weight, float32, with its `count` weights of lowest score zero and the others re-fitted."""
-    dense = moments.as_rows(layer).detach().float()
+def refitted(layer: nn.Module, survey: Survey, name: str, count: int) -> Tuple[Tensor, Tensor]:
+    """Zero the layer's `count` weights of lowest score and re-fit the others.
+
+    Returns the weight, float32, and the mask of its zeros, both of the weight's shape.
+    """
+    dense, shape = moments.as_rows(layer).detach().float(), layer.weight.shape
     if count == 0:
-        return dense.reshape(layer.weight.shape).clone()
+        return dense.reshape(shape), dense.reshape(shape) == 0
     matrix = survey.moments[name]
     score = dense.square() * matrix.diagonal(dim1=1, dim2=2)[:, None] * survey.energies[name].view(*dense.shape[:2], 1)
-    kept = ~lowest(score, dense.abs(), count)
-    weight = refit.least_squares(dense, kept, matrix)
-    # A kept weight that becomes exactly zero would count as pruned.
-    weight = torch.where(kept & (weight == 0), torch.full_like(weight, torch.finfo(torch.float32).tiny), weight)
-    return weight.reshape(layer.weight.shape)
+    zeros = lowest(score, dense.abs(), count)
+    return refit.least_squares(dense, ~zeros, matrix).reshape(shape), zeros.reshape(shape)
 
 
 def lowest(score: Tensor, magnitude: Tensor, count: int) -> Tensor:

@@ -7,7 +7,7 @@ import random
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, Optional, Sequence
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,8 +17,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from pruning import UserError, whole_file
-
-Call = Tuple[Dict[str, Any], Tensor]  # the keyword arguments of a denoiser call, and the sample that it returned
+from pruning.methods.calibration import Call, answer, match
 
 CALLS_PER_STEP = 4
 LEARNING_RATE = 3e-4
@@ -64,9 +63,8 @@ def recover(denoiser: nn.Module, weights: Dict[str, Tensor], calls: Sequence[Cal
 
 def distillation_loss(denoiser: nn.Module, kwargs: Dict[str, Any], target: Tensor) -> Tensor:
     """Return the mean squared error of denoiser(**kwargs) to the dense denoiser's sample, as a scalar tensor."""
-    like = next(denoiser.parameters())
-    answer = denoiser(**_match(kwargs, like))
-    return F.mse_loss(answer[0] if isinstance(answer, tuple) else answer.sample, _match(target, like))
+    sample = answer(denoiser, kwargs)
+    return F.mse_loss(sample, match(target, sample))
 
 
 @contextmanager
@@ -148,17 +146,6 @@ def load_checkpoint(denoiser: nn.Module, path: Optional[Path], provenance: str, 
             return float(saved["rate"])
     except (OSError, SafetensorError):  # no file, or not a whole safetensors file
         return 0.0
-
-
-def _match(value, like: Tensor):
-    """Return tensors, nested ones too, on the device of `like` and floating ones in its dtype; other values as is."""
-    if isinstance(value, Tensor):
-        return value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
-    if isinstance(value, dict):
-        return {name: _match(item, like) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_match(item, like) for item in value)
-    return value
 
 
 def _tensors(denoiser: nn.Module) -> Iterator[Tensor]:
