@@ -3,7 +3,7 @@
 #
 #   ./run_tests.sh [--slow] [flags of pytest]
 #
-# --slow includes the tests that take minutes. The first run makes .venv.
+# --slow includes the tests that take minutes. -n 0 runs all in one process. The first run makes .venv.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
@@ -17,4 +17,6 @@ REQUIREMENTS="requirements.txt tests/requirements.txt"
 . "$root/pruning/environment.sh"
 cd "$root"
 "$PYTHON" -m ruff check .
-exec "$PYTHON" -m pytest ${chosen[@]+"${chosen[@]}"} "$@"
+# One worker a core and one thread a worker: the threads of several workers would wait for each other.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+exec "$PYTHON" -m pytest -n logical --maxprocesses 8 --dist worksteal ${chosen[@]+"${chosen[@]}"} "$@"

@@ -269,7 +269,8 @@ for line in sys.stdin:
 """
 
 
-def test_a_sweep_killed_20_times_ends_with_the_record_of_an_undisturbed_one(tmp_path):
+@pytest.mark.parametrize("starts", [2, pytest.param(5, marks=pytest.mark.slow)])  # four kills each
+def test_a_sweep_killed_again_and_again_ends_with_the_record_of_an_undisturbed_one(tmp_path, starts):
     code = FORKS.format(root=str(ROOT), flags=[*QUICK, *CHEAP, "--results_dir"], whole=str(tmp_path / "whole"),
                         killed=str(tmp_path / "killed"), report=str(tmp_path / "report"))
     forks = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -285,7 +286,7 @@ def test_a_sweep_killed_20_times_ends_with_the_record_of_an_undisturbed_one(tmp_
     try:
         files = int(forks.stdout.readline())
         assert files > 18 + 3  # images, a record after each point, figures
-        for start in np.linspace(1, files, 5).round().astype(int):
+        for start in np.linspace(1, 0.8 * files, starts).round().astype(int):
             shutil.rmtree(str(record.parent), ignore_errors=True)
             for fatal in (start, 1, 2, 3):  # the runs that continue are killed soon
                 status = run(fatal)
