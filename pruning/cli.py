@@ -9,6 +9,7 @@ from typing import Any, Dict
 from pruning import UserError
 from pruning.data import DATASETS
 from pruning.methods import METHODS, at_least, default_options, one_of
+from pruning.methods.calibration import GIB, MEMORY
 from pruning.metrics import BACKBONES, METRICS
 from pruning.models.pipelines import OFFLOADS
 from pruning.records.findings import QUALITY, TOLERANCE
@@ -50,6 +51,11 @@ def rate(text: str) -> float:
 def tolerance(text: str) -> float:
     """Return the share of the dense model's quality that may be lost: a number in (0, 1)."""
     return _number(text, lambda value: 0 < value < 1, "a tolerance is a share between 0 and 1")
+
+
+def gibibytes(text: str) -> float:
+    """Return an amount of memory in GiB: a number above 0."""
+    return _number(text, lambda value: 0 < value < 1e9, "memory is a number of GiB above 0")
 
 
 def _number(text: str, fits, expected: str) -> float:
@@ -110,6 +116,9 @@ def add_measuring_flags(parser: Parser) -> None:
     parser.add_argument("--metric_backbones", type=one_of("metric backbones", BACKBONES),
                         help="networks behind the metrics: bundled (for shapes) or standard (default: by dataset)")
     add_method_flags(parser)
+    parser.add_argument("--calibration_memory", type=gibibytes, default=MEMORY / GIB, metavar="GIB",
+                        help="GiB for what is gathered of layer inputs in one pass over the calibration calls; less "
+                             "memory means more passes and the same result")
     add_tolerance(parser)
     parser.add_argument("--save_pruned", type=Path, metavar="DIR",
                         help="save the pruned pipeline as a folder that --model takes; several rates: in DIR/RATE")

@@ -66,3 +66,23 @@ def broadcast(value):
     from accelerate.utils import broadcast_object_list
     with _collective():
         return broadcast_object_list([value])[0]
+
+
+def gather(items: list) -> list:
+    """Return the lists of all processes as one list, in the order of the processes. Tensors must be on the CPU."""
+    if world_size == 1:
+        return items
+    import torch
+    lists = [None] * world_size
+    with _collective():
+        torch.distributed.all_gather_object(lists, items)
+    return [item for each in lists for item in each]
+
+
+def add_up(tensors) -> None:
+    """Replace each tensor by its sum over all processes, in place."""
+    if world_size > 1:
+        import torch
+        with _collective():
+            for tensor in tensors:
+                torch.distributed.all_reduce(tensor)

@@ -1,28 +1,22 @@
-"""What all points of a record share, made once, and the steps that make a point: prune, make images, time.
-
-pruning_analysis.run_pruning_experiment composes these steps.
-"""
+"""What all points of a record share, made once: samples, pipeline, networks, calibration, and the record's settings."""
 from __future__ import annotations
 
-import copy
 import functools
-import time
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional
 
 import numpy as np
 from tqdm import tqdm
 
-from pruning import UserError, cli, data, distributed, methods
+from pruning import UserError, cache_folder, cli, data, distributed, methods
 from pruning.data import DATASETS, Sample
-from pruning.methods import METHODS, Pruned
-from pruning.methods.calibration import Calibration
+from pruning.methods import calibration
+from pruning.methods.calibration import GIB, Calibration
 from pruning.metrics import BACKBONES, METRICS, backbones, costs, scores
-from pruning.models import compiling, generation, pipelines, provenance, saving
+from pruning.models import generation, pipelines, provenance
 from pruning.records import store
-from pruning.records.record import Notes, Point, Record, protocol_differences
+from pruning.records.record import Notes, Record, protocol_differences
 
 REFERENCE_ROWS = 256  # real images in memory at a time
 
@@ -86,6 +80,7 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
     Raises UserError if something cannot be had, or if `earlier` was measured with other settings.
     """
     options = cli.method_options(args)
+    methods.check_together(options, args.rates)
     device = distributed.initialize(pipelines.pick_device(args.device))
     if args.offload and device == "cpu":
         raise UserError(f"--offload {args.offload} needs a GPU; on the CPU there is nothing to offload")
@@ -142,26 +137,45 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
 
     def record_calls() -> list:
         """Record the dense denoiser's calls while it draws the training captions."""
-        lessons = [Sample(f"recovery-{i:05d}", caption, None) for i, caption in enumerate(captions)]
+        drawn = [Sample(f"recovery-{i:05d}", caption, None) for i, caption in enumerate(captions)]
+        size = sampling["batch_size"]
+        batches = [drawn[start:start + size] for start in range(0, len(drawn), size)]
         pipelines.set_denoiser(pipeline, dense, device, args.offload)
-        with tqdm(total=len(lessons), unit="image", desc="calibration images") as bar:
-            calls = generation.record_calls(pipeline, lessons, on_batch=bar.update, **sampling)
+        keep, calls = calibration.keep_once(), []
+        with tqdm(total=len(drawn), unit="image", desc="calibration images", disable=not distributed.is_main) as bar:
+            for number in range(distributed.rank, len(batches), distributed.world_size):
+                made = generation.record_calls(pipeline, batches[number], keep, **sampling)
+                calls.append((number, made))
+                bar.update(sum(map(len, batches[number:number + distributed.world_size])))
         release_dense(pipeline, dense, args.offload)
-        return calls
+        return [call for _, made in sorted(distributed.gather(calls), key=lambda pair: pair[0]) for call in made]
 
     return Experiment(
         record=replace(record, notes=notes), images_folder=path.parent / "images", pipeline=pipeline, dense=dense,
         device=device, offload=args.offload, sampling=sampling, samples=repeated,
         originals=np.tile(originals, (args.seeds, 1, 1, 1)), networks=networks, caption_embeddings=embeddings,
         reference=reference, floor_features={family: describe(family, others) for family in sets if others},
-        calibration=Calibration(record_calls, args.seed, checkpoint_file(path), sampling["guidance_scale"],
-                                min(sampling["batch_size"], len(captions))) if captions else None)
+        calibration=calibration.Calibration(
+            record_calls, args.seed, checkpoint=checkpoint_file(path), guidance_scale=sampling["guidance_scale"],
+            first_batch=min(sampling["batch_size"], len(captions)), memory=int(args.calibration_memory * GIB),
+            folder=calibration_folder(record, captions)) if captions else None)
 
 
 def training_captions(args, samples: List[Sample]) -> List[str]:
     """Return the captions that the method calibrates on, none of them measured; [] if the method does not calibrate."""
-    count = METHODS[args.method].calibration_images
-    return data.training_captions(args.dataset, count, args.seed, args.data_dir, samples) if count else []
+    options = cli.method_options(args)
+    if not methods.needs(args.method, options):
+        return []
+    return data.training_captions(args.dataset, options["calibration_images"], args.seed, args.data_dir, samples)
+
+
+def calibration_folder(record: Record, captions: List[str]) -> Path:
+    """Return the folder of what is computed from the recorded calls, which all records share that make equal calls."""
+    sampled = {name: record.settings[name] for name in (
+        "seed", "batch_size", "steps", "guidance_scale", "image_size", "dtype", "device", "pipeline", "denoiser")}
+    packages = {name: record.versions[name] for name in ("torch", "diffusers", "transformers")}
+    return cache_folder() / "calibration" / provenance.provenance_hash(
+        **sampled, **packages, captions=captions, code=provenance.folder_hash(Path(methods.__file__).parent))
 
 
 def checkpoint_file(path: Path) -> Path:
@@ -197,164 +211,8 @@ def describe_originals(networks, described, versions, device: str, size: int, fa
     return np.concatenate(rows)
 
 
-# ---- the steps of a point
-
-@contextmanager
-def add_seconds(stage: str, seconds: Dict[str, float]):
-    """Add the wall time of the block to seconds[stage]."""
-    started = time.perf_counter()
-    yield
-    seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - started, 3)
-
-
-def prune_copy(experiment: Experiment, rate: float):
-    """Prune a copy of the dense denoiser and put it into the pipeline. Returns the copy and what the method reports.
-
-    A calibrated method may train, which may end differently in each process: the main process prunes for all.
-    Then the report is None in the others.
-    """
-    method, options = experiment.record.method, experiment.record.options
-    calibrates = METHODS[method].calibrates
-    denoiser = copy.deepcopy(experiment.dense).to("cpu" if experiment.offload else experiment.device)
-    pruned: Optional[Pruned] = None
-    if distributed.is_main or not calibrates:
-        pruned = methods.prune(method, denoiser, rate, calibration=experiment.calibration, **options)
-    if calibrates:
-        distributed.broadcast_module(denoiser)
-    pipelines.set_denoiser(experiment.pipeline, denoiser, experiment.device, experiment.offload)
-    return denoiser, pruned
-
-
 def release_dense(pipeline, dense, offload: Optional[str]) -> None:
     """Bring the dense denoiser back to the CPU after the pipeline has used it."""
     if offload:
         pipeline.remove_all_hooks()
     dense.to("cpu")
-
-
-def count_costs(experiment: Experiment, denoiser) -> Dict[str, int]:
-    """Return the parameters, bytes, multiply-accumulates and memory of the denoiser in the pipeline.
-
-    The first calls also warm the device up for the timing that follows.
-    """
-    _ = experiment.batch_call
-    shapes = tuple(tensor.shape for tensor in denoiser.state_dict().values())
-    return {**costs.count_parameters(denoiser), **experiment.call_costs(shapes)}
-
-
-def compile_denoisers(experiment: Experiment, denoiser) -> Optional[compiling.CompiledCalls]:
-    """If asked for, compile the pruned and the dense denoiser for every batch size; None if not asked for."""
-    if not experiment.record.settings["compile"]:
-        return None
-    compiling.forget_compiled()
-    compiling.compile_denoiser(experiment.dense)
-    calls = compiling.compile_denoiser(denoiser)
-    for size in {len(batch) for batch in experiment.batches}:  # each size is compiled apart
-        observe_step(experiment, calls, size)
-    return calls
-
-
-def observe_step(experiment: Experiment, calls: compiling.CompiledCalls, size: int) -> None:
-    """Make `size` images in one step, and note in `calls` how much of the denoiser ran compiled."""
-    one_step = {**experiment.sampling, "steps": 1}
-    calls.observe(lambda: generation.generate(experiment.pipeline, experiment.samples[:size], **one_step))
-
-
-def make_images(experiment: Experiment, rate: float, on_batch: Optional[Callable[[int], None]] = None):
-    """Return the images of a point. Those on disk are read; the others are made, and written batch by batch.
-
-    Several processes share out the batches. The main process returns all images, the others None.
-    """
-    batches = experiment.batches
-
-    def make(batch):
-        if None in [load_image(experiment, rate, index) for index in batch]:
-            made = generation.generate(experiment.pipeline, [experiment.samples[index] for index in batch],
-                                       **experiment.sampling)
-            for index, pixels, finite in zip(batch, made.pixels, made.finite):
-                store.save_image(store.Made(pixels, bool(finite), made.seconds_each, made.calls),
-                                 image_file(experiment, rate, index), image_provenance(experiment, rate, index))
-        if on_batch:
-            on_batch(len(batch))
-
-    for batch in batches[distributed.rank::distributed.world_size]:
-        make(batch)
-    distributed.barrier()
-    if not distributed.is_main:
-        return None
-    for number, batch in enumerate(batches):
-        if number % distributed.world_size:  # another process has made it; if not, it is made here
-            make(batch)
-    images = load_images(experiment, rate)
-    if images is None:
-        raise UserError(f"images in {image_file(experiment, rate, 0).parent} vanished: give the same command again")
-    return images
-
-
-def load_images(experiment: Experiment, rate: float) -> Optional[generation.Images]:
-    """Return the images of a point from disk, or None if one is missing or was made in another way."""
-    found = [load_image(experiment, rate, index) for index in range(len(experiment.samples))]
-    if None in found:
-        return None
-    pixels, finite, seconds, calls = zip(*found)
-    return generation.Images(np.stack(pixels), np.array(finite), float(np.mean(seconds)), max(calls))
-
-
-def load_image(experiment: Experiment, rate: float, index: int) -> Optional[store.Made]:
-    """Return an image of a point from disk, or None if it is missing or was made in another way."""
-    return store.load_image(image_file(experiment, rate, index), image_provenance(experiment, rate, index))
-
-
-def image_file(experiment: Experiment, rate: float, index: int) -> Path:
-    """Return the file of an image of a point."""
-    return store.image_file(experiment.images_folder, experiment.record.variant, rate, index)
-
-
-def image_provenance(experiment: Experiment, rate: float, index: int) -> str:
-    """Return the hash of all that decides the pixels of an image."""
-    settings, versions, sample = experiment.record.settings, experiment.record.versions, experiment.samples[index]
-    sampled = {name: settings[name] for name in (
-        "steps", "guidance_scale", "image_size", "dtype", "compile", "offload", "device", "pipeline", "denoiser")}
-    packages = {name: versions[name] for name in ("torch", "diffusers", "transformers")}
-    return provenance.provenance_hash(
-        **sampled, **packages, pruned=pruned_origin(experiment.record, rate) if rate else {}, sample=sample.id,
-        caption=sample.caption, noise=settings["seed"] + sample.repeat)
-
-
-def pruned_origin(record: Record, rate: float) -> Dict[str, Any]:
-    """Return all that decides the weights of a pruned model."""
-    seed = {"seed": record.settings["seed"]} if METHODS[record.method].calibrates else {}
-    return {"model": record.model, "denoiser": record.settings["denoiser"], "method": record.method, "rate": rate,
-            **record.options, **seed}
-
-
-def time_calls(experiment: Experiment, denoiser, rate: float, images: generation.Images) -> Dict[str, float]:
-    """Return the seconds of a denoiser call and of an image, each beside the dense model's.
-
-    Calls of the pruned and the dense denoiser alternate. The dense model's image time is computed: the image time of
-    the pruned model, with the dense call time in place of its own. Dense images made at another moment would compare
-    how busy the machine was.
-    """
-    pipeline, dense, offload = experiment.pipeline, experiment.dense, experiment.offload
-    place = (lambda each: pipelines.set_denoiser(pipeline, each, experiment.device, offload)) if offload else None
-    if rate == 0:
-        seconds, = costs.denoiser_seconds([denoiser], experiment.batch_call, place=place)
-        return {"denoiser_seconds": seconds, "dense_denoiser_seconds": seconds,
-                "image_seconds": images.seconds_each, "dense_image_seconds": images.seconds_each}
-    dense_seconds, seconds = costs.denoiser_seconds(
-        [dense if offload else dense.to(experiment.device), denoiser], experiment.batch_call, place=place)
-    release_dense(pipeline, dense, offload)
-    pipelines.set_denoiser(pipeline, denoiser, "cpu" if offload else experiment.device)
-    in_calls = min(1.0, images.calls * seconds / len(experiment.batches[0]) / images.seconds_each)  # share of the time
-    return {"denoiser_seconds": seconds, "dense_denoiser_seconds": dense_seconds,
-            "image_seconds": images.seconds_each,
-            "dense_image_seconds": images.seconds_each * (1 - in_calls + in_calls * dense_seconds / seconds)}
-
-
-def save_pruned(experiment: Experiment, denoiser, folder: Path, point: Point) -> None:
-    """Save the pipeline with the pruned denoiser as a folder, with what was measured. Raises UserError if it cannot."""
-    pipelines.set_denoiser(experiment.pipeline, denoiser, experiment.device, experiment.offload)
-    sampling = {name: experiment.sampling[name] for name in ("steps", "guidance_scale", "image_size")}
-    measured = {name: value for name, value in asdict(point).items() if name not in ("per_image", "seconds")}
-    saving.save(experiment.pipeline, pipelines.denoiser_name(experiment.pipeline), folder, sampling,
-                pruned_origin(experiment.record, point.rate), measured)

@@ -20,9 +20,11 @@ from typing import Callable, Dict, Optional
 import numpy as np
 
 from pruning import UserError, cli, distributed, sweep
-from pruning.experiment import (
-    Dense,
-    Experiment,
+from pruning.experiment import Dense, Experiment
+from pruning.metrics import METRICS, backbones, scores
+from pruning.records.record import Point
+from pruning.records.summaries import answer, summary
+from pruning.steps import (
     add_seconds,
     compile_denoisers,
     count_costs,
@@ -33,9 +35,6 @@ from pruning.experiment import (
     save_pruned,
     time_calls,
 )
-from pruning.metrics import METRICS, backbones, scores
-from pruning.records.record import Point
-from pruning.records.summaries import answer, summary
 
 RATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 

@@ -15,23 +15,14 @@ from tqdm import tqdm
 
 from pruning import UserError, cli, distributed
 from pruning.data import DATASETS
-from pruning.experiment import (
-    Dense,
-    Experiment,
-    checkpoint_file,
-    image_file,
-    load_images,
-    prepare,
-    prune_copy,
-    pruned_origin,
-    save_pruned,
-)
+from pruning.experiment import Dense, Experiment, checkpoint_file, prepare
 from pruning.methods import variant_name
 from pruning.models import pipelines, saving
 from pruning.records import report, store
 from pruning.records.plots import ROWS
 from pruning.records.record import BrokenRecordError, Point, Record, read_record, record_path, write_record
 from pruning.records.summaries import skipped_modules
+from pruning.steps import image_file, load_images, prune_copy, pruned_origin, save_pruned
 
 
 def sweep(args, run_pruning_experiment: Callable[..., Optional[Point]]) -> Tuple[Path, Optional[Record]]:

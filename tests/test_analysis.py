@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pruning import cli, data, experiment, pruning_analysis, sweep, test_single_rate
+from pruning import cli, data, experiment, pruning_analysis, steps, sweep, test_single_rate
 from pruning.methods import METHODS
 from pruning.metrics import METRICS, backbones, scores
 from pruning.models import generation, pipelines
@@ -108,7 +108,7 @@ def test_offloading_changes_no_image_and_no_count(tmp_path):
         made = prepare(tmp_path / str(choice), "--method", "structured", "--metrics", "lpips_dense")
         made = dataclasses.replace(made, offload=choice)
         dense = pruning_analysis.run_pruning_experiment(made, 0.0)
-        dense = experiment.Dense(experiment.load_images(made, 0.0).pixels, dense.per_image)
+        dense = experiment.Dense(steps.load_images(made, 0.0).pixels, dense.per_image)
         folder = tmp_path / f"{choice}-pruned"
         point = pruning_analysis.run_pruning_experiment(made, 0.5, dense, save_to=folder)
         seen[choice] = (point.metrics["lpips_dense"], point.macs, point.parameters)
@@ -132,12 +132,12 @@ def test_a_run_that_continues_counts_the_denoisers_calls_as_a_fresh_one(tmp_path
                                   "skip_prk_steps": True}))
     flags = ["--model", str(tmp_path / "pndm"), "--metrics", "lpips_dense"]
     fresh, again = prepare(tmp_path, *flags), prepare(tmp_path, *flags)
-    experiment.prune_copy(fresh, 0.5)
-    made, read = experiment.make_images(fresh, 0.5), experiment.load_images(again, 0.5)
+    steps.prune_copy(fresh, 0.5)
+    made, read = steps.make_images(fresh, 0.5), steps.load_images(again, 0.5)
     assert made.calls == read.calls == 4 + 1
-    denoiser, _ = experiment.prune_copy(again, 0.5)
-    experiment.count_costs(again, denoiser)
-    times = experiment.time_calls(again, denoiser, 0.5, read._replace(seconds_each=1.0))
+    denoiser, _ = steps.prune_copy(again, 0.5)
+    steps.count_costs(again, denoiser)
+    times = steps.time_calls(again, denoiser, 0.5, read._replace(seconds_each=1.0))
     in_calls = min(1, 5 * times["denoiser_seconds"] / 2)
     expected = 1 - in_calls + in_calls * times["dense_denoiser_seconds"] / times["denoiser_seconds"]
     assert times["dense_image_seconds"] == pytest.approx(expected)

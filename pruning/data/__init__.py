@@ -44,20 +44,21 @@ def load_samples(dataset: str, num_images: int, seed: int = 0, data_dir=None) ->
 
 
 def training_captions(dataset: str, count: int, seed: int = 0, data_dir=None, exclude=()) -> List[str]:
-    """Return up to `count` captions for training; none of them is the caption of a sample in `exclude`.
+    """Return `count` captions for training; none of them is the caption of a sample in `exclude`.
 
     The captions are those of the samples that `load_samples` would choose last, unless the data set has a training
-    split of its own. No image is needed. Raises UserError if no caption is left.
+    split of its own. No image is needed. Raises UserError if fewer captions are left.
     """
-    source = _read(dataset, data_dir)
+    source, excluded = _read(dataset, data_dir), {sample.caption for sample in exclude}
     if source.training is not None:
-        captions = source.training(count, seed)
+        captions = source.training(count + len(excluded), seed)
     else:
         captions = [sample.caption for sample in reversed(_seeded_order(source.samples, seed))]
-    excluded = {sample.caption for sample in exclude}
     captions = [caption for caption in captions if caption not in excluded][:count]
-    if not captions:
-        raise UserError(f"{dataset} has no caption left for training: ask for fewer images")
+    if len(captions) < count:
+        raise UserError(f"{dataset} has only {len(captions)} captions left to calibrate on: give --calibration_images "
+                        f"{len(captions)} or measure fewer images" if captions else
+                        f"{dataset} has no caption left to calibrate on: measure fewer images")
     return captions
 
 

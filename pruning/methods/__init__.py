@@ -8,11 +8,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import re
-from typing import Any, Callable, Dict, NamedTuple
+from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Tuple
 
-from pruning import UserError, check_name
+from pruning import UserError, check_name, distributed
 
-SCOPES = ("layer", "global")
+SCOPES = ("row", "layer", "global")
+PATTERNS = ("2:4", "4:8")
+ALLOCATIONS = ("uniform", "guided")
+STEP_WEIGHTS = ("uniform", "early", "late")
 
 
 class Option(NamedTuple):
@@ -30,12 +33,16 @@ class Method(NamedTuple):
     unit: str  # what the rate is a share of
     options: Dict[str, Option] = {}  # two methods may share the name of an option if its type is the same
     removes: bool = False  # whether units are removed, so that shapes shrink, unless they are masked
-    calibration_images: int = 0  # images whose denoiser calls are recorded for the method
+    # Options -> what of the calibration they need: "calls" of the dense denoiser, "moments" of its layers' inputs.
+    # Nothing: prune() gets no calibration. Such a method has the option "calibration_images".
+    needs: Callable[[Dict[str, Any]], Tuple[str, ...]] = lambda options: ()
 
-    @property
-    def calibrates(self) -> bool:
-        """Whether prune() is given a Calibration."""
-        return self.calibration_images > 0
+
+class LayerPruned(NamedTuple):
+    """What happened to a layer or a group of units."""
+
+    rate: float  # share that is gone
+    error: Optional[float] = None  # relative squared error of the layer's output on calibration inputs, if measured
 
 
 class Pruned(NamedTuple):
@@ -46,6 +53,7 @@ class Pruned(NamedTuple):
     asked: int
     taken: int
     skipped_modules: Dict[str, str] = {}  # modules that seem prunable and were not pruned: name -> why
+    layers: Dict[str, LayerPruned] = {}
 
 
 def one_of(what: str, names) -> Callable[[str], str]:
@@ -72,11 +80,29 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 SCOPE = Option("layer", one_of("scope", SCOPES),
-               "compare weights within each layer or, with global, over the whole denoiser")
+               "compare weights within each row, within each layer or, with global, over the whole denoiser")
+PATTERN = Option(None, one_of("pattern", PATTERNS),
+                 "let exactly n of every m weights along the input channels stay; the rate is then 1 - n/m")
+REFIT = Option(False, bool, "give the weights that stay new values, by least squares on calibration inputs")
+ALLOCATION = Option("uniform", one_of("allocation", ALLOCATIONS),
+                    "take the same share of every layer or, with guided, more where the output depends less on it")
+RECOVERY_STEPS = Option(0, at_least(0), "training steps of self-distillation after zeroing (iterative: after each rate "
+                                        "of its schedule), 0 for none")
+CALIBRATION_IMAGES = Option(32, at_least(1), "images of training captions that the dense model draws to calibrate on")
 MASK_ONLY = Option(False, bool, "zero units in place instead of removing them")
+ZEROING = {"pattern": PATTERN, "refit": REFIT, "allocation": ALLOCATION, "recovery_steps": RECOVERY_STEPS,
+           "calibration_images": CALIBRATION_IMAGES}
+
+
+def _zeroing_needs(options: Dict[str, Any], always: Tuple[str, ...] = ()) -> Tuple[str, ...]:
+    """Return what the options in ZEROING need of the calibration."""
+    guided = options.get("allocation") == "guided"
+    moments = ("moments",) if "moments" in always or options.get("refit") or guided else ()
+    return moments + (("calls",) if "calls" in always or options["recovery_steps"] or guided else ())
+
 
 METHODS: Dict[str, Method] = {
-    "magnitude": Method("zero the weights of lowest |w|", "weights", {"scope": SCOPE}),
+    "magnitude": Method("zero the weights of lowest |w|", "weights", {"scope": SCOPE, **ZEROING}, needs=_zeroing_needs),
     "structured": Method(
         "remove feed-forward neurons and ResNet inner channels of lowest L2 norm", "neurons and channels",
         {"mask_only": MASK_ONLY,
@@ -84,15 +110,52 @@ METHODS: Dict[str, Method] = {
                                             "slower at odd widths")}, removes=True),
     "iterative": Method(
         "magnitude in steps, with self-distillation after each", "weights",
-        {"scope": SCOPE,
-         "recovery_steps": Option(60, at_least(0), "training steps after each rate of the schedule, 0 for none")},
-        calibration_images=128),
+        {"scope": SCOPE, "recovery_steps": RECOVERY_STEPS._replace(default=60),
+         "calibration_images": CALIBRATION_IMAGES._replace(default=128)}, needs=_zeroing_needs),
     "attention_heads": Method("remove whole attention heads, ranked over the denoiser", "heads",
                               {"mask_only": MASK_ONLY}, removes=True),
     "reconstruct": Method(
         "zero weights that the guided output feels least, and re-fit the others by least squares", "weights",
-        calibration_images=32),
+        {"pattern": PATTERN, "recovery_steps": RECOVERY_STEPS, "calibration_images": CALIBRATION_IMAGES},
+        needs=lambda options: _zeroing_needs(options, ("moments", "calls"))),
+    "wanda": Method("zero the weights of lowest |w| times input root mean square", "weights",
+                    {"scope": SCOPE._replace(default="row"), **ZEROING},
+                    needs=lambda options: _zeroing_needs(options, ("moments",))),
+    "sparsegpt": Method(
+        "zero weights column by column, each time correcting the columns that follow", "weights",
+        {"pattern": PATTERN, "allocation": ALLOCATION,
+         "step_weights": Option("uniform", one_of("step_weights", STEP_WEIGHTS),
+                                "let noisier steps (early) or later ones (late) count more in the input moments"),
+         "recovery_steps": RECOVERY_STEPS, "calibration_images": CALIBRATION_IMAGES},
+        needs=lambda options: _zeroing_needs(options, ("moments",))),
 }
+
+
+def pattern_of(text: str) -> Tuple[int, int]:
+    """Return (n, m) of "n:m": of every m weights, n stay."""
+    stay, every = text.split(":")
+    return int(stay), int(every)
+
+
+def check_together(options: Dict[str, Any], rates: Sequence[float]) -> None:
+    """Raise UserError if options exclude each other or the rates."""
+    pattern, guided = options.get("pattern"), options.get("allocation") == "guided"
+    if pattern:
+        stay, every = pattern_of(pattern)
+        share = 1 - stay / every
+        if set(rates) - {0, share}:
+            raise UserError(f"a {pattern} pattern zeroes exactly {share:g} of the weights; give that rate alone "
+                            f"(--rates {share:g})")
+        if guided or options.get("scope") == "global":
+            raise UserError(f"a {pattern} pattern takes the same share of every layer; leave out --allocation guided "
+                            "and --scope global")
+    if guided and options.get("scope") == "global":
+        raise UserError("--allocation guided and --scope global both decide what each layer loses; give one of them")
+
+
+def needs(method: str, options: Dict[str, Any]) -> Tuple[str, ...]:
+    """Return what of the calibration a method needs with these options, which may leave out defaults."""
+    return METHODS[method].needs({**default_options(method), **options})
 
 
 def default_options(method: str) -> Dict[str, Any]:
@@ -119,17 +182,35 @@ def prune(method: str, denoiser, rate: float, *, calibration=None, **options) ->
     """Prune `denoiser` (a torch module) in place by a method of the table, and return what was done.
 
     options: those of the method that differ from their defaults. calibration: a calibration.Calibration, for methods
-    with calibration_images. Raises UserError if the rate is not in [0, 1), if the method, an option or its value is
-    not known, if the denoiser has nothing that the method prunes, and for whatever else the method's file names.
+    that need it with these options. Raises UserError if the rate is not in [0, 1), if the method, an option or its
+    value is not known, if options exclude each other, if the denoiser has nothing that the method prunes, and for
+    whatever else the method's file names.
     """
     if not 0 <= rate < 1:
         raise UserError(f"a pruning rate is in [0, 1); got {rate}")
     given = {**default_options(method), **options}
     for name, value in options.items():
         check_option(method, name, value)
-    if not METHODS[method].calibrates:
+    check_together(given, [rate])
+    if rate == 0 or not METHODS[method].needs(given):
         calibration = None
+    elif calibration is None:
+        raise UserError(f"{method} needs recorded calls of the dense denoiser with these options; give a calibration")
+    given.pop("calibration_images", None)  # is in the calibration
     return importlib.import_module(f"{__name__}.{method}").prune(denoiser, rate, calibration=calibration, **given)
+
+
+def calibrate(method: str, denoiser, calibration, **options) -> None:
+    """Record the calls and gather the moments that a method needs and that are not there yet.
+
+    All processes call this together, and the main process calls prune() then. A single process may leave it out.
+    """
+    needed = needs(method, options)
+    if "moments" in needed:
+        from pruning.methods import moments  # here, because this table loads without torch
+        moments.gather(denoiser, calibration, options.get("step_weights", "uniform"))
+    if "calls" in needed and distributed.world_size > 1:
+        _ = calibration.calls  # one process records them when a method asks for them
 
 
 def check_option(method: str, name: str, value: Any) -> None:

@@ -1,11 +1,11 @@
-"""Allocation: how many units each group loses at a given rate, and which. Gives the plans that surgery carries out.
+"""Allocation: how much each layer or group loses at a given rate. For units, gives the plans that surgery carries out.
 
 A criterion is one function, score(group) -> (units,) tensor, the lowest first to go.
 """
 from __future__ import annotations
 
 import math
-from typing import Callable, Dict, List
+from typing import Callable, Dict, List, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from pruning import UserError
 from pruning.methods.surgery import Group, Plan
 
 Score = Callable[[Group], Tensor]
+
+HEADROOM = 0.6  # a layer loses at most rate + HEADROOM · (1 − rate): errors of layers do not add up near 1
 
 
 def lowest_overall(groups: List[Group], rate: float, score: Score) -> Plan:
@@ -86,3 +88,48 @@ def highest(scores: Tensor, drop: int, norm_groups: int) -> List[int]:
     kept = torch.argsort(scores, dim=1, stable=True)[:, drop // norm_groups:]
     starts = torch.arange(norm_groups)[:, None] * scores.shape[1]
     return (kept + starts).flatten().sort().values.tolist()
+
+
+def least_change(sizes: Dict[str, int], knots: Sequence[float], curves: Dict[str, Sequence[float]],
+                 sensitivities: Dict[str, float], rate: float, headroom: float = HEADROOM) -> Dict[str, int]:
+    """Return how many weights each layer loses, in sum round(rate * n): the least sum of sensitivity · error.
+
+    sizes: weights of each layer. knots, curves: rates, and each layer's relative error there; between them the
+    logarithm is interpolated, and at 1 the error is 1. The multiplier λ is the price of a weight. At each price a layer
+    takes the rate with the least s · e + λ · weights left, and bisection finds the price at which all layers together
+    lose enough.
+    """
+    total = round(rate * sum(sizes.values()))
+    cap = rate + headroom * (1 - rate)
+    grid = torch.linspace(0, 1, 501).double()[: int(500 * cap) + 1]
+    at_knots = torch.tensor([*knots, 1.0]).double()
+    place = torch.searchsorted(at_knots, grid, right=True).clamp(1, len(at_knots) - 1)
+    share = (grid - at_knots[place - 1]) / (at_knots[place] - at_knots[place - 1])
+    costs = []
+    for name in sizes:
+        logs = torch.tensor([*curves[name], 1.0]).double().clamp(1e-9, 1.0).cummax(0).values.log()
+        costs.append(sensitivities[name] * (logs[place - 1] + share * (logs[place] - logs[place - 1])).exp())
+    costs, numels = torch.stack(costs), torch.tensor(list(sizes.values())).double()[:, None]
+
+    def counts_at(price: float) -> List[int]:
+        chosen = grid[(costs - math.exp(price) * numels * grid).argmin(1)]
+        return [int(each * size) for each, size in zip(chosen.tolist(), sizes.values())]
+
+    low, high = -90.0, 60.0  # natural logarithms of the price
+    for _ in range(80):
+        middle = (low + high) / 2
+        if sum(counts_at(middle)) < total:
+            low = middle
+        else:
+            high = middle
+    below, above = counts_at(low), counts_at(high)
+    missing = total - sum(below)
+    counts = {}
+    for name, least, most in zip(sizes, below, above):  # from the one solution to the other, to the weight
+        counts[name] = least + min(max(missing, 0), max(most, least) - least)
+        missing -= counts[name] - least
+    for name in sorted(sizes, key=lambda name: -sizes[name]):  # caps round down
+        more = min(max(missing, 0), sizes[name] - counts[name])
+        counts[name] += more
+        missing -= more
+    return counts

@@ -1,28 +1,38 @@
-"""What a method may learn from: recorded calls of the dense denoiser."""
+"""What a method may learn from: recorded calls of the dense denoiser, and what was computed from them."""
 from __future__ import annotations
 
+import hashlib
+import tempfile
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple
+
+from pruning import UserError, whole_file
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Call = Tuple[Dict[str, Any], "Tensor"]  # the keyword arguments of a denoiser call, and the sample that it returned
+GIB = 2 ** 30
+MEMORY = 4 * GIB  # bytes of moments that are gathered in one pass
 
 
 class Calibration:
-    """Recorded calls of the dense denoiser, a seed, and a file for a method's state between two rates.
+    """Recorded calls of the dense denoiser, a seed, and folders for what methods compute from the calls.
 
     The calls come from images that the dense pipeline makes of captions that are never measured; `record` makes these
     images and returns the calls. It is called when a method first asks for `calls`, as recording takes minutes and a
-    method may need no calls at all.
+    method may need no calls at all. Of several processes, all must ask for calls at the same time.
     """
 
-    def __init__(self, record: Callable[[], List[Call]], seed: int,
-                 checkpoint: Optional[Path] = None, guidance_scale: float = 1.0, first_batch: int = 0):
+    def __init__(self, record: Callable[[], List[Call]], seed: int, *, checkpoint: Optional[Path] = None,
+                 guidance_scale: float = 1.0, first_batch: int = 0, folder: Optional[Path] = None,
+                 memory: int = MEMORY):
         self._record = record
-        self._results: Dict[str, Any] = {}
+        self._kept: Dict[str, Dict[str, Tensor]] = {}
+        self._scratch = None if folder else tempfile.TemporaryDirectory()  # removed with this object
+        self.folder = folder or Path(self._scratch.name)  # of what `keep` writes; other runs may use the same
+        self.memory = memory  # bytes of moments that may be in memory together
         self.guidance_scale = guidance_scale  # of the images
         self.first_batch = first_batch  # images of the first call
         self.seed = seed  # seeds everything that a method draws
@@ -30,22 +40,59 @@ class Calibration:
 
     @cached_property
     def calls(self) -> List[Call]:
-        """(keyword arguments, output sample) of each call, recorded once and then kept.
+        """(keyword arguments, output sample) of each call, recorded once and then kept on the CPU.
 
-        Arguments and samples are as the pipeline passed them, on its device and in its dtype.
+        `answer` passes the arguments of a call to a denoiser on any device. Raises UserError if there are no calls, or
+        if an output is not finite.
         """
-        return self._record()
+        calls = self._record()
+        if not calls:
+            raise UserError("there are no calls of the dense denoiser to calibrate on; give --calibration_images 1 or "
+                            "more")
+        if not all(bool(output.isfinite().all()) for _, output in calls):
+            raise UserError("the dense denoiser gives NaN or infinity on the calibration captions; use --dtype float32 "
+                            "or check the weights of the model")
+        return calls
 
     @property
     def guidance(self) -> Optional[float]:
         """The guidance scale if a call's output holds two halves, unconditional and conditional; else None."""
         return self.guidance_scale if len(self.calls[0][1]) == 2 * self.first_batch else None
 
-    def once(self, key: str, compute: Callable[[], Any]) -> Any:
-        """Return compute() of the first call with this key: what all rates of a sweep share."""
-        if key not in self._results:
-            self._results[key] = compute()
-        return self._results[key]
+    def keep(self, key: str, compute: Callable[[], Dict[str, Tensor]]) -> Dict[str, Tensor]:
+        """Return compute(), tensors by name on the CPU, from memory or from the folder if they were computed before.
+
+        key: says what is computed and with which settings; the calls and the code need not be in it.
+        """
+        if key not in self._kept:
+            path = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+            found = read_tensors(path)
+            if found is None:
+                found = compute()
+                write_tensors(found, path)
+            self._kept[key] = found
+        return self._kept[key]
+
+
+def read_tensors(path: Path) -> Optional[Dict[str, Tensor]]:
+    """Return the tensors of a safetensors file, or None if there is no file that can be read."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file  # here, because the commands import this file before they need torch
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError):
+        return None
+
+
+def write_tensors(tensors: Dict[str, Tensor], path: Path) -> None:
+    """Write tensors as a safetensors file, whole or not at all. Raises UserError if the disk refuses."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+    with whole_file(path, sync=False) as part:
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
+        except SafetensorError as error:  # also raised if the disk is full
+            raise OSError(str(error)) from error
 
 
 def answer(denoiser: nn.Module, arguments: Dict[str, Any]) -> Tensor:
@@ -56,11 +103,33 @@ def answer(denoiser: nn.Module, arguments: Dict[str, Any]) -> Tensor:
 
 def match(value, like: Tensor):
     """Return tensors, nested ones too, on the device of `like` and floating ones in its dtype; other values as is."""
-    from torch import Tensor  # here, because the commands import this file before they need torch
+    return _each_tensor(value, lambda tensor: tensor.to(
+        like.device, like.dtype if tensor.is_floating_point() else tensor.dtype))
+
+
+def keep_once() -> Callable[[Any], Any]:
+    """Return a function that copies tensors, nested ones too, to the CPU, and gives equal tensors as one object.
+
+    Text states are alike at all steps; without this, the recorded calls of Flux would take 15 GB.
+    """
+    import torch
+    known: Dict[tuple, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach().to("cpu").contiguous()
+        content = hashlib.sha1(tensor.reshape(-1).view(torch.uint8).numpy()).digest()
+        return known.setdefault((content, tensor.dtype, tensor.shape), tensor)
+
+    return lambda value: _each_tensor(value, keep)
+
+
+def _each_tensor(value, change: Callable[[Tensor], Tensor]):
+    """Return `value` with each tensor changed, also in dicts, lists and tuples."""
+    from torch import Tensor
     if isinstance(value, Tensor):
-        return value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
+        return change(value)
     if isinstance(value, dict):
-        return {name: match(item, like) for name, item in value.items()}
+        return {name: _each_tensor(item, change) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(match(item, like) for item in value)
+        return type(value)(_each_tensor(item, change) for item in value)
     return value

@@ -1,19 +1,21 @@
 """Magnitude pruning: the weights of lowest |w| become zero (Han et al., 2015, arXiv:1506.02626)."""
 from __future__ import annotations
 
+from typing import Optional
+
 from torch import Tensor, nn
 
-from pruning.methods import Pruned, zeroing
+from pruning.methods import Pruned, weights
+from pruning.methods.calibration import Calibration
 
 
-def prune(denoiser: nn.Module, rate: float, *, scope: str, calibration=None) -> Pruned:
+def prune(denoiser: nn.Module, rate: float, *, calibration: Optional[Calibration] = None, **options) -> Pruned:
     """Zero the round(rate * n) of all n prunable weights that have the lowest |w|, in place.
 
-    Raises UserError if the denoiser has no prunable weights or if some are NaN.
+    options: those of weights.prune_by_score. Raises UserError if the denoiser has no prunable weights or if some are
+    NaN.
     """
-    weights = zeroing.prunable_weights(denoiser)
-    zeroing.zero_lowest(weights, rate, score, scope)
-    return zeroing.report(denoiser, weights, rate, method="magnitude")
+    return weights.prune_by_score("magnitude", denoiser, rate, score, calibration, **options)
 
 
 def score(rows: Tensor, name: str) -> Tensor:

@@ -6,16 +6,19 @@ d = inputs / groups · kernel height · kernel width. A Linear has one group.
 from __future__ import annotations
 
 import hashlib
+import math
 from contextlib import contextmanager
-from typing import Callable, Dict, Iterator, Optional, Sequence
+from pathlib import Path
+from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from pruning import UserError
-from pruning.methods.calibration import Call, answer
+from pruning import UserError, distributed
+from pruning.methods.calibration import GIB, Calibration, Call, answer, read_tensors, write_tensors
 from pruning.methods.zeroing import prunable_weights
 
 ROWS = 1024  # random rows of x that a layer takes of each call
@@ -81,35 +84,140 @@ def watched(layers: Dict[str, nn.Module], note: Callable[[str, nn.Module, Tensor
             hook.remove()
 
 
-@torch.no_grad()
-def input_moments(denoiser: nn.Module, calls: Sequence[Call], layers: Dict[str, nn.Module], seed: int,
-                  bar: Optional[tqdm] = None) -> Dict[str, Tensor]:
-    """Return H of each layer, float32 (groups, d, d) on the layer's device: the mean of x xᵀ over places and calls.
+class Moments:
+    """The moments of a denoiser's layers, a file a layer, so that no more than one layer's are in memory."""
 
-    layers: by name; the moments of all of them are in memory together. A layer that is never called has H = 0. Raises
-    UserError if a layer's input is not finite.
+    def __init__(self, folder: Path, names: Sequence[str]):
+        self._files = {name: folder / f"{name}.safetensors" for name in names}
+        self._last: Tuple = (None, None)  # what `of` was asked for last, as several steps ask for the same layer
+
+    def of(self, name: str, device) -> Tuple[Tensor, Tensor]:
+        """Return H, (groups, d, d), and the mean input E[x], (groups, d), of a layer, float32 on the device."""
+        if self._last[0] != (name, device):
+            self._last = (None, None)  # frees the memory first
+            found = read_tensors(self._files[name])
+            if found is None:
+                raise UserError(f"cannot read {self._files[name]}, which held moments: delete that folder and give the "
+                                "same command again")
+            self._last = ((name, device), (found["moments"].to(device), found["mean"].to(device)))
+        return self._last[1]
+
+    def diagonal(self, name: str, device) -> Tensor:
+        """Return E[x²] of a layer, (groups, d) float32: reads no more of the file than that."""
+        with safe_open(self._files[name], "pt") as file:
+            return file.get_tensor("squares").to(device)
+
+    def missing(self) -> List[str]:
+        """Return the names of the layers that have no file."""
+        return [name for name, path in self._files.items() if not path.is_file()]
+
+    def write(self, name: str, moments: Tensor, mean: Tensor) -> None:
+        """Write the file of a layer."""
+        write_tensors({"moments": moments.cpu(), "mean": mean.cpu(),
+                       "squares": moments.diagonal(dim1=1, dim2=2).cpu()}, self._files[name])
+
+
+def gather(denoiser: nn.Module, calibration: Calibration, step_weights: str = "uniform") -> Moments:
+    """Gather the moments of all prunable layers that the calibration's folder lacks, and return all.
+
+    Layers are gathered in groups whose moments fit calibration.memory, a pass over the calls for each group. Several
+    processes share out the calls, and all must call this function together; the main process writes.
+    Raises UserError if the memory is too small for one layer, or if a layer's input is not finite.
     """
-    sums: Dict[str, Tensor] = {}
-    counts = dict.fromkeys(layers, 0)
+    layers = prunable_layers(denoiser)
+    found = Moments(calibration.folder / f"moments-{step_weights}", list(layers))
+    missing = distributed.broadcast(found.missing())
+    if not missing:
+        return found
+    groups = memory_groups({name: moment_bytes(layers[name]) for name in missing}, calibration.memory)
+    calls = calibration.calls
+    weights = call_weights(calls, step_weights)
+    own = range(distributed.rank, len(calls), distributed.world_size)
+    with tqdm(total=len(groups) * len(own), desc="input moments", unit="call", leave=False,
+              disable=not distributed.is_main) as bar:
+        for group in groups:
+            sums = input_sums(denoiser, {index: calls[index][0] for index in own}, weights,
+                              {name: layers[name] for name in group}, calibration.seed, bar)
+            distributed.add_up(tensor for each in sums.values() for tensor in each)
+            for name, (moments, total, weight) in sums.items():
+                if not torch.isfinite(moments.diagonal(dim1=1, dim2=2)).all():
+                    raise UserError(f"the input of {name} is not finite during calibration; use --dtype float32, or "
+                                    "check the weights of the model")
+                if distributed.is_main:
+                    found.write(name, moments / weight.clamp_min(1e-30), total / weight.clamp_min(1e-30))
+    distributed.barrier()
+    return found
+
+
+@torch.no_grad()
+def input_sums(denoiser: nn.Module, calls: Dict[int, dict], weights: Sequence[float], layers: Dict[str, nn.Module],
+               seed: int, bar: Optional[tqdm] = None) -> Dict[str, Tuple[Tensor, Tensor, Tensor]]:
+    """Return for each layer the weighted sums over calls and places of x xᵀ (groups, d, d), x (groups, d), and 1.
+
+    calls: arguments by the number of the call, which seeds the choice of rows and has its weight in `weights`.
+    """
+    sums = {}
     for name, layer in layers.items():
         groups, _, d = as_rows(layer).shape
-        sums[name] = torch.zeros(groups, d, d, device=layer.weight.device)
-    for index, (arguments, _) in enumerate(calls):
+        shapes = ((groups, d, d), (groups, d), ())
+        sums[name] = tuple(torch.zeros(shape, device=layer.weight.device) for shape in shapes)
+    for index, arguments in calls.items():
         def note(name, layer, x, index=index):
             x = input_rows(layer, x, torch.Generator().manual_seed(seed_of(seed, name, index)))
-            sums[name].baddbmm_(x.transpose(1, 2), x)
-            counts[name] += x.shape[1]
+            moments, total, count = sums[name]
+            moments.baddbmm_(x.transpose(1, 2), x, alpha=weights[index])
+            total.add_(x.sum(1), alpha=weights[index])
+            count.add_(weights[index] * x.shape[1])
 
         with watched(layers, note):
             answer(denoiser, arguments)
         if bar is not None:
             bar.update()
-    for name, total in sums.items():
-        if not torch.isfinite(total.diagonal(dim1=1, dim2=2)).all():
-            raise UserError(f"the input of {name} is not finite during calibration; use --dtype float32, or check "
-                            "the weights of the model")
-        total /= max(counts[name], 1)
     return sums
+
+
+def moment_bytes(layer: nn.Module) -> int:
+    """Return the bytes of a layer's H in float32."""
+    groups, _, d = as_rows(layer).shape
+    return 4 * groups * d * d
+
+
+def memory_groups(sizes: Dict[str, int], memory: int) -> List[List[str]]:
+    """Return the names in groups whose sizes together are at most `memory`, in order.
+
+    Raises UserError if one size is larger.
+    """
+    groups, held = [[]], 0
+    for name, size in sizes.items():
+        if size > memory:
+            raise UserError(f"the input moments of {name} take more than --calibration_memory {memory / GIB:g}; give "
+                            f"--calibration_memory {math.ceil(1000 * size / GIB) / 1000:g} or more (GiB)")
+        if held + size > memory:
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += size
+    return groups
+
+
+def call_weights(calls: Sequence[Call], step_weights: str) -> List[float]:
+    """Return the weight of each call in the moments, mean 1.
+
+    "uniform": all 1. "early": falls with the logarithm of the step, from 1.2 at the noisiest to 0.8 at the last (Zhu
+    et al., 2025, OBS-Diff). "late": rises likewise.
+    """
+    if step_weights == "uniform":
+        return [1.0] * len(calls)
+    times = [timestep(call) for call in calls]
+    order = {time: place for place, time in enumerate(sorted(set(times), reverse=True))}
+    fall = [0.4 * math.log(1 + order[time]) / math.log(max(len(order), 2)) for time in times]
+    weights = [1.2 - each if step_weights == "early" else 0.8 + each for each in fall]
+    return [weight * len(weights) / sum(weights) for weight in weights]
+
+
+def timestep(call: Call) -> float:
+    """Return the time of a call, the higher the noisier; 0 if the denoiser takes none."""
+    return float(torch.as_tensor(call[0].get("timestep", 0)).float().mean())
 
 
 def seed_of(*parts) -> int:

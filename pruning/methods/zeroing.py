@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import math
 from itertools import accumulate
-from typing import Callable, Dict, Iterable, Iterator, List, Sequence, Set, Tuple
+from typing import Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from pruning import UserError, check_name
-from pruning.methods import METHODS, SCOPES, Pruned
+from pruning.methods import METHODS, SCOPES, LayerPruned, Pruned
 
 Score = Callable[[Tensor, str], Tensor]
 
@@ -50,19 +50,28 @@ def prunable_weights(denoiser: nn.Module) -> Dict[str, nn.Parameter]:
 def zero_lowest(weights: Dict[str, Tensor], rate: float, score: Score, scope: str = "layer") -> None:
     """Zero the weights of lowest score, in place, until round(rate * n) of all n weights are zero.
 
-    scope: "layer" takes the same share of every weight tensor (see layer_counts), "global" the lowest of all tensors.
+    scope: "layer" takes the same share of every weight tensor (see layer_counts), "row" the same share of each of its
+    rows too, "global" the lowest of all tensors.
     Of equal scores the first in order go. Weights that are zero already count first and stay zero, so a growing rate
     only adds zeros. Raises UserError, before anything changes, for an unknown scope and for a score of NaN or -inf.
     """
     check_name("scope", scope, SCOPES)
-    for name, _, scores in _blocks(weights, score):
-        if not scores.min() > -math.inf:  # false for NaN too, which min() passes on
-            raise UserError(f"{name} has scores that are NaN or -inf and so have no order; check the model's weights")
+    check_scores(weights, score)
     if scope == "global":
         zero_count(weights, round(rate * sum(weight.numel() for weight in weights.values())), score)
         return
     for (name, weight), count in zip(weights.items(), layer_counts(list(weights.values()), rate)):
-        zero_count({name: weight}, count, score)
+        if scope == "layer":
+            zero_count({name: weight}, count, score)
+        else:
+            weight.masked_fill_(lowest_in_rows(score(weight.float(), name).flatten(1)[None], count).view_as(weight), 0)
+
+
+def check_scores(weights: Dict[str, Tensor], score: Score) -> None:
+    """Raise UserError if a score is NaN or -inf."""
+    for name, _, scores in _blocks(weights, score):
+        if not scores.min() > -math.inf:  # false for NaN too, which min() passes on
+            raise UserError(f"{name} has scores that are NaN or -inf and so have no order; check the model's weights")
 
 
 def layer_counts(weights: Sequence[Tensor], rate: float) -> List[int]:
@@ -78,6 +87,53 @@ def layer_counts(weights: Sequence[Tensor], rate: float) -> List[int]:
     bounds = [0] + [min(missing, round(scale * bound)) for bound in accumulate(shares)]
     bounds[-1] = missing
     return [zero + after - before for zero, before, after in zip(zeros, bounds, bounds[1:])]
+
+
+def global_counts(weights: Dict[str, Tensor], rate: float, score: Score) -> Dict[str, int]:
+    """Return how many weights of each tensor are among the round(rate * n) of lowest score over all n weights."""
+    count = round(rate * sum(weight.numel() for weight in weights.values()))
+    if count <= 0:
+        return dict.fromkeys(weights, 0)
+    threshold, ties = find_threshold(weights, count, score)
+    below, equal = dict.fromkeys(weights, 0), dict.fromkeys(weights, 0)
+    for name, _, scores in _blocks(weights, score, with_zeros(weights)):
+        below[name] += int((scores < threshold).sum())
+        equal[name] += int((scores == threshold).sum())
+    for name in weights:  # of equal scores the first in order go
+        taken = min(ties, equal[name])
+        below[name] += taken
+        ties -= taken
+    return below
+
+
+def lowest(scores: Tensor, count: int, scope: str = "layer") -> Tensor:
+    """Return a mask of the `count` lowest scores of a tensor (groups, rows, d); of equal scores the first go.
+
+    scope: "row" takes equally many of each row, otherwise the lowest of all go.
+    """
+    if scope == "row":
+        return lowest_in_rows(scores, count)
+    flat = scores.flatten()
+    if count <= 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    threshold = flat.kthvalue(count).values
+    mask = flat < threshold
+    ties = (flat == threshold).nonzero()[: count - int(mask.sum()), 0]
+    mask[ties] = True
+    return mask.view(scores.shape)
+
+
+def lowest_in_rows(scores: Tensor, count: int) -> Tensor:
+    """Return a mask of the lowest scores of each row (groups, rows, d): `count` in all, as evenly as whole numbers go.
+
+    Of equal scores the first in order go.
+    """
+    rows = scores.shape[0] * scores.shape[1]
+    bounds = torch.tensor([round(count * place / rows) for place in range(rows + 1)], device=scores.device)
+    ranks = torch.empty_like(scores, dtype=torch.int32)
+    order = scores.argsort(dim=-1, stable=True)
+    ranks.scatter_(-1, order, torch.arange(scores.shape[-1], dtype=torch.int32, device=scores.device).expand_as(order))
+    return ranks < bounds.diff().view(*scores.shape[:2], 1)
 
 
 @torch.no_grad()
@@ -126,16 +182,20 @@ def with_zeros(weights: Dict[str, Tensor]) -> Set[str]:
     return {name for name, weight in weights.items() if not weight.detach().all()}
 
 
-def report(denoiser: nn.Module, weights: Dict[str, Tensor], rate: float, method: str) -> Pruned:
+def report(denoiser: nn.Module, weights: Dict[str, Tensor], rate: float, method: str,
+           errors: Optional[Dict[str, float]] = None) -> Pruned:
     """Return what was done, counted in the pruned denoiser. Skipped are modules with other weight matrices.
 
-    method: a name in METHODS, which says what the unit is called.
+    method: a name in METHODS, which says what the unit is called. errors: relative output error of layers, by name.
     """
     total = sum(weight.numel() for weight in weights.values())
     skipped = {name: f"{type(module).__name__} is neither Linear nor Conv2d"
                for name, module in denoiser.named_modules() if not isinstance(module, PRUNABLE)
                and isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() > 1}
-    return Pruned(METHODS[method].unit, total, round(rate * total), sum(map(count_zeros, weights.values())), skipped)
+    zeros = {name: count_zeros(weight) for name, weight in weights.items()}
+    layers = {name: LayerPruned(zeros[name] / weight.numel(), (errors or {}).get(name))
+              for name, weight in weights.items()}
+    return Pruned(METHODS[method].unit, total, round(rate * total), sum(zeros.values()), skipped, layers)
 
 
 def count_zeros(weight: Tensor) -> int:

@@ -138,21 +138,23 @@ def first_call(pipeline, samples, **settings) -> dict:
     return record_calls(pipeline, samples, **{**settings, "steps": 1})[0][0]
 
 
-def record_calls(pipeline, samples, **settings) -> List[Tuple[dict, object]]:
+def record_calls(pipeline, samples, keep: Callable = lambda value: value, **settings) -> List[Tuple[dict, object]]:
     """Make images of `samples` and return every call of the denoiser as (keyword arguments, output sample).
 
-    settings: those of `generate`. Whatever the pipeline passes to its denoiser is kept, so no model family
+    keep: returns what is kept of the arguments, and of the sample, which is detached.
+    settings: those of `generate`. Whatever the pipeline passes to its denoiser is recorded, so no model family
     needs code of its own.
     """
     denoiser = getattr(pipeline, denoiser_name(pipeline))
     signature = inspect.signature(denoiser.forward)
     calls = []
 
-    def keep(_module, args, kwargs, output):
+    def note(_module, args, kwargs, output):
         given = signature.bind(*args, **kwargs).arguments
-        calls.append(({k: v for k, v in given.items() if v is not None and k != "return_dict"}, output[0].detach()))
+        arguments = {name: value for name, value in given.items() if value is not None and name != "return_dict"}
+        calls.append((keep(arguments), keep(output[0].detach())))
 
-    hook = denoiser.register_forward_hook(keep, with_kwargs=True)
+    hook = denoiser.register_forward_hook(note, with_kwargs=True)
     try:
         generate(pipeline, samples, **settings)
     finally:

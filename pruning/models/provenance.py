@@ -49,6 +49,12 @@ def source_hash(module) -> str:
     return hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()[:12]
 
 
+def folder_hash(folder: Path) -> str:
+    """Return a hash of the source texts of the Python files in a folder, 12 hex digits."""
+    texts = [f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in sorted(folder.glob("*.py"))]
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
+
+
 def machine(device: str) -> Dict[str, Any]:
     """Return the name of the device that computes, and torch's number of threads."""
     import torch
