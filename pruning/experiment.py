@@ -164,7 +164,7 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
 def training_captions(args, samples: List[Sample]) -> List[str]:
     """Return the captions that the method calibrates on, none of them measured; [] if the method does not calibrate."""
     options = cli.method_options(args)
-    if not methods.needs(args.method, options):
+    if not (methods.needs(args.method, options) or args.sensitivity and "calibration_images" in options):
         return []
     return data.training_captions(args.dataset, options["calibration_images"], args.seed, args.data_dir, samples)
 

@@ -23,7 +23,7 @@ from pruning import UserError, cli, distributed, sweep
 from pruning.experiment import Dense, Experiment
 from pruning.metrics import METRICS, backbones, scores
 from pruning.records.record import Point
-from pruning.records.summaries import answer, summary
+from pruning.records.summaries import answer, sensitivity_summary, summary
 from pruning.steps import (
     add_seconds,
     compile_denoisers,
@@ -57,7 +57,7 @@ def run_pruning_experiment(experiment: Experiment, rate: float, dense: Optional[
         with add_seconds("prune", seconds):
             denoiser, pruned = prune_copy(experiment, rate)
         with add_seconds("time", seconds):
-            counts = count_costs(experiment, denoiser)
+            counts = count_costs(experiment, denoiser, rate)
             compiled = compile_denoisers(experiment, denoiser)
         with add_seconds("generate", seconds):
             images = make_images(experiment, rate, on_batch)
@@ -70,6 +70,8 @@ def run_pruning_experiment(experiment: Experiment, rate: float, dense: Optional[
         measured = Point(
             rate=rate, sparsity=pruned.taken / pruned.total, unit=pruned.unit, units_total=pruned.total,
             units_asked=pruned.asked, units_taken=pruned.taken, skipped_modules=pruned.skipped_modules,
+            layer_rates={name: layer.rate for name, layer in pruned.layers.items()},
+            layer_errors={name: layer.error for name, layer in pruned.layers.items() if layer.error is not None},
             **counts, **times, compiled=compiled and compiled.compiled,
             metrics={}, intervals={}, per_image={}, floors={}, seed_spread={}, seconds={})
     else:
@@ -151,8 +153,15 @@ def main(argv=None) -> None:
     parser.add_argument("--results_dir", type=Path, default=ROOT / "results", help="where records and graphs go")
     parser.add_argument("--shard", type=cli.shard, metavar="i/n",
                         help="measure every n-th rate from the i-th on, as a part for merge_results.py")
+    parser.add_argument("--sensitivity", action="store_true",
+                        help="measure only how much the denoiser's output depends on each layer, without images")
     args = parser.parse_args(argv)
     args.rates = sorted(set(args.rates))
+    if args.sensitivity:
+        path, found = sweep.measure_sensitivity(args)
+        print(sensitivity_summary(found))
+        print(path)
+        return
     if args.shard:
         part, count = args.shard
         if count > len(args.rates):

@@ -47,14 +47,15 @@ def prune_copy(experiment: Experiment, rate: float):
     return denoiser, pruned
 
 
-def count_costs(experiment: Experiment, denoiser) -> Dict[str, int]:
+def count_costs(experiment: Experiment, denoiser, rate: float) -> Dict[str, Any]:
     """Return the parameters, bytes, multiply-accumulates and memory of the denoiser in the pipeline.
 
-    The first calls also warm the device up for the timing that follows.
+    For the dense denoiser, also each layer's share. The first calls warm the device up for the timing that follows.
     """
     _ = experiment.batch_call
     shapes = tuple(tensor.shape for tensor in denoiser.state_dict().values())
-    return {**costs.count_parameters(denoiser), **experiment.call_costs(shapes)}
+    shares = costs.layer_shares(denoiser, experiment.single_call) if rate == 0 else {}
+    return {**costs.count_parameters(denoiser), **experiment.call_costs(shapes), **shares}
 
 
 def compile_denoisers(experiment: Experiment, denoiser) -> Optional[compiling.CompiledCalls]:

@@ -4,6 +4,7 @@ The function that measures a point is an argument, so that this file imports no 
 """
 from __future__ import annotations
 
+import copy
 import shutil
 import sys
 from contextlib import suppress
@@ -13,10 +14,11 @@ from typing import Callable, Dict, List, Optional, Tuple
 
 from tqdm import tqdm
 
-from pruning import UserError, cli, distributed
+from pruning import UserError, cli, distributed, methods
 from pruning.data import DATASETS
 from pruning.experiment import Dense, Experiment, checkpoint_file, prepare
 from pruning.methods import variant_name
+from pruning.metrics import costs
 from pruning.models import pipelines, saving
 from pruning.records import report, store
 from pruning.records.plots import ROWS
@@ -122,6 +124,31 @@ def earlier_record(path: Path) -> Optional[Record]:
     except BrokenRecordError as error:
         print(f"{error}; {store.set_aside(path)}, and its rates are measured again from the images", file=sys.stderr)
         return None
+
+
+def measure_sensitivity(args) -> Tuple[Path, dict]:
+    """Measure how much the guided output changes if one layer alone is pruned by args.method. No image is measured.
+
+    Writes a JSON file, a figure and a text, and returns the path of the JSON file and what it holds. Raises UserError
+    if the method does not prune layer by layer, or if something cannot be had.
+    """
+    if distributed.world_size > 1:
+        raise UserError("--sensitivity runs in one process; start it without a launcher")
+    args.metrics, path = [], own_path(args)
+    experiment = prepare(args, path, None)
+    denoiser = copy.deepcopy(experiment.dense).to("cpu" if experiment.offload else experiment.device)
+    options = experiment.record.options
+    rates, survey = methods.survey(args.method, denoiser, experiment.calibration, **options)
+    pipelines.set_denoiser(experiment.pipeline, denoiser, experiment.device, experiment.offload)
+    shares = costs.layer_shares(denoiser, experiment.single_call)
+    layers = {name: {"sensitivity": survey.sensitivities[name], "error": survey.curves[name][1:],
+                     "change": [survey.sensitivities[name] * error for error in survey.curves[name][1:]],
+                     "parameters": shares["layer_parameters"][name], "macs": shares["layer_macs"][name]}
+              for name in survey.curves}
+    found = {"model": experiment.record.model, "dataset": args.dataset, "variant": experiment.record.variant,
+             "images": options["calibration_images"], "settings": experiment.record.settings,
+             "versions": experiment.record.versions, "rates": list(rates), "layers": layers}
+    return report.write_sensitivity(found, path.parent), found
 
 
 def own_path(args) -> Path:

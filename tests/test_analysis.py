@@ -136,7 +136,7 @@ def test_a_run_that_continues_counts_the_denoisers_calls_as_a_fresh_one(tmp_path
     made, read = steps.make_images(fresh, 0.5), steps.load_images(again, 0.5)
     assert made.calls == read.calls == 4 + 1
     denoiser, _ = steps.prune_copy(again, 0.5)
-    steps.count_costs(again, denoiser)
+    steps.count_costs(again, denoiser, 0.5)
     times = steps.time_calls(again, denoiser, 0.5, read._replace(seconds_each=1.0))
     in_calls = min(1, 5 * times["denoiser_seconds"] / 2)
     expected = 1 - in_calls + in_calls * times["dense_denoiser_seconds"] / times["denoiser_seconds"]

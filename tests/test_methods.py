@@ -16,7 +16,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from pruning import UserError, methods
-from pruning.methods import METHODS, Method, Option, Pruned, default_options, prune, variant_name
+from pruning.methods import METHODS, Method, Option, Pruned, default_options, prune, variant_name, weights
 from pruning.methods.calibration import Calibration
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,7 +65,7 @@ def test_an_option_reads_its_own_default_from_text(method, name):
     option = METHODS[method].options[name]
     if option.type is bool:
         assert option.default is False  # a flag without a value can only turn it on
-    else:
+    elif option.default is not None:
         assert option.type(str(option.default)) == option.default
 
 
@@ -73,13 +73,17 @@ def test_an_option_reads_its_own_default_from_text(method, name):
 def test_the_file_of_a_method_takes_exactly_the_options_of_the_table(method):
     parameters = inspect.signature(import_module(f"pruning.methods.{method}").prune).parameters
     keywords = {name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY}
+    if parameters.get("options"):  # passed on to the function that all methods with a score share
+        shared = inspect.signature(weights.prune_by_score).parameters
+        keywords |= {name for name, parameter in shared.items() if parameter.kind is parameter.KEYWORD_ONLY}
     assert list(parameters)[:2] == ["denoiser", "rate"]
-    assert keywords == {"calibration", *METHODS[method].options}
+    assert keywords == {"calibration", *METHODS[method].options} - {"calibration_images"}
 
 
 @pytest.mark.parametrize(("method", "name", "text", "message"), [
-    ("magnitude", "scope", "globl", "unknown scope 'globl', did you mean 'global'? (one of: layer, global)"),
-    ("iterative", "scope", "rows", "unknown scope 'rows' (one of: layer, global)"),
+    ("magnitude", "scope", "globl", "unknown scope 'globl', did you mean 'global'? (one of: row, layer, global)"),
+    ("iterative", "scope", "columns", "unknown scope 'columns' (one of: row, layer, global)"),
+    ("wanda", "pattern", "2:5", "unknown pattern '2:5', did you mean '2:4'? (one of: 2:4, 4:8)"),
     ("structured", "round_to", "0", "expected a whole number, 1 or more; got '0'"),
     ("structured", "round_to", "2.5", "expected a whole number, 1 or more; got '2.5'"),
     ("iterative", "recovery_steps", "-1", "expected a whole number, 0 or more; got '-1'"),
@@ -91,7 +95,7 @@ def test_a_value_that_an_option_does_not_take_is_one_line_that_names_what_it_tak
 
 
 def test_defaults_come_from_the_table():
-    assert default_options("iterative") == {"scope": "layer", "recovery_steps": 60}
+    assert default_options("iterative") == {"scope": "layer", "recovery_steps": 60, "calibration_images": 128}
     assert default_options("structured") == {"mask_only": False, "round_to": 1}
     with pytest.raises(UserError, match="did you mean 'magnitude'"):
         default_options("magnitud")
@@ -130,16 +134,27 @@ def test_a_new_method_is_an_entry_and_a_file_and_is_given_every_option(new_metho
         "share": 0.125, "fast": True, "calibration": None}
 
 
-def test_only_a_method_with_calibration_images_is_given_the_calibration(new_method, monkeypatch):
+def test_only_a_method_that_needs_the_calibration_is_given_it(new_method, monkeypatch):
     calibration = Calibration(list, 0)
     assert prune("new_method", None, 0.2, calibration=calibration)[1]["calibration"] is None
-    monkeypatch.setitem(METHODS, "new_method", new_method._replace(calibration_images=4))
-    assert prune("new_method", None, 0.2, calibration=calibration)[1]["calibration"] is calibration
+    monkeypatch.setitem(METHODS, "new_method", new_method._replace(
+        needs=lambda options: ("calls",) if options["fast"] else ()))
+    assert prune("new_method", None, 0.2, calibration=calibration)[1]["calibration"] is None
+    assert prune("new_method", None, 0.2, fast=True, calibration=calibration)[1]["calibration"] is calibration
+    assert prune("new_method", None, 0.0, fast=True)[1]["calibration"] is None
+    with pytest.raises(UserError, match="needs recorded calls"):
+        prune("new_method", None, 0.2, fast=True)
+
+
+def test_a_method_that_can_need_calibration_says_on_how_many_images():
+    for method, entry in METHODS.items():
+        wants = {name: "guided" if name == "allocation" else True if name == "refit" else 1 for name in
+                 ("allocation", "refit", "recovery_steps") if name in entry.options}
+        assert bool(methods.needs(method, wants)) == ("calibration_images" in entry.options)
 
 
 @pytest.mark.parametrize(("method", "options"), [
-    *((method, {}) for method, entry in METHODS.items() if not entry.calibration_images),
-    ("iterative", {"recovery_steps": 0})])
+    *((method, {}) for method in METHODS if not methods.needs(method, {})), ("iterative", {"recovery_steps": 0})])
 def test_what_a_method_reports_has_the_unit_of_the_table(method, options):
     pruned = prune(method, denoiser(), 0.5, **options)
     assert isinstance(pruned, Pruned)
@@ -185,7 +200,7 @@ def test_a_calibration_records_once_and_only_if_asked(tmp_path):
         recorded.append(1)
         return [({"sample": torch.zeros(1)}, torch.ones(1))]
 
-    calibration = Calibration(record, 3, tmp_path / "checkpoint")
+    calibration = Calibration(record, 3, checkpoint=tmp_path / "checkpoint")
     assert (calibration.seed, calibration.checkpoint, recorded) == (3, tmp_path / "checkpoint", [])
     assert calibration.calls is calibration.calls
     assert len(recorded) == 1

@@ -63,7 +63,7 @@ def weighed(extended):
 def test_a_method_is_a_file_and_an_entry_and_its_options_are_flags_and_name_the_record(weighed):
     folder, record = weighed
     assert (folder / "input_rms+power=0.5.json").exists()
-    assert record["options"] == {"power": 0.5}
+    assert record["options"] == {"power": 0.5, "calibration_images": 8}
     assert record["points"][0]["sparsity"] == pytest.approx(0.5, abs=1e-6)
 
 

@@ -213,6 +213,23 @@ def calibrate(method: str, denoiser, calibration, **options) -> None:
         _ = calibration.calls  # one process records them when a method asks for them
 
 
+def survey(method: str, denoiser, calibration, **options):
+    """Return the rates of the curves, and the weights.Survey of a dense denoiser: how sensitive each layer is.
+
+    Raises UserError if the method does not solve layer by layer.
+    """
+    from pruning.methods import moments, weights
+    module = importlib.import_module(f"{__name__}.{method}")
+    if not hasattr(module, "solver"):
+        able = ", ".join(name for name in METHODS if hasattr(importlib.import_module(f"{__name__}.{name}"), "solver"))
+        raise UserError(f"--sensitivity is measured for methods that prune layer by layer: {able}")
+    given = {**default_options(method), **options}
+    solve = module.solver(denoiser, calibration, **{**given, "pattern": None})
+    deciding = {name: given[name] for name in ("scope", "refit", "step_weights") if name in given}
+    return weights.CURVE, weights.survey_layers(denoiser, moments.prunable_layers(denoiser), solve, calibration,
+                                                weights.survey_key(method, **deciding))
+
+
 def check_option(method: str, name: str, value: Any) -> None:
     """Raise UserError if the method has no such option, or if the option's flag would not take the value."""
     option = METHODS[method].options[check_name(f"option of {method}", name, METHODS[method].options)]

@@ -5,7 +5,7 @@ from typing import Optional
 
 from torch import Tensor, nn
 
-from pruning.methods import Pruned, weights
+from pruning.methods import Pruned, moments, weights
 from pruning.methods.calibration import Calibration
 
 
@@ -16,6 +16,11 @@ def prune(denoiser: nn.Module, rate: float, *, calibration: Optional[Calibration
     NaN.
     """
     return weights.prune_by_score("magnitude", denoiser, rate, score, calibration, **options)
+
+
+def solver(denoiser: nn.Module, calibration: Calibration, *, scope: str, refit: bool, **_) -> weights.Solve:
+    """Return what becomes of a layer that loses some weights."""
+    return weights.by_score(score, scope, None, moments.gather(denoiser, calibration) if refit else None)
 
 
 def score(rows: Tensor, name: str) -> Tensor:

@@ -30,8 +30,19 @@ def prune(denoiser: nn.Module, rate: float, *, pattern: Optional[str], recovery_
     if rate == 0:
         return zeroing.report(denoiser, {name: layer.weight for name, layer in layers.items()}, rate, "reconstruct")
     weights.check_pattern(denoiser, pattern)
+    solve = solver(denoiser, calibration, pattern=pattern)
+    if pattern:
+        counts = dict.fromkeys(layers, 0)
+    else:
+        counts = weights.guided_counts(denoiser, rate, solve, calibration, weights.survey_key("reconstruct"))
+    return weights.prune("reconstruct", denoiser, rate, solve, counts, calibration,
+                         moments.gather(denoiser, calibration), pattern=pattern, recovery_steps=recovery_steps)
+
+
+def solver(denoiser: nn.Module, calibration: Calibration, *, pattern: Optional[str] = None, **_) -> weights.Solve:
+    """Return what becomes of a layer that loses some weights."""
     gathered = moments.gather(denoiser, calibration)
-    energies = weights.row_energies(denoiser, layers, calibration)
+    energies = weights.row_energies(denoiser, moments.prunable_layers(denoiser), calibration)
 
     def solve(name: str, layer: nn.Module, count: int) -> Tuple[Tensor, Tensor]:
         dense, shape = as_rows(layer).detach().float(), layer.weight.shape
@@ -40,13 +51,7 @@ def prune(denoiser: nn.Module, rate: float, *, pattern: Optional[str], recovery_
         score = score * energies[name].to(dense.device).view(*dense.shape[:2], 1)
         zeros = weights.pattern_zeros(layer, score, pattern) if pattern else lowest(score, dense.abs(), count)
         return refit.least_squares(dense, ~zeros, matrix).reshape(shape), zeros.reshape(shape)
-
-    if pattern:
-        counts = dict.fromkeys(layers, 0)
-    else:
-        counts = weights.guided_counts("reconstruct", denoiser, rate, solve, calibration)
-    return weights.prune("reconstruct", denoiser, rate, solve, counts, calibration, gathered, pattern=pattern,
-                         recovery_steps=recovery_steps)
+    return solve
 
 
 def lowest(score: Tensor, magnitude: Tensor, count: int) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning import UserError
-from pruning.methods import METHODS, Pruned, kinds
+from pruning.methods import METHODS, LayerPruned, Pruned, kinds
 
 Plan = Dict[str, List[int]]  # {group name: indices of the units kept, ascending}
 
@@ -70,7 +70,9 @@ def prune(denoiser: nn.Module, rate: float, units: Tuple[str, ...], plan: Callab
     total = sum(group.units for group in groups)
     taken = sum(group.units - len(kept[group.name]) for group in groups if group.name in kept)
     carry_out(denoiser, groups, kept, mask_only)
-    return Pruned(METHODS[method].unit, total, round(rate * total), taken, skipped)
+    layers = {group.name: LayerPruned(1 - len(kept.get(group.name, range(group.units))) / group.units)
+              for group in groups}
+    return Pruned(METHODS[method].unit, total, round(rate * total), taken, skipped, layers)
 
 
 def survey(denoiser: nn.Module, *units: str) -> Tuple[List[Group], Dict[str, str]]:

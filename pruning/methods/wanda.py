@@ -4,9 +4,10 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Optional
 
+import torch
 from torch import Tensor, nn
 
-from pruning.methods import Pruned, moments, weights
+from pruning.methods import Pruned, moments, weights, zeroing
 from pruning.methods.calibration import Calibration
 
 
@@ -16,9 +17,20 @@ def prune(denoiser: nn.Module, rate: float, *, calibration: Optional[Calibration
     options: those of weights.prune_by_score. Raises UserError if the denoiser has no prunable weights, or if weights or
     calls are not finite.
     """
-    if rate == 0:
-        return weights.prune_by_score("wanda", denoiser, rate, lambda rows, name: rows, None, **options)
-    gathered, layers = moments.gather(denoiser, calibration), moments.prunable_layers(denoiser)
+    gathered = moments.gather(denoiser, calibration) if rate else None
+    return weights.prune_by_score(
+        "wanda", denoiser, rate, wanda_of(denoiser, gathered), calibration, gathered, **options)
+
+
+def solver(denoiser: nn.Module, calibration: Calibration, *, scope: str, refit: bool, **_) -> weights.Solve:
+    """Return what becomes of a layer that loses some weights."""
+    gathered = moments.gather(denoiser, calibration)
+    return weights.by_score(wanda_of(denoiser, gathered), scope, None, gathered if refit else None)
+
+
+def wanda_of(denoiser: nn.Module, gathered: Optional[moments.Moments]) -> zeroing.Score:
+    """Return the score of the denoiser's weights with the moments of its layers' inputs."""
+    layers = moments.prunable_layers(denoiser)
 
     @lru_cache(maxsize=1)
     def input_rms(name: str) -> Tensor:
@@ -29,8 +41,7 @@ def prune(denoiser: nn.Module, rate: float, *, calibration: Optional[Calibration
             squares = squares.repeat_interleave(len(weight) // len(squares), 0)
         return squares.sqrt().reshape(len(squares), *weight.shape[1:])
 
-    return weights.prune_by_score(
-        "wanda", denoiser, rate, lambda rows, name: wanda(rows, input_rms(name)), calibration, gathered, **options)
+    return lambda rows, name: wanda(rows, input_rms(name) if gathered else torch.ones(1))
 
 
 def wanda(weight: Tensor, input_rms: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class Survey(NamedTuple):
     """What calibration says of each layer: name of the weight -> value."""
 
     curves: Dict[str, List[float]]  # relative output error at 0 and the rates of CURVE, rows weighted by γ
-    sensitivities: Dict[str, float]  # mean squared change of the guided output if the layer loses all its output
+    sensitivities: Dict[str, float]  # relative change of the guided output, squared, if the layer's output is lost
 
 
 def prune(method: str, denoiser: nn.Module, rate: float, solve: Solve, counts: Dict[str, int],
@@ -75,7 +75,7 @@ def prune_by_score(method: str, denoiser: nn.Module, rate: float, score: zeroing
     check_pattern(denoiser, pattern)
     solve = by_score(score, scope, pattern, gathered if refit else None)
     if allocation == "guided":
-        counts = guided_counts(method, denoiser, rate, solve, calibration, f"{scope} refit={refit}")
+        counts = guided_counts(denoiser, rate, solve, calibration, survey_key(method, scope=scope, refit=refit))
     elif scope == "global":
         counts = zeroing.global_counts(weights, rate, score)
     else:
@@ -113,22 +113,30 @@ def uniform_counts(weights: Dict[str, Tensor], rate: float) -> Dict[str, int]:
     return dict(zip(weights, zeroing.layer_counts(list(weights.values()), rate)))
 
 
-def guided_counts(method: str, denoiser: nn.Module, rate: float, solve: Solve, calibration: Calibration,
-                  settings: str = "") -> Dict[str, int]:
+def guided_counts(denoiser: nn.Module, rate: float, solve: Solve, calibration: Calibration,
+                  key: str) -> Dict[str, int]:
     """Return how many weights each layer loses so that the guided output changes least, in sum round(rate * n).
 
-    settings: names everything that decides what the solver does; the survey is made once for all rates.
+    key: see survey_key.
     """
     layers = moments.prunable_layers(denoiser)
-    survey = survey_layers(denoiser, layers, solve, calibration, f"{method} {settings}")
+    survey = survey_layers(denoiser, layers, solve, calibration, key)
     sizes = {name: layer.weight.numel() for name, layer in layers.items()}
     return allocation.least_change(sizes, (0.0, *CURVE), survey.curves, survey.sensitivities, rate)
 
 
+def survey_key(method: str, **options) -> str:
+    """Return the name of a survey: the method and the options that decide what its solver does."""
+    return " ".join([f"survey of {method}", *(f"{name}={value}" for name, value in sorted(options.items()))])
+
+
 def survey_layers(denoiser: nn.Module, layers: Dict[str, nn.Module], solve: Solve, calibration: Calibration,
-                  settings: str) -> Survey:
-    """Measure each layer's error curve, and probe how much the guided output depends on the layer."""
-    found = calibration.keep(f"survey of {settings}", lambda: _survey(denoiser, layers, solve, calibration))
+                  key: str) -> Survey:
+    """Measure each layer's error curve, and probe how much the guided output depends on the layer. Once for all rates.
+
+    key: see survey_key.
+    """
+    found = calibration.keep(key, lambda: _survey(denoiser, layers, solve, calibration))
     return Survey({name: found[f"{name} curve"].tolist() for name in layers},
                   {name: found[f"{name} sensitivity"].item() for name in layers})
 
@@ -146,11 +154,13 @@ def _survey(denoiser, layers, solve: Solve, calibration: Calibration) -> Dict[st
             if rate == REFERENCE_RATE:
                 changes[name] = (weight - layer.weight.detach().float()).to(layer.weight.dtype)
         found[f"{name} curve"] = torch.tensor(curve, dtype=torch.float64)
-    measured = probes.sensitivities(denoiser, probes.probed_calls(calibration.calls), calibration.guidance, layers,
-                                    changes, calibration.seed)
+    calls = probes.probed_calls(calibration.calls)
+    measured = probes.sensitivities(denoiser, calls, calibration.guidance, layers, changes, calibration.seed)
+    energy = sum(probes.guided(output.float(), calibration.guidance).square().mean().item() for _, output in calls)
     for name, value in measured.items():
         error = found[f"{name} curve"][1 + CURVE.index(REFERENCE_RATE)].item()
-        found[f"{name} sensitivity"] = torch.tensor(value / max(error, 1e-12), dtype=torch.float64)
+        share = value / max(error, 1e-12) / max(energy / len(calls), 1e-30)
+        found[f"{name} sensitivity"] = torch.tensor(share, dtype=torch.float64)
     return found
 
 

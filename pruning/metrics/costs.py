@@ -42,6 +42,37 @@ def count_macs(denoiser, call: dict) -> int:
     return counter.get_total_flops() // 2 // latents
 
 
+def layer_shares(denoiser, call: dict) -> Dict[str, Dict[str, float]]:
+    """Return layer_parameters and layer_macs: the share that each Linear and Conv2d has, by the name of its weight.
+
+    The parameters are those of the denoiser, the multiply-accumulates those of all Linear and Conv2d layers: a layer's
+    number of outputs times the inputs of each.
+    """
+    import torch
+    from torch import nn
+
+    macs: Dict[str, int] = {}
+
+    def watch(name):
+        def count(layer, _inputs, output):
+            macs[name] = macs.get(name, 0) + output.numel() * layer.weight[0].numel()
+        return count
+
+    layers = {f"{name}.weight" if name else "weight": layer for name, layer in denoiser.named_modules()
+              if isinstance(layer, (nn.Linear, nn.Conv2d))}
+    hooks = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
+    try:
+        with torch.no_grad():
+            denoiser(**call)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    total, done = sum(parameter.numel() for parameter in denoiser.parameters()), sum(macs.values())
+    return {"layer_parameters": {name: sum(p.numel() for p in layer.parameters()) / total
+                                 for name, layer in layers.items()},
+            "layer_macs": {name: macs.get(name, 0) / max(done, 1) for name in layers}}
+
+
 def peak_bytes(denoiser, call: dict) -> int:
     """Return the bytes of the denoiser's weights plus the most that a call allocates at once on top of them.
 

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import List, Sequence
 
 from pruning import whole_file
-from pruning.records import comparisons, plots
+from pruning.records import comparisons, layers, plots
 from pruning.records.findings import TOLERANCE, metrics_of
-from pruning.records.record import Record
-from pruning.records.summaries import comparison_summary, summary
+from pruning.records.record import Record, write_json
+from pruning.records.summaries import comparison_summary, sensitivity_summary, summary
 
 
 def write_text(text: str, path: Path) -> Path:
@@ -25,6 +25,7 @@ RECORD_FILES = {
     "{variant}.png": lambda record, path, images, tolerance: plots.draw_accuracy(record, path, tolerance),
     "{variant}_metrics.png": lambda record, path, images, tolerance: plots.draw_metrics(record, path),
     "{variant}_cost.png": lambda record, path, images, tolerance: plots.draw_cost(record, path),
+    "{variant}_layers.png": lambda record, path, images, tolerance: layers.draw_layers(record, path),
     "{variant}.txt": lambda record, path, images, tolerance: write_text(summary(record, tolerance), path),
 }
 
@@ -43,6 +44,15 @@ def write_record_files(record: Record, folder, images_folder, tolerance: float =
     written = [write(record, path, images_folder, tolerance)
                for path, write in zip(record_files(record, folder), RECORD_FILES.values())]
     return [path for path in written if path]
+
+
+def write_sensitivity(found: dict, folder) -> Path:
+    """Write what sweep.measure_sensitivity found as JSON, figure and text. Returns the path of the JSON file."""
+    path = Path(folder) / f"{found['variant']}_sensitivity.json"
+    write_json(found, path)
+    layers.draw_sensitivity(found, path.with_suffix(".png"))
+    write_text(sensitivity_summary(found), path.with_suffix(".txt"))
+    return path
 
 
 def write_comparison(records: Sequence[Record], folder, tolerance: float = TOLERANCE, warning: str = "") -> List[Path]:

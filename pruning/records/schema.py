@@ -108,6 +108,10 @@ class Point:
     skipped_modules: Dict[str, str] = field(NAMED_TEXTS, dict)  # modules that the method cannot prune: name -> why
     floors: Dict[str, float | None] = field(NUMBERS_OR_NULL, dict)  # dense only: metric -> its value for real images
     seed_spread: Dict[str, float | None] = field(NUMBERS_OR_NULL, dict)  # dense only: what another seed changes
+    layer_rates: Dict[str, float] = field(NUMBERS, dict)  # share that each layer or group of units lost
+    layer_errors: Dict[str, float] = field(NUMBERS, dict)  # relative squared error of each layer's output, if measured
+    layer_parameters: Dict[str, float] = field(NUMBERS, dict)  # dense only: each layer's share of the parameters
+    layer_macs: Dict[str, float] = field(NUMBERS, dict)  # dense only: each layer's share of the multiply-accumulates
     compiled: bool | None = field(BOOL_OR_NULL, None)  # False: torch.compile fell back; None: not asked for
 
 

@@ -26,7 +26,7 @@ from pruning.records.findings import (
     winners,
 )
 from pruning.records.record import Point, Record
-from pruning.records.tables import comparison_tables, cost_table, metric_table, wrapped
+from pruning.records.tables import comparison_tables, cost_table, metric_table, sensitivity_table, wrapped
 from pruning.records.words import change, counted, listed, number, rate_list
 
 _COLLAPSE = f"{100 * COLLAPSED:g} % of dense"
@@ -254,3 +254,20 @@ def units(records: Sequence[Record]) -> str:
     shares = "; ".join(f"{record.variant}: {record.dense.unit}, {'removed' if removes(record) else 'zeroed'}"
                        for record in records)
     return f"A rate is a share of what the method prunes ({shares}), so equal rates do not save equally."
+
+
+# ---- the sensitivity of layers
+
+def sensitivity_summary(found: dict, most: int = 12) -> str:
+    """Return a table of the layers that the output depends on most and least. found: see sweep.measure_sensitivity."""
+    rates, layers = found["rates"], found["layers"]
+    middle = rates.index(0.7) if 0.7 in rates else len(rates) // 2
+    order = sorted(layers, key=lambda name: -layers[name]["change"][middle])
+    shown = order if len(order) <= 2 * most else [*order[:most], *order[-most:]]
+    table = sensitivity_table(found, shown)
+    few = f", {most} at each end" if len(shown) < len(order) else ""
+    return "\n\n".join([
+        wrapped(f"How much the guided output of {found['model']} changes if one layer alone is pruned by "
+                f"{found['variant']}, on {counted(found['images'], 'calibration image')}. Change: squared, relative to "
+                f"the output, to first order. Layers by their change at {rates[middle]:g}{few} of {len(order)}."),
+        str(table)]) + "\n"

@@ -124,3 +124,15 @@ def _by_variant(records: Sequence[Record], title: str, cell) -> Table:
                                  for of_rate, record in zip(points, records))] for rate in rates]
     return Table(title, ["rate", *(record.variant.replace("+", "\n+") for record in records)], rows)
 
+
+
+# ---- the sensitivity of layers
+
+def sensitivity_table(found: dict, names: Sequence[str]) -> Table:
+    """A row a layer, a column a rate with the change of the output, then the layer's shares of the denoiser."""
+    rows = [[name, *(f"{100 * change:.3g}" for change in found["layers"][name]["change"]),
+             f"{100 * found['layers'][name]['parameters']:.2f}", f"{100 * found['layers'][name]['macs']:.2f}"]
+            for name in names]
+    header = ["layer", *(f"{rate:g}" for rate in found["rates"]), "parameters", "MACs"]
+    return Table("Change of the guided output at each rate of the layer, and the layer's share of the denoiser, in %",
+                 header, rows, align=["left"] + ["right"] * (len(header) - 1))

@@ -29,8 +29,9 @@ def from_version_3(data: dict) -> dict:
     notes = copy.deepcopy({**{name: default for name, (_, default) in NOTES.items()}, **data["notes"]})
     check(notes, {name: kind for name, (kind, _) in NOTES.items()}, "notes.")
     feature_size = notes.pop("fid_feature_size")
-    # Version 3 did not say whether torch.compile fell back.
-    added = {"skipped_modules": notes.pop("left_out"), "floors": {}, "seed_spread": {}, "compiled": None}
+    # Version 3 did not say whether torch.compile fell back, nor what became of each layer.
+    added = {"skipped_modules": notes.pop("left_out"), "floors": {}, "seed_spread": {}, "compiled": None,
+             "layer_rates": {}, "layer_errors": {}, "layer_parameters": {}, "layer_macs": {}}
     of_dense = {"floors": notes.pop("floors"), "seed_spread": notes.pop("seed_spread")}
     return {
         **data,
