@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from pruning import cli, data, experiment, pruning_analysis, steps, sweep, test_single_rate
-from pruning.methods import METHODS
+from pruning.methods import METHODS, default_options, needs
 from pruning.metrics import METRICS, backbones, scores
 from pruning.models import generation, pipelines
 from pruning.records.record import read_record
@@ -22,6 +22,7 @@ from pruning.records.record import read_record
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--num_images", "4", "--steps", "4", "--batch_size", "4", "--device", "cpu"]
 RATES = ["--rates", "0.3", "0.8"]
+FEW_CALLS = ["--calibration_images", "4"]
 
 
 def measure(folder, *flags):
@@ -54,8 +55,10 @@ def measurements(record):
 @pytest.fixture(scope="module", params=list(METHODS))
 def measured(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    recovery = ["--recovery_steps", "2"] if request.param == "iterative" else []
-    return measure(folder, "--method", request.param, *RATES, *recovery), folder
+    flags = ["--recovery_steps", "1"] if request.param == "iterative" else []
+    if needs(request.param, {}):
+        flags += FEW_CALLS
+    return measure(folder, "--method", request.param, *RATES, *flags), folder
 
 
 def test_a_sweep_reaches_the_rates_asked_and_changes_the_images_ever_more(measured):
@@ -92,12 +95,30 @@ def test_costs_fall_with_removal_and_masks_cost_what_dense_does(measured):
     assert record.dense.macs == 219_125_760  # torch counts so many for one latent of the bundled UNet
 
 
+def test_a_record_says_what_each_layer_lost_and_its_share_of_the_model(measured):
+    record, _ = measured
+    parameters, macs = record.dense.layer_parameters, record.dense.layer_macs
+    assert set(parameters) == set(macs)
+    assert sum(macs.values()) == pytest.approx(1)
+    assert 0.98 < sum(parameters.values()) <= 1  # norms and embeddings are no layers
+    for point in record.points:
+        assert all(0 <= rate <= 1 for rate in point.layer_rates.values())
+        if point.unit == "weights":
+            lost = sum(parameters[name] * rate for name, rate in point.layer_rates.items()) / sum(parameters.values())
+            assert lost == pytest.approx(point.sparsity, abs=0.01)  # a layer's parameters include its biases
+        assert set(point.layer_errors) == (set(point.layer_rates) if "moments" in needs(record.method, {}) else set())
+    rates, errors = ([sum(getattr(point, name).values()) for point in record.points]
+                     for name in ("layer_rates", "layer_errors"))
+    assert 0 < rates[0] < rates[1]
+    assert errors == [0, 0] or 0 < errors[0] < errors[1]
+
+
 def prepare(folder, *flags):
     """The experiment of these flags, as the command makes it."""
     parser = cli.Parser("")
     cli.add_measuring_flags(parser)
     args = parser.parse_args([*QUICK[2:], *flags])
-    args.num_images, args.results_dir = 2, folder
+    args.num_images, args.results_dir, args.rates = 2, folder, [0.5]
     return experiment.prepare(args, sweep.own_path(args), None)
 
 
@@ -161,7 +182,7 @@ def test_rates_that_differ_little_have_images_of_their_own(tmp_path):
 def test_every_promised_file_is_there_and_no_other(measured):
     record, folder = measured
     own = folder / record.model / record.dataset
-    ends = (".json", ".png", "_metrics.png", "_cost.png", "_images.png", ".txt")
+    ends = (".json", ".png", "_metrics.png", "_cost.png", "_images.png", "_layers.png", ".txt")
     promised = {f"{record.variant}{end}" for end in ends}
     assert {path.name for path in own.iterdir() if path.is_file()} == promised
     assert not list(folder.rglob("*.part"))
@@ -232,17 +253,18 @@ def test_settings_of_a_method_that_differ_have_records_of_their_own(tmp_path):
                                str(tmp_path)])
     own = tmp_path / "shapes-unet" / "shapes"
     layer, whole = (read_record(own / f"{name}.json") for name in ("magnitude", "magnitude+scope=global"))
-    assert (layer.options, whole.options) == ({"scope": "layer"}, {"scope": "global"})
+    assert layer.options == default_options("magnitude")
+    assert whole.options == {**layer.options, "scope": "global"}
     assert layer.points[0].metrics != whole.points[0].metrics
 
 
 def test_a_single_rate_equals_the_same_rate_of_an_iterative_sweep(tmp_path, capsys):
-    flags = ["--method", "iterative", "--recovery_steps", "2", "--metrics", "clip_score"]
+    flags = ["--method", "iterative", "--recovery_steps", "2", *FEW_CALLS, "--metrics", "clip_score"]
     swept = measure(tmp_path / "sweep", *flags, "--rates", "0.1", "0.2", "0.3")
     test_single_rate.main([*QUICK, *flags, "--rate", "0.3", "--results_dir", str(tmp_path / "single")])
     single = read_record(next((tmp_path / "single").glob("*/*/*.json")))
     assert single.points[0].per_image == swept.points[2].per_image
-    assert "iterative+recovery_steps=2 0.3" in capsys.readouterr().out
+    assert "iterative+recovery_steps=2+calibration_images=4 0.3" in capsys.readouterr().out
 
 
 def test_noise_belongs_to_the_sample_alone():

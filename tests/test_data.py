@@ -108,7 +108,7 @@ def test_a_new_data_set_is_one_entry_and_one_function(monkeypatch):
     assert len(set(ids(samples))) == 4
     assert skipped == 0
     assert load_originals(samples, 8)[:, 0, 0, 0].tolist() == [10 * int(sample.id) for sample in samples]
-    trained = training_captions("numbers", 100, 5, exclude=samples)
+    trained = training_captions("numbers", 6, 5, exclude=samples)
     assert sorted([*trained, *(sample.caption for sample in samples)]) == [f"number {n}" for n in NUMBERS]
     assert reference_samples("numbers", samples) == samples
     others = other_samples("numbers", samples, 5)
@@ -120,7 +120,7 @@ def test_a_source_may_have_training_captions_and_a_reference_set_of_its_own(monk
 
     def training(count, seed):
         asked.append((count, seed))
-        return [f"number {n}" for n in ("003", "x", "y")]
+        return [f"number {n}" for n in ("003", "x", "y", "z")[:count]]
 
     def read(data_dir):
         samples = read_numbers(data_dir).samples
@@ -129,8 +129,8 @@ def test_a_source_may_have_training_captions_and_a_reference_set_of_its_own(monk
     add_data_set(monkeypatch, read)
     samples, _ = load_samples("numbers", 5)
     assert training_captions("numbers", 3, 7) == ["number 003", "number x", "number y"]
-    assert training_captions("numbers", 3, 7, exclude=samples) == ["number x", "number y"]
-    assert asked == [(3, 7), (3, 7)]
+    assert training_captions("numbers", 3, 7, exclude=samples) == ["number x", "number y", "number z"]
+    assert asked == [(3, 7), (3 + 5, 7)]  # enough, whichever captions of the samples are among them
     assert ids(reference_samples("numbers", samples)) == NUMBERS[5:]
     assert other_samples("numbers", samples) == samples  # the reference set has none of them
 
@@ -244,11 +244,11 @@ def test_no_training_caption_of_coco_is_a_caption_of_a_sample(tmp_path):
     first = content["annotations"][12:24]
     first[3]["caption"] = first[8]["caption"]  # two images with the same caption
     folder = coco_folder(tmp_path, content)
-    everything = {s.caption for s in load_samples("coco", 12, 0, folder)[0]}
+    everything = [s.caption for s in load_samples("coco", 12, 0, folder)[0]]
     for count in range(1, 11):
         samples, _ = load_samples("coco", count, 0, folder)
-        trained = training_captions("coco", 100, 0, folder, samples)
-        assert set(trained) == everything - {s.caption for s in samples}
+        left = [caption for caption in everything if caption not in {s.caption for s in samples}]
+        assert sorted(training_captions("coco", len(left), 0, folder, samples)) == sorted(left)
 
 
 def test_training_captions_do_not_change_with_the_number_of_samples(tmp_path):
@@ -258,10 +258,13 @@ def test_training_captions_do_not_change_with_the_number_of_samples(tmp_path):
     assert few == many
 
 
-def test_no_caption_left_for_training_is_an_error(tmp_path):
+def test_fewer_captions_left_for_training_than_asked_for_is_an_error_that_gives_their_number(tmp_path):
     samples, _ = load_samples("coco", 12, 0, coco_folder(tmp_path))
-    with pytest.raises(UserError, match="no caption left"):
-        training_captions("coco", 4, 0, tmp_path, samples)
+    with pytest.raises(UserError, match="^coco has no caption left to calibrate on: measure fewer images$"):
+        training_captions("coco", 1, 0, tmp_path, samples)
+    assert len(training_captions("coco", 3, 0, tmp_path, samples[:9])) == 3
+    with pytest.raises(UserError, match="coco has only 3 captions left .* --calibration_images 3 or measure fewer"):
+        training_captions("coco", 4, 0, tmp_path, samples[:9])
 
 
 # ---------------------------------------------------------------- coco

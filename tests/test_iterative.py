@@ -60,7 +60,7 @@ def loss(denoiser, calls):
 
 
 def calibrated(calls, seed=0, checkpoint=None):
-    return Calibration(lambda: calls, seed, checkpoint)
+    return Calibration(lambda: calls, seed, checkpoint=checkpoint)
 
 
 def recovered(dense, rate, calls, seed=0, checkpoint=None, **options):
@@ -199,8 +199,7 @@ def test_modes_flags_and_gradients_are_as_they_were(dense, calls):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"rate": 0.1}, "recovery needs recorded calls"),
-    ({"rate": 0.1, "calibration": calibrated([])}, "recovery needs recorded calls"),
+    ({"rate": 0.1}, "iterative needs recorded calls"),
     ({"rate": 0.1, "recovery_steps": -1}, "recovery_steps"),
     ({"rate": 1.5}, "rate"),
     ({"rate": 0.1, "scope": "layers"}, "did you mean 'layer'"),
@@ -212,10 +211,20 @@ def test_bad_input_is_refused_and_nothing_is_pruned(dense, options, message):
     assert equal(denoiser, dense)
 
 
-def test_a_recovery_that_is_not_finite_is_refused(dense, calls):
+def test_calls_that_are_missing_or_not_finite_are_refused_and_nothing_is_pruned(dense, calls):
     infinite = [(kwargs, target * float("inf")) for kwargs, target in calls]
-    with pytest.raises(UserError, match="not finite"):
-        recovered(dense, 0.1, infinite)
+    for given, message in (([], "there are no calls"), (infinite, "gives NaN or infinity")):
+        denoiser = copy.deepcopy(dense)
+        with pytest.raises(UserError, match=message):
+            prune("iterative", denoiser, 0.1, recovery_steps=STEPS, calibration=calibrated(given))
+        assert equal(denoiser, dense)
+
+
+def test_a_recovery_whose_loss_is_not_finite_is_refused(dense, calls):
+    denoiser = copy.deepcopy(dense)
+    denoiser.conv_out.bias.data.fill_(float("inf"))
+    with pytest.raises(UserError, match="the loss of the recovery is not finite"):
+        recovered(denoiser, 0.1, calls)
 
 
 def test_rates_next_to_a_rate_of_the_schedule_are_that_rate():

@@ -7,7 +7,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from pruning import UserError
-from pruning.methods import SCOPES, prune
+from pruning.methods import SCOPES, LayerPruned, prune
 from pruning.methods.zeroing import prunable_weights
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -35,13 +35,19 @@ def flat(weights):
     return torch.cat([weight.detach().flatten() for weight in weights.values()])
 
 
+def shares(denoiser):
+    """The share of zeros that each layer has, as a method reports it that measures no error."""
+    return {name: LayerPruned(int((weight == 0).sum()) / weight.numel(), None)
+            for name, weight in prunable_weights(denoiser).items()}
+
+
 @pytest.mark.parametrize("scope", SCOPES)
 def test_every_rate_is_reached_to_the_weight_and_counted_in_the_denoiser(denoiser, scope):
     total = flat(prunable_weights(denoiser)).numel()
     for rate in RATES:  # ascending, so that each rate also starts from the zeros of the rate before
         pruned = prune("magnitude", denoiser, rate, scope=scope)
         zeros = int((flat(prunable_weights(denoiser)) == 0).sum())
-        assert pruned == ("weights", total, round(rate * total), round(rate * total), {})
+        assert pruned == ("weights", total, round(rate * total), round(rate * total), {}, shares(denoiser))
         assert zeros == pruned.taken
 
 
@@ -75,6 +81,18 @@ def test_layers_lose_their_own_lowest(denoiser):
         assert before[name][gone].abs().max() <= before[name][~gone].abs().min()
 
 
+def test_rows_lose_their_own_lowest_and_equally_many(denoiser):
+    before = {name: weight.detach().clone() for name, weight in prunable_weights(denoiser).items()}
+    prune("magnitude", denoiser, 0.4, scope="row")
+    for name, weight in prunable_weights(denoiser).items():
+        gone, magnitudes = (weight == 0).flatten(1), before[name].abs().flatten(1)
+        counts = gone.sum(1)
+        assert abs(int(counts.sum()) - 0.4 * weight.numel()) <= 1
+        assert counts.max() - counts.min() <= 1
+        highest = magnitudes.masked_fill(~gone, 0).amax(1)
+        assert (highest <= magnitudes.masked_fill(gone, float("inf")).amin(1)).all()
+
+
 @pytest.mark.parametrize("scope", SCOPES)
 def test_channels_last_weights_lose_the_same_and_keep_their_format(denoiser, scope):
     state = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}
@@ -91,7 +109,7 @@ def test_channels_last_weights_lose_the_same_and_keep_their_format(denoiser, sco
 def test_rate_zero_changes_nothing(denoiser):
     before = flat(prunable_weights(denoiser))
     zeros = int((before == 0).sum())  # a half-precision initialisation may hold one
-    assert prune("magnitude", denoiser, 0.0) == ("weights", before.numel(), 0, zeros, {})
+    assert prune("magnitude", denoiser, 0.0) == ("weights", before.numel(), 0, zeros, {}, shares(denoiser))
     assert torch.equal(flat(prunable_weights(denoiser)), before)
 
 
@@ -100,14 +118,15 @@ def test_a_shared_weight_counts_once():
     second.weight = first.weight
     denoiser = nn.Sequential(first, second)
     assert list(prunable_weights(denoiser)) == ["0.weight"]
-    assert prune("magnitude", denoiser, 0.5) == ("weights", 20, 10, 10, {})
+    assert prune("magnitude", denoiser, 0.5) == ("weights", 20, 10, 10, {}, {"0.weight": (0.5, None)})
 
 
 def test_modules_with_other_matrices_are_skipped_by_name():
     denoiser = nn.ModuleDict({"layer": nn.Linear(4, 4), "table": nn.Embedding(3, 4), "norm": nn.LayerNorm(4)})
     before = denoiser["table"].weight.detach().clone()
     pruned = prune("magnitude", denoiser, 0.5)
-    assert pruned == ("weights", 16, 8, 8, {"table": "Embedding is neither Linear nor Conv2d"})
+    assert pruned == ("weights", 16, 8, 8, {"table": "Embedding is neither Linear nor Conv2d"},
+                      {"layer.weight": (0.5, None)})
     assert torch.equal(denoiser["table"].weight, before)
 
 

@@ -41,6 +41,8 @@ def make_point(rate, images=3):
         intervals={"clip_score": [-60 * rate - 1, 1.0], "fid": None},
         per_image={"clip_score": [80.0 - 60 * rate] * images},
         seconds={"prune": 0.1, "generate": 5.0, "measure": 0.5}, skipped_modules={"a.attn1": "its class is not known"},
+        layer_rates={"a": rate, "b": 1.0}, layer_errors={"a": 0.25} if rate else {},
+        layer_parameters={} if rate else {"a": 0.75, "b": 0.25}, layer_macs={} if rate else {"a": 0.5, "b": 0.5},
         floors={"fid": 1.5} if rate == 0 else {}, seed_spread={"clip_score": 0.8, "fid": None} if rate == 0 else {},
         compiled=None if rate == 0 else rate > 0.1)
 
@@ -91,11 +93,12 @@ def test_what_is_not_finite_becomes_null_and_the_file_is_strict_json(tmp_path):
 
 
 def test_a_long_list_of_numbers_is_one_line_and_captions_keep_their_spaces(tmp_path):
-    record = make_record(images=50)
-    write_record(record, tmp_path / "r.json")
-    text = (tmp_path / "r.json").read_text()
-    assert max(line.count("80.0") for line in text.splitlines()) == 50
-    assert len(text.splitlines()) < 180
+    texts = {}
+    for images in (3, 50):
+        write_record(make_record(images=images), tmp_path / "r.json")
+        texts[images] = (tmp_path / "r.json").read_text().splitlines()
+    assert max(line.count("80.0") for line in texts[50]) == 50
+    assert len(texts[50]) == len(texts[3]) + 47  # a line for each sample
     assert read_record(tmp_path / "r.json").samples[0]["caption"] == "a [red  cross] and 0"
 
 
@@ -141,6 +144,10 @@ BROKEN = {
     "dense.floors must be an object of numbers or null": lambda d: d["dense"].update(floors={"fid": "1.5"}),
     "dense.seed_spread must be an object of numbers": lambda d: d["dense"].update(seed_spread={"fid": [1]}),
     "dense.skipped_modules must be an object of texts": lambda d: d["dense"].update(skipped_modules=["a.attn1"]),
+    r"points\[1\].layer_rates must be an object of numbers": lambda d: d["points"][1].update(layer_rates={"a": None}),
+    r"points\[0\].layer_errors must be an object of num": lambda d: d["points"][0].update(layer_errors=[0.25]),
+    "dense.layer_parameters must be an object of numbers": lambda d: d["dense"].update(layer_parameters={"a": "3"}),
+    "dense.layer_macs must be an object of numbers": lambda d: d["dense"].update(layer_macs=1),
     r"points\[0\].compiled must be true, false or null": lambda d: d["points"][0].update(compiled=1),
     "model must be text.*": lambda d: d.update(model="\ud800"),
     "dense.rate must be 0": lambda d: d["dense"].update(rate=0.1),
@@ -320,6 +327,7 @@ def test_a_version_3_record_is_read_with_the_values_it_has(tmp_path):
     for point, original in zip((record.dense, *record.points), (data["dense"], *data["points"])):
         assert {name: getattr(point, name) for name in original} == original
         assert (point.skipped_modules, point.seed_spread, point.compiled) == ({}, {}, None)
+        assert (point.layer_rates, point.layer_errors, point.layer_parameters, point.layer_macs) == ({}, {}, {}, {})
     write_record(record, tmp_path / "r.json")
     assert json.loads((tmp_path / "r.json").read_text())["schema_version"] == SCHEMA_VERSION
     assert read_record(tmp_path / "r.json") == record

@@ -179,7 +179,9 @@ def test_a_folder_that_cannot_be_written_is_one_line_before_anything_is_measured
     assert not made
 
 
-@pytest.mark.parametrize(("limit", "first"), [(2000, "0000.png"), (9000, "magnitude_images.png")])
+@pytest.mark.parametrize(("limit", "first"), [
+    (2000, "0000.png"), (100_000, "magnitude_images.png"),
+    pytest.param(9000, "magnitude.json", marks=pytest.mark.slow)])
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(limit, first, tmp_path, whole):
     """The system's limit on the size of files makes writes fail as a full disk does."""
     resource = pytest.importorskip("resource")

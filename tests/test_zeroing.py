@@ -26,6 +26,15 @@ def count_zeros(weights):
     return int((flat(weights) == 0).sum())
 
 
+def compared(weights, scope):
+    """The sets of weights that a scope compares with each other: all, those of a layer, or those of a row."""
+    if scope == "global":
+        return [flat(weights)]
+    if scope == "layer":
+        return [weight.flatten() for weight in weights.values()]
+    return [row.flatten() for weight in weights.values() for row in weight]
+
+
 # ---- the score
 
 @EACH_SCOPE
@@ -34,12 +43,10 @@ def test_the_score_decides_what_is_zeroed(scope, dtype):
     weights = layers((30, 20), (16, 8, 3, 3), dtype=dtype)
     before = {name: weight.clone() for name, weight in weights.items()}
     zeroing.zero_lowest(weights, 0.3, lambda rows, name: -rows.abs(), scope)  # the opposite of magnitude
-    sets = [list(weights)] if scope == "global" else [[name] for name in weights]
-    for names in sets:
-        gone = torch.cat([weights[name].flatten() == 0 for name in names])
-        values = torch.cat([before[name].flatten() for name in names]).abs()
+    for after, values in zip(compared(weights, scope), compared(before, scope)):
+        gone = after == 0
         assert int(gone.sum()) == pytest.approx(0.3 * len(gone), abs=1)
-        assert values[gone].min() >= values[~gone].max()
+        assert values[gone].abs().min() >= values[~gone].abs().max()
 
 
 @CHUNKS
@@ -84,7 +91,8 @@ def test_magnitudes_of_both_signs_and_of_all_sizes_are_ordered():
 def test_weights_that_are_zero_already_count_first_whatever_their_score(scope):
     weights = layers((20, 10), (40, 10))
     for weight in weights.values():
-        weight[::4] = 0
+        weight[::4] = 0  # 150 weights
+        weight[1, 3:6] = 0  # 6
 
     def score(rows, name):
         return torch.where(rows == 0, torch.tensor(1e9), rows)
@@ -92,7 +100,7 @@ def test_weights_that_are_zero_already_count_first_whatever_their_score(scope):
     zeros = {name: weight == 0 for name, weight in weights.items()}
     for rate in (0.1, 0.3, 0.6):
         zeroing.zero_lowest(weights, rate, score, scope)
-        assert count_zeros(weights) == max(150, round(rate * 600))
+        assert count_zeros(weights) == max(156, round(rate * 600))
         assert all((weights[name] == 0)[gone].all() for name, gone in zeros.items())
 
 
@@ -104,10 +112,8 @@ def test_what_a_score_knows_of_each_input_broadcasts_over_the_rows_of_its_own_we
     scores = {name: weight.abs() * input_rms[name] for name, weight in weights.items()}
     monkeypatch.setattr(zeroing, "CHUNK", chunk)
     zeroing.zero_lowest(weights, 0.4, lambda rows, name: rows.abs() * input_rms[name], scope)
-    sets = [list(weights)] if scope == "global" else [[name] for name in weights]
-    for names in sets:
-        gone = torch.cat([weights[name].flatten() == 0 for name in names])
-        values = torch.cat([scores[name].flatten() for name in names])
+    for after, values in zip(compared(weights, scope), compared(scores, scope)):
+        gone = after == 0
         assert values[gone].max() < values[~gone].min()
 
 
@@ -232,3 +238,71 @@ def test_small_rises_of_the_rate_stay_exact_in_sum():
     for rate in [k / 97 for k in range(97)]:
         zeroing.zero_lowest(weights, rate, magnitude, "layer")
         assert count_zeros(weights) == round(rate * 50)
+
+
+# ---- rows
+
+@pytest.mark.parametrize("rate", [0.03, 0.5, 0.77, 0.999])
+def test_the_row_scope_takes_equally_many_of_each_row_and_exactly_the_rate_of_all(rate):
+    weights = layers((30, 17), (16, 8, 3, 3), (5, 1), (1, 40))
+    zeroing.zero_lowest(weights, rate, magnitude, "row")
+    assert count_zeros(weights) == round(rate * flat(weights).numel())
+    for weight in weights.values():
+        counts = (weight == 0).flatten(1).sum(1)
+        assert abs(int(counts.sum()) - rate * weight.numel()) <= 1
+        assert counts.max() - counts.min() <= 1
+
+
+def test_rows_that_are_sparse_already_keep_their_zeros_and_the_others_lose_equally_fewer():
+    weights = layers((8, 20), (8, 20))
+    weights["0"][2, :15] = 0
+    weights["0"][5, :4] = 0
+    zeroing.zero_lowest(weights, 0.5, magnitude, "row")
+    counts = (weights["0"] == 0).sum(1)
+    assert (int(counts.sum()), counts[2]) == (80, 15)
+    others = counts[[0, 1, 3, 4, 5, 6, 7]]
+    assert others.max() - others.min() <= 1
+    assert set((weights["1"] == 0).sum(1).tolist()) == {10}
+
+
+def test_a_score_of_minus_infinity_marks_a_weight_that_is_gone_and_counts_before_its_row_is_shared_out():
+    scores = torch.rand(2, 4, 20)
+    scores[0, 2, 5:] = scores[1, 1, :4] = -float("inf")
+    mask = zeroing.lowest(scores, 80, "row")
+    counts = mask.sum(-1).flatten()
+    assert mask[scores == -float("inf")].all()
+    assert (int(counts.sum()), counts[2]) == (80, 15)
+    assert counts[[0, 1, 3, 4, 5, 6, 7]].max() - counts[[0, 1, 3, 4, 5, 6, 7]].min() <= 1
+
+
+def test_a_rising_rate_only_adds_zeros_to_each_row_and_stays_exact_in_sum():
+    weights = layers((6, 5), (4, 3, 1, 1), (2, 4))
+    for rate in [k / 97 for k in range(97)]:
+        before = {name: weight == 0 for name, weight in weights.items()}
+        zeroing.zero_lowest(weights, rate, magnitude, "row")
+        assert count_zeros(weights) == round(rate * 50)
+        assert all((weights[name] == 0)[gone].all() for name, gone in before.items())
+
+
+def test_a_mask_of_the_lowest_has_as_many_as_asked_and_the_first_of_equal_scores():
+    scores = torch.tensor([[[2.0, 1.0, 1.0, 3.0], [0.0, 0.0, 0.0, 0.0]], [[5.0, 4.0, -1.0, 6.0], [7.0, 7.0, 7.0, 7.0]]])
+    for count, scope, expected in (
+            (4, "row", [[[0, 1, 0, 0], [1, 0, 0, 0]], [[0, 0, 1, 0], [1, 0, 0, 0]]]),
+            (8, "row", [[[0, 1, 1, 0], [1, 1, 0, 0]], [[0, 1, 1, 0], [1, 1, 0, 0]]]),
+            (6, "layer", [[[0, 1, 0, 0], [1, 1, 1, 1]], [[0, 0, 1, 0], [0, 0, 0, 0]]])):
+        assert zeroing.lowest(scores, count, scope).int().tolist() == expected
+    for scope in SCOPES:
+        assert [int(zeroing.lowest(scores, count, scope).sum()) for count in range(17)] == list(range(17))
+
+
+@CHUNKS
+@EACH_SCOPE
+def test_masks_and_counts_choose_the_weights_that_zeroing_in_place_takes(monkeypatch, chunk, scope):
+    monkeypatch.setattr(zeroing, "CHUNK", chunk)
+    weights = {name: (weight * 8).round().add(0.5) for name, weight in layers((30, 20), (16, 6, 3, 3)).items()}  # ties
+    counts = zeroing.global_counts(weights, 0.4, magnitude) if scope == "global" else dict(
+        zip(weights, zeroing.layer_counts(list(weights.values()), 0.4)))
+    masks = {name: zeroing.lowest(weight.abs().flatten(1)[None], counts[name], scope).view_as(weight)
+             for name, weight in weights.items()}
+    zeroing.zero_lowest(weights, 0.4, magnitude, scope)
+    assert all(torch.equal(weight == 0, masks[name]) for name, weight in weights.items())

@@ -64,7 +64,7 @@ def zero_lowest(weights: Dict[str, Tensor], rate: float, score: Score, scope: st
         if scope == "layer":
             zero_count({name: weight}, count, score)
         else:
-            weight.masked_fill_(lowest_in_rows(score(weight.float(), name).flatten(1)[None], count).view_as(weight), 0)
+            zero_in_rows(name, weight, count, score)
 
 
 def check_scores(weights: Dict[str, Tensor], score: Score) -> None:
@@ -126,14 +126,48 @@ def lowest(scores: Tensor, count: int, scope: str = "layer") -> Tensor:
 def lowest_in_rows(scores: Tensor, count: int) -> Tensor:
     """Return a mask of the lowest scores of each row (groups, rows, d): `count` in all, as evenly as whole numbers go.
 
-    Of equal scores the first in order go.
+    Of equal scores the first in order go. Scores of -inf are of weights that are zero already, see row_counts.
     """
-    rows = scores.shape[0] * scores.shape[1]
-    bounds = torch.tensor([round(count * place / rows) for place in range(rows + 1)], device=scores.device)
+    counts = row_counts((scores == -math.inf).sum(-1).flatten(), count)
+    return _lowest_of_each(scores, counts.view(*scores.shape[:2]))
+
+
+def row_counts(zeros: Tensor, count: int) -> Tensor:
+    """Return how many zeros each row of a weight gets, `count` in all, as evenly as whole numbers go: (rows,) int64.
+
+    zeros: how many each row has, (rows,). A row that has more than its share keeps them, and the others get fewer in
+    proportion to their shares.
+    """
+    shares = (count - zeros.cpu().double() * len(zeros)).clamp_min(0)  # of the missing zeros, times the rows
+    missing = max(0, count - int(zeros.sum()))
+    bounds = shares.cumsum(0)
+    if missing:
+        bounds = (bounds / (bounds[-1] / missing)).round()  # the divisor is the number of rows if no row has zeros
+    else:
+        bounds = torch.zeros_like(bounds)
+    return zeros + bounds.diff(prepend=bounds.new_zeros(1)).long().to(zeros.device)
+
+
+@torch.no_grad()
+def zero_in_rows(name: str, weight: Tensor, count: int, score: Score) -> None:
+    """Zero `count` weights of a tensor, in place: the lowest of each row, as evenly as whole numbers go.
+
+    Weights that are zero already count first, see row_counts. `count` is at least their number.
+    """
+    counts = row_counts((weight.detach() == 0).flatten(1).sum(1), count)
+    start = 0
+    for _, rows, scores in _blocks({name: weight}, score, with_zeros({name: weight})):
+        some = counts[start:start + len(rows)]
+        rows.masked_fill_(_lowest_of_each(scores.flatten(1), some).view_as(rows), 0)
+        start += len(rows)
+
+
+def _lowest_of_each(scores: Tensor, counts: Tensor) -> Tensor:
+    """Return a mask of the lowest scores along the last dimension, as many as `counts` says for each row."""
     ranks = torch.empty_like(scores, dtype=torch.int32)
     order = scores.argsort(dim=-1, stable=True)
     ranks.scatter_(-1, order, torch.arange(scores.shape[-1], dtype=torch.int32, device=scores.device).expand_as(order))
-    return ranks < bounds.diff().view(*scores.shape[:2], 1)
+    return ranks < counts[..., None]
 
 
 @torch.no_grad()
