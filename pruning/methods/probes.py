@@ -21,10 +21,13 @@ CALLS = 8  # calls that are probed
 CHECKPOINTED = 10 ** 8  # parameters from which activations are computed twice instead of kept
 
 
-def probed_calls(calls: Sequence[Call], count: int = CALLS) -> List[Call]:
-    """Return `count` of the calls. More are from the first half of sampling, whose errors reach all later steps."""
+def probed_calls(calls: Sequence[Call], count: int = CALLS, lean: float = 1.5) -> List[Call]:
+    """Return `count` of the calls. More are from the first half of sampling, whose errors reach all later steps.
+
+    lean: 1 takes as many from each half.
+    """
     noisiest_first = sorted(calls, key=lambda call: -timestep(call))
-    places = [round((len(calls) - 1) * (i / max(count - 1, 1)) ** 1.5) for i in range(min(count, len(calls)))]
+    places = [round((len(calls) - 1) * (i / max(count - 1, 1)) ** lean) for i in range(min(count, len(calls)))]
     return [noisiest_first[place] for place in sorted(set(places))]
 
 

@@ -7,16 +7,19 @@ that stay: masked least squares (refit).
 """
 from __future__ import annotations
 
-from typing import Optional, Tuple
+import math
+from typing import Iterator, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 
-from pruning.methods import Pruned, moments, refit, weights, zeroing
+from pruning.methods import Pruned, moments, pattern_of, refit, weights, zeroing
 from pruning.methods.calibration import Calibration
 from pruning.methods.moments import as_rows
 
 ROW_SHARE = 0.015  # of each row stays: a row without weights is a constant
+SHARE = 0.1  # of the weights that are left go in a step, and the next step's score knows the re-fit
+ITERATIONS = 4  # of the re-fit after each step, from the weights before
 
 
 def prune(denoiser: nn.Module, rate: float, *, pattern: Optional[str], recovery_steps: int,
@@ -36,22 +39,49 @@ def prune(denoiser: nn.Module, rate: float, *, pattern: Optional[str], recovery_
     else:
         counts = weights.guided_counts(denoiser, rate, solve, calibration, weights.survey_key("reconstruct"))
     return weights.prune("reconstruct", denoiser, rate, solve, counts, calibration,
-                         moments.gather(denoiser, calibration), pattern=pattern, recovery_steps=recovery_steps)
+                         moments.gather(denoiser, calibration), pattern=pattern, refit_in_order=True,
+                         recovery_steps=recovery_steps)
 
 
 def solver(denoiser: nn.Module, calibration: Calibration, *, pattern: Optional[str] = None, **_) -> weights.Solve:
-    """Return what becomes of a layer that loses some weights."""
+    """Return what becomes of a layer that loses some weights: step by step, with a re-fit after each."""
     gathered = moments.gather(denoiser, calibration)
     energies = weights.row_energies(denoiser, moments.prunable_layers(denoiser), calibration)
 
-    def solve(name: str, layer: nn.Module, count: int) -> Tuple[Tensor, Tensor]:
+    def solve(name: str, layer: nn.Module, counts: Sequence[int]) -> Iterator[Tuple[Tensor, Tensor]]:
         dense, shape = as_rows(layer).detach().float(), layer.weight.shape
         matrix, _ = gathered.of(name, dense.device)
-        score = dense.square() * matrix.diagonal(dim1=1, dim2=2)[:, None]
-        score = score * energies[name].to(dense.device).view(*dense.shape[:2], 1)
-        zeros = weights.pattern_zeros(layer, score, pattern) if pattern else lowest(score, dense.abs(), count)
-        return refit.least_squares(dense, ~zeros, matrix).reshape(shape), zeros.reshape(shape)
+        gain = matrix.diagonal(dim1=1, dim2=2)[:, None] * energies[name].to(dense.device).view(*dense.shape[:2], 1)
+        weight, zeros = dense, dense == 0
+        for step, wanted in pattern_steps(pattern) if pattern else steps(counts, dense.numel()):
+            score = (weight.square() * gain).masked_fill(zeros, -1)  # zeros stay
+            if pattern:
+                zeros = weights.pattern_zeros(layer, score, pattern, step)
+            else:
+                zeros = zeros | lowest(score, weight.abs(), step)
+            weight = refit.least_squares(dense, ~zeros, matrix, weight, ITERATIONS)
+            if wanted:
+                yield weight.reshape(shape), zeros.reshape(shape)
     return solve
+
+
+def steps(counts: Sequence[int], total: int) -> Iterator[Tuple[int, bool]]:
+    """Yield the zeros after each step, and whether they are one of `counts`. A step takes about SHARE of the rest."""
+    reached = 0
+    for count in counts:
+        left, stay = max(1, total - reached), max(1, total - count)
+        number = max(1, math.ceil(math.log(left / stay) / -math.log(1 - SHARE) - 1e-9))
+        for step in range(1, number):
+            yield total - round(left * (stay / left) ** (step / number)), False
+        yield count, True
+        reached = count
+
+
+def pattern_steps(pattern: str) -> Iterator[Tuple[int, bool]]:
+    """Yield how many of every m stay after each step, and whether these are n."""
+    final, every = pattern_of(pattern)
+    for stay in range(every - 1, final - 1, -1):
+        yield stay, stay == final
 
 
 def lowest(score: Tensor, magnitude: Tensor, count: int) -> Tensor:

@@ -10,6 +10,8 @@ matrix a row. Instead all rows are solved together, by conjugate gradients with 
 """
 from __future__ import annotations
 
+from typing import Optional
+
 import torch
 from torch import Tensor
 
@@ -18,33 +20,43 @@ ITERATIONS = 12  # 5 reach nearly the same error, 30 gain nothing
 BLOCK = 1 << 24  # weights solved together, which bounds the temporaries
 
 
-def damped(moments: Tensor, damping: float = DAMPING) -> Tensor:
+def damped(moments: Tensor) -> Tensor:
     """Return H + λI of moments (groups, d, d), in float32. λ is never 0, so that a layer without input is no error."""
     moments = moments.float()
     scale = moments.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(torch.float32).tiny ** 0.5)
     eye = torch.eye(moments.shape[-1], device=moments.device)
-    return moments + damping * scale[:, None, None] * eye
+    return moments + DAMPING * scale[:, None, None] * eye
 
 
 @torch.no_grad()
-def least_squares(dense: Tensor, kept: Tensor, moments: Tensor, damping: float = DAMPING,
+def least_squares(dense: Tensor, kept: Tensor, moments: Tensor, start: Optional[Tensor] = None,
                   iterations: int = ITERATIONS) -> Tensor:
     """Return the re-fitted weight: zeros where `kept` is False, and the least output error on the inputs of `moments`.
 
-    dense: (groups, rows, d) float32. kept: bool, of the same shape. moments: H, (groups, d, d).
+    dense: W0, (groups, rows, d) float32. kept: bool, of the same shape. moments: H, (groups, d, d). start: a weight
+    near the solution, from which fewer iterations are enough; W0 if None.
     """
-    matrix = damped(moments, damping)
-    rows = max(1, BLOCK // (dense.shape[0] * dense.shape[2]))
-    return torch.cat([_conjugate_gradients(block, mask, matrix, iterations)
-                      for block, mask in zip(dense.split(rows, 1), kept.split(rows, 1))], 1)
+    matrix = damped(moments)
+    return solve_rows(dense if start is None else start, kept, matrix, dense @ matrix, iterations)
 
 
-def _conjugate_gradients(dense: Tensor, kept: Tensor, matrix: Tensor, iterations: int) -> Tensor:
-    """Solve w_S M_SS = (w0 M)_S for each row (Hestenes & Stiefel, 1952), all rows at once, from w0 on S."""
-    kept = kept.to(dense.dtype)
+@torch.no_grad()
+def solve_rows(start: Tensor, kept: Tensor, matrix: Tensor, target: Tensor, iterations: int = ITERATIONS) -> Tensor:
+    """Return W with w_S M_SS = b_S for each row w and the inputs S that the row keeps, and zeros outside S.
+
+    start, kept, target (b): (groups, rows, d). matrix: M, (groups, d, d), symmetric and positive definite.
+    """
+    rows = max(1, BLOCK // (start.shape[0] * start.shape[2]))
+    blocks = zip(*(tensor.split(rows, 1) for tensor in (start, kept, target)))
+    return torch.cat([_conjugate_gradients(*block, matrix, iterations) for block in blocks], 1)
+
+
+def _conjugate_gradients(start: Tensor, kept: Tensor, target: Tensor, matrix: Tensor, iterations: int) -> Tensor:
+    """Solve w_S M_SS = b_S for each row (Hestenes & Stiefel, 1952), all rows at once."""
+    kept = kept.to(start.dtype)
     inverse = kept / matrix.diagonal(dim1=-2, dim2=-1)[:, None, :]  # the preconditioner, on S alone
-    weight = dense * kept
-    residual = ((dense - weight) @ matrix) * kept
+    weight = start * kept
+    residual = (target - weight @ matrix) * kept
     step = residual * inverse
     direction, norm = step, (residual * step).sum(-1, keepdim=True)
     for _ in range(iterations):
@@ -58,7 +70,7 @@ def _conjugate_gradients(dense: Tensor, kept: Tensor, matrix: Tensor, iterations
     return weight
 
 
-def output_error(dense: Tensor, weight: Tensor, moments: Tensor, row_weights: Tensor = None) -> float:
+def output_error(dense: Tensor, weight: Tensor, moments: Tensor, row_weights: Optional[Tensor] = None) -> float:
     """Return the share of the layer's output energy that is lost: Σ γ (w − w0) H (w − w0)ᵀ / Σ γ w0 H w0ᵀ.
 
     dense, weight: (groups, rows, d). moments: (groups, d, d). row_weights: γ, (groups, rows), 1 if None.

@@ -5,7 +5,7 @@ Frantar & Alistarh (2023), arXiv:2301.00774, algorithm 1. step_weights weigh the
 """
 from __future__ import annotations
 
-from typing import Optional, Tuple
+from typing import Iterator, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -45,10 +45,11 @@ def solver(denoiser: nn.Module, calibration: Calibration, *, step_weights: str, 
     """Return what becomes of a layer that loses some weights."""
     gathered = moments.gather(denoiser, calibration, step_weights)
 
-    def solve(name: str, layer: nn.Module, count: int) -> Tuple[Tensor, Tensor]:
+    def solve(name: str, layer: nn.Module, counts: Sequence[int]) -> Iterator[Tuple[Tensor, Tensor]]:
         if not torch.isfinite(layer.weight).all():
             raise UserError(f"{name} has weights that are NaN or infinite; check the weights of the model")
-        return solve_layer(layer, gathered.of(name, layer.weight.device)[0], count, pattern)
+        for count in counts:
+            yield solve_layer(layer, gathered.of(name, layer.weight.device)[0], count, pattern)
     return solve
 
 

@@ -1,23 +1,25 @@
 """The steps that methods which zero weights share: allocate, choose, re-fit, recover.
 
-Such a method is a solver, solve(name, layer, count) -> (weight, zeros): what becomes of a layer that loses `count`
-weights. `weight` is float32 and `zeros` a mask, both of the shape of the layer's weight. `by_score` makes a solver of a
-score. A layer's weight is viewed as (groups, rows, d), see moments.py.
+Such a method is a solver, solve(name, layer, counts): what becomes of a layer that loses as many weights as each of the
+ascending counts says. It yields (weight, zeros) for each: `weight` is float32 and `zeros` a mask, both of the shape of
+the layer's weight. `by_score` makes a solver of a score. A layer's weight is viewed as (groups, rows, d), see
+moments.py.
 """
 from __future__ import annotations
 
-from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
+import math
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from pruning import UserError
-from pruning.methods import Pruned, allocation, moments, pattern_of, probes, recovery, refit, zeroing
+from pruning.methods import Pruned, allocation, moments, pattern_of, probes, recovery, refit, sequential, zeroing
 from pruning.methods.calibration import Calibration
 from pruning.methods.moments import Moments, as_rows
 
-Solve = Callable[[str, nn.Module, int], Tuple[Tensor, Tensor]]
+Solve = Callable[[str, nn.Module, Sequence[int]], Iterator[Tuple[Tensor, Tensor]]]
 
 CURVE = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.96)  # rates at which a layer's error is measured
 REFERENCE_RATE = 0.7  # at which layers are pruned to probe their sensitivity
@@ -32,23 +34,27 @@ class Survey(NamedTuple):
 
 def prune(method: str, denoiser: nn.Module, rate: float, solve: Solve, counts: Dict[str, int],
           calibration: Optional[Calibration], gathered: Optional[Moments], *, pattern: Optional[str] = None,
-          recovery_steps: int = 0) -> Pruned:
+          refit_in_order: bool = False, recovery_steps: int = 0) -> Pruned:
     """Zero weights layer by layer, in place, give the others what the solver says, and recover.
 
     counts: how many weights each layer loses. gathered: moments, from which each layer's error is reported.
+    refit_in_order: whether each layer is then re-fitted to what reaches it in the pruned denoiser.
     """
     layers = moments.prunable_layers(denoiser)
     if recovery_steps:
         _ = calibration.calls  # before anything changes
+    aims = sequential.dense_outputs(denoiser, layers, calibration) if refit_in_order else None
     errors = {}
     for name, layer in tqdm(layers.items(), desc="layers", unit="layer", leave=False, delay=2):
-        weight, zeros = solve(name, layer, counts[name])
+        weight, zeros = next(solve(name, layer, [counts[name]]))
         if gathered is not None:
             matrix, _ = gathered.of(name, layer.weight.device)
             errors[name] = refit.output_error(as_rows(layer).detach().float(), as_rows(layer, weight), matrix)
         with torch.no_grad():
             layer.weight.copy_(weight)
         recovery.restore_zeros({name: layer.weight}, {name: zeros})
+    if aims is not None:
+        sequential.refit_in_order(denoiser, layers, aims, gathered, calibration)
     weights = {name: layer.weight for name, layer in layers.items()}
     recover(denoiser, weights, calibration, recovery_steps, rate)
     pruned = zeroing.report(denoiser, weights, rate, method, errors)
@@ -94,15 +100,16 @@ def recover(denoiser: nn.Module, weights: Dict[str, Tensor], calibration: Option
 
 def by_score(score: zeroing.Score, scope: str, pattern: Optional[str], gathered: Optional[Moments]) -> Solve:
     """Return a solver that zeroes the weights of lowest score and re-fits the others if moments are given."""
-    def solve(name, layer, count):
+    def solve(name, layer, counts):
         dense, shape = as_rows(layer).detach().float(), layer.weight.shape
-        scores = as_rows(layer, score(layer.weight.detach().float(), name))
-        zeros = pattern_zeros(layer, scores, pattern) if pattern else zeroing.lowest(scores, count, scope)
-        if gathered is None:
-            weight = dense * ~zeros
-        else:
-            weight = refit.least_squares(dense, ~zeros, gathered.of(name, dense.device)[0])
-        return weight.reshape(shape), zeros.reshape(shape)
+        scores = as_rows(layer, score(layer.weight.detach().float(), name)).masked_fill(dense == 0, -math.inf)
+        for count in counts:
+            zeros = pattern_zeros(layer, scores, pattern) if pattern else zeroing.lowest(scores, count, scope)
+            if gathered is None:
+                weight = dense * ~zeros
+            else:
+                weight = refit.least_squares(dense, ~zeros, gathered.of(name, dense.device)[0])
+            yield weight.reshape(shape), zeros.reshape(shape)
     return solve
 
 
@@ -148,8 +155,8 @@ def _survey(denoiser, layers, solve: Solve, calibration: Calibration) -> Dict[st
     for name, layer in tqdm(layers.items(), desc="error curves", unit="layer", leave=False):
         dense, (matrix, _) = as_rows(layer).detach().float(), gathered.of(name, layer.weight.device)
         rows, curve = energies[name].to(dense.device).view(dense.shape[:2]), [0.0]
-        for rate in CURVE:
-            weight, _ = solve(name, layer, round(rate * layer.weight.numel()))
+        counts = [round(rate * layer.weight.numel()) for rate in CURVE]
+        for rate, (weight, _) in zip(CURVE, solve(name, layer, counts)):
             curve.append(refit.output_error(dense, as_rows(layer, weight), matrix, rows))
             if rate == REFERENCE_RATE:
                 changes[name] = (weight - layer.weight.detach().float()).to(layer.weight.dtype)
@@ -189,14 +196,15 @@ def pattern_fault(layer: nn.Module, pattern: str) -> Optional[str]:
     return None if channels % every == 0 else f"{channels} input channels are no multiple of {every}"
 
 
-def pattern_zeros(layer: nn.Module, scores: Tensor, pattern: str) -> Tensor:
+def pattern_zeros(layer: nn.Module, scores: Tensor, pattern: str, stay: Optional[int] = None) -> Tensor:
     """Return a mask of the lowest scores of each group of m input channels, as (groups, rows, d); none if it cannot.
 
-    A kernel's places are apart: a group is m input channels at one place.
+    A kernel's places are apart: a group is m input channels at one place. stay: how many of each m stay instead of n.
     """
     if pattern_fault(layer, pattern):
         return torch.zeros_like(scores, dtype=torch.bool)
-    stay, every = pattern_of(pattern)
+    final, every = pattern_of(pattern)
+    stay = final if stay is None else stay
     channels = layer.weight.shape[1]
     blocks = scores.reshape(*scores.shape[:2], channels // every, every, -1)  # (groups, rows, blocks, m, places)
     lowest = blocks.argsort(dim=3, stable=True)[..., :every - stay, :]
