@@ -47,17 +47,18 @@ def build(name: str, settings: dict, device: str) -> Tuple[Any, dict]:
 
     settings: its `latent`, `layers` and `dtype`.
     """
-    return (random_denoiser if MODELS[name].denoiser else bundled_denoiser)(name, settings, device)
+    if MODELS[name].denoiser:
+        return random_denoiser(MODELS[name], settings, device)
+    return bundled_denoiser(name, settings, device)
 
 
-def random_denoiser(name: str, settings: dict, device: str) -> Tuple[Any, dict]:
+def random_denoiser(model: Model, settings: dict, device: str) -> Tuple[Any, dict]:
     """Return a denoiser of random weights, and the keyword arguments of the call to time.
 
     The denoiser is built on the meta device and filled once: weights are uniform with a standard deviation of
     1 / sqrt(fan in), norms 1, biases 0. Then every removable unit is scaled by a factor of its own in [1/2, 2], as
     otherwise all units of a layer would have nearly the same score.
     """
-    model = MODELS[name]
     config = {**model.config, "num_layers": settings["layers"]} if model.layers else model.config
     torch.manual_seed(0)
     diffusers.logging.set_verbosity_error()  # .to(dtype) would warn

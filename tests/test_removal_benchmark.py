@@ -66,7 +66,7 @@ def test_the_error_of_a_peer_is_reported_in_its_row(tmp_path, monkeypatch):
 def test_random_models_are_repeatable_and_their_units_have_different_scores(tmp_path, monkeypatch):
     monkeypatch.setitem(denoisers.MODELS, "sd15", TINY)
     settings = {"latent": 8, "dtype": "float32", "layers": None}
-    (one, call), (other, _) = (denoisers.random_denoiser("sd15", settings, "cpu") for _ in range(2))
+    (one, call), (other, _) = (denoisers.random_denoiser(TINY, settings, "cpu") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values()))
     for group in surgery.survey(one, "heads", "neurons", "channels")[0]:
         scores = surgery.root_mean_square(group)

@@ -139,12 +139,14 @@ def gather(denoiser: nn.Module, calibration: Calibration, step_weights: str = "u
             sums = input_sums(denoiser, {index: calls[index][0] for index in own}, weights,
                               {name: layers[name] for name in group}, calibration.seed, bar)
             distributed.add_up(tensor for each in sums.values() for tensor in each)
-            for name, (moments, total, weight) in sums.items():
+            for name in list(sums):
+                moments, total, weight = sums.pop(name)  # so that the memory of written moments is free for the next
                 if not torch.isfinite(moments.diagonal(dim1=1, dim2=2)).all():
                     raise UserError(f"the input of {name} is not finite during calibration; use --dtype float32, or "
                                     "check the weights of the model")
                 if distributed.is_main:
-                    found.write(name, moments / weight.clamp_min(1e-30), total / weight.clamp_min(1e-30))
+                    weight.clamp_min_(1e-30)
+                    found.write(name, moments.div_(weight), total.div_(weight))
     distributed.barrier()
     return found
 

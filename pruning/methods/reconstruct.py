@@ -52,14 +52,15 @@ def solver(denoiser: nn.Module, calibration: Calibration, *, pattern: Optional[s
         dense, shape = as_rows(layer).detach().float(), layer.weight.shape
         matrix, _ = gathered.of(name, dense.device)
         gain = matrix.diagonal(dim1=1, dim2=2)[:, None] * energies[name].to(dense.device).view(*dense.shape[:2], 1)
-        weight, zeros = dense, dense == 0
+        matrix = refit.damped(matrix)
+        weight, zeros, target = dense, dense == 0, dense @ matrix
         for step, wanted in pattern_steps(pattern) if pattern else steps(counts, dense.numel()):
             score = (weight.square() * gain).masked_fill(zeros, -1)  # zeros stay
             if pattern:
                 zeros = weights.pattern_zeros(layer, score, pattern, step)
             else:
                 zeros = zeros | lowest(score, weight.abs(), step)
-            weight = refit.least_squares(dense, ~zeros, matrix, weight, ITERATIONS)
+            weight = refit.solve_rows(weight, ~zeros, matrix, target, ITERATIONS)
             if wanted:
                 yield weight.reshape(shape), zeros.reshape(shape)
     return solve

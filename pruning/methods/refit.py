@@ -21,23 +21,31 @@ BLOCK = 1 << 24  # weights solved together, which bounds the temporaries
 
 
 def damped(moments: Tensor) -> Tensor:
-    """Return H + λI of moments (groups, d, d), in float32. λ is never 0, so that a layer without input is no error."""
-    moments = moments.float()
-    scale = moments.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(torch.float32).tiny ** 0.5)
-    eye = torch.eye(moments.shape[-1], device=moments.device)
-    return moments + DAMPING * scale[:, None, None] * eye
+    """Return H + λI of moments (groups, d, d), in float32."""
+    matrix = moments.float().clone()
+    add_damping(matrix)
+    return matrix
+
+
+def add_damping(matrix: Tensor) -> Tensor:
+    """Add λ to the diagonal of a matrix (groups, d, d), in place, and return λ, (groups, 1, 1).
+
+    λ is never 0, so that a layer without input is no error.
+    """
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    damping = DAMPING * diagonal.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny ** 0.5)
+    diagonal += damping
+    return damping[..., None]
 
 
 @torch.no_grad()
-def least_squares(dense: Tensor, kept: Tensor, moments: Tensor, start: Optional[Tensor] = None,
-                  iterations: int = ITERATIONS) -> Tensor:
+def least_squares(dense: Tensor, kept: Tensor, moments: Tensor, iterations: int = ITERATIONS) -> Tensor:
     """Return the re-fitted weight: zeros where `kept` is False, and the least output error on the inputs of `moments`.
 
-    dense: W0, (groups, rows, d) float32. kept: bool, of the same shape. moments: H, (groups, d, d). start: a weight
-    near the solution, from which fewer iterations are enough; W0 if None.
+    dense: W0, (groups, rows, d) float32. kept: bool, of the same shape. moments: H, (groups, d, d).
     """
     matrix = damped(moments)
-    return solve_rows(dense if start is None else start, kept, matrix, dense @ matrix, iterations)
+    return solve_rows(dense, kept, matrix, dense @ matrix, iterations)
 
 
 @torch.no_grad()

@@ -10,18 +10,19 @@ with H = E[x xᵀ] of the dense inputs. So every layer corrects what the layers 
 """
 from __future__ import annotations
 
-from typing import Any, Dict, NamedTuple
+from typing import Any, Dict, NamedTuple, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from pruning import UserError
 from pruning.methods import probes, refit
-from pruning.methods.calibration import Calibration, answer
+from pruning.methods.calibration import Calibration, Call, answer
 from pruning.methods.moments import Moments, as_rows, input_rows, seed_of, watched
 from pruning.methods.recovery import restore_zeros
 
 CALLS = 8  # recorded calls that go through the denoiser together
+LATENTS = 128  # latents in these calls, at most
 ROWS = 12_000  # places of a layer, at most
 PRIOR = 0.1  # ρ: the calls are fewer than those of H
 
@@ -36,20 +37,34 @@ class Aims(NamedTuple):
 
 @torch.no_grad()
 def dense_outputs(denoiser: nn.Module, layers: Dict[str, nn.Module], calibration: Calibration) -> Aims:
-    """Return what the layers give for some calls. All outputs together fit calibration.memory."""
-    arguments = one_batch(probes.probed_calls(calibration.calls, CALLS, lean=1.0))
+    """Return what the layers give for some calls. All outputs together fit calibration.memory.
+
+    If the device has no memory for LATENTS latents together, half as many are taken, and so on.
+    """
+    calls = probes.probed_calls(calibration.calls, CALLS, lean=1.0)
     widths = sum(len(layer.weight) for layer in layers.values())
     rows = max(1, min(ROWS, calibration.memory // (4 * widths)))
+    images = LATENTS
+    while True:
+        arguments, count = one_batch(calls, images)
+        try:
+            return Aims(arguments, _outputs(denoiser, layers, arguments, rows, calibration.seed), rows)
+        except torch.cuda.OutOfMemoryError:
+            if count == 1:
+                raise UserError("the device has no memory for a denoiser call of one latent; use --offload") from None
+            images = count // 2
+
+
+def _outputs(denoiser, layers, arguments: Dict[str, Any], rows: int, seed: int) -> Dict[str, Tensor]:
     outputs: Dict[str, Tensor] = {}
 
     def note(name, layer, x):
         if name not in outputs:  # of several calls of a layer, the first counts
-            x = _places(name, layer, x, rows, calibration.seed)
-            outputs[name] = (x @ as_rows(layer).float().transpose(1, 2)).cpu()
+            outputs[name] = (_places(name, layer, x, rows, seed) @ as_rows(layer).float().transpose(1, 2)).cpu()
 
     with watched(layers, note):
         answer(denoiser, arguments)
-    return Aims(arguments, outputs, rows)
+    return outputs
 
 
 @torch.no_grad()
@@ -67,56 +82,60 @@ def refit_in_order(denoiser: nn.Module, layers: Dict[str, nn.Module], aims: Aims
         x, weight = _places(name, layer, x, aims.rows, calibration.seed), as_rows(layer).float()
         if not torch.isfinite(x).all():
             raise UserError(f"the input of {name} is not finite after pruning; use --dtype float32 or a lower rate")
-        y, prior = waiting.pop(name).to(x.device), PRIOR * gathered.of(name, x.device)[0]
-        present = x.transpose(1, 2) @ x / x.shape[1]
-        matrix = refit.damped(present + prior)
-        target = y.transpose(1, 2) @ x / x.shape[1] + weight @ (matrix - present)
+        y, (dense, _) = waiting.pop(name).to(x.device), gathered.of(name, x.device)
+        target = y.transpose(1, 2) @ x / x.shape[1] + PRIOR * weight @ dense
+        matrix = x.transpose(1, 2) @ x / x.shape[1]
+        damping = refit.add_damping(matrix.add_(dense, alpha=PRIOR))
+        weight = refit.solve_rows(weight, weight != 0, matrix, target + damping * weight)
         zeros = layer.weight == 0
-        layer.weight.copy_(refit.solve_rows(weight, as_rows(layer) != 0, matrix, target).reshape(layer.weight.shape))
+        layer.weight.copy_(weight.reshape(layer.weight.shape))
         restore_zeros({name: layer.weight}, {name: zeros})
 
     with watched(layers, note):
         answer(denoiser, aims.arguments)
 
 
-def one_batch(calls) -> Dict[str, Any]:
-    """Return the arguments of several calls as those of one call on all their images.
+def one_batch(calls: Sequence[Call], most: int = LATENTS) -> Tuple[Dict[str, Any], int]:
+    """Return the arguments of several calls as those of one call on at most `most` of their latents, and how many.
 
-    Tensors with a row an image follow one another, and a time that holds for a whole call becomes one an image. Calls
-    of another batch size than the first, and calls whose other arguments differ from the first's, are left out.
+    As many are taken of each call. Tensors with a row a latent follow one another, and a time that holds for a whole
+    call becomes one a latent. Calls of another batch size than the first, and calls whose other arguments differ from
+    the first's, are left out.
     """
-    first, images = calls[0][0], len(calls[0][1])
-    alike = [arguments for arguments, output in calls if len(output) == images and _joins(first, arguments, images)]
-    return _join(alike, images)
+    first, latents = calls[0][0], len(calls[0][1])
+    alike = [arguments for arguments, output in calls if len(output) == latents and _joins(first, arguments, latents)]
+    alike = alike[:max(1, most)]
+    stride = -(-latents * len(alike) // max(1, most))  # strides take of both halves of a guided call
+    return _join(alike, latents, stride), len(range(0, latents, stride)) * len(alike)
 
 
-def _per_image(name: str, value: Any, images: int) -> bool:
-    return isinstance(value, Tensor) and (name == "timestep" or value.dim() > 0 and len(value) == images)
+def _per_latent(name: str, value: Any, latents: int) -> bool:
+    return isinstance(value, Tensor) and (name == "timestep" or value.dim() > 0 and len(value) == latents)
 
 
-def _joins(first: Any, other: Any, images: int, name: str = "") -> bool:
-    """Return whether two arguments can be those of one call: of equal shape if they have a row an image, else equal."""
+def _joins(first: Any, other: Any, latents: int, name: str = "") -> bool:
+    """Return whether two arguments can be those of one call: of equal shape if they have a row a latent, else equal."""
     if isinstance(first, dict):
         return isinstance(other, dict) and first.keys() == other.keys() and all(
-            _joins(first[key], other[key], images, key) for key in first)
+            _joins(first[key], other[key], latents, key) for key in first)
     if isinstance(first, (list, tuple)):
         return isinstance(other, (list, tuple)) and len(first) == len(other) and all(
-            _joins(one, another, images) for one, another in zip(first, other))
+            _joins(one, another, latents) for one, another in zip(first, other))
     if isinstance(first, Tensor):
         return isinstance(other, Tensor) and first.shape == other.shape and (
-            _per_image(name, first, images) or torch.equal(first, other))
+            _per_latent(name, first, latents) or torch.equal(first, other))
     return first == other
 
 
-def _join(values: list, images: int, name: str = "") -> Any:
-    """Return the arguments of calls that _joins approves as one."""
+def _join(values: list, latents: int, stride: int, name: str = "") -> Any:
+    """Return the arguments of calls that _joins approves as one, every `stride`-th latent of each."""
     first = values[0]
     if isinstance(first, dict):
-        return {key: _join([value[key] for value in values], images, key) for key in first}
+        return {key: _join([value[key] for value in values], latents, stride, key) for key in first}
     if isinstance(first, (list, tuple)):
-        return type(first)(_join(list(each), images) for each in zip(*values))
-    if _per_image(name, first, images):
-        return torch.cat([value.expand(images) if value.dim() == 0 or len(value) == 1 != images else value
+        return type(first)(_join(list(each), latents, stride) for each in zip(*values))
+    if _per_latent(name, first, latents):
+        return torch.cat([(value if value.dim() and len(value) == latents else value.expand(latents))[::stride]
                           for value in values])
     return first
 
