@@ -122,7 +122,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
 
 BROKEN = {
     "schema_version is missing": lambda d: d.pop("schema_version"),
-    "schema_version is 99, expected 4 or 3": lambda d: d.update(schema_version=99),
+    "schema_version is 99, expected 3 to 5": lambda d: d.update(schema_version=99),
     "model is missing": lambda d: d.pop("model"),
     "model must be text": lambda d: d.update(model=3),
     "method must be a name": lambda d: d.update(method="../../etc"),
@@ -290,8 +290,19 @@ def test_the_method_and_its_options_count_only_if_one_record_continues_the_other
     other = make_record()
     other.method, other.options = "iterative", {"scope": "global", "recovery_steps": 60}
     assert protocol_differences(make_record(), other) == []
+    assert protocol_differences(make_record(), other, continuing=True) == ["method: magnitude and iterative"]
+    other.method = "magnitude"
     assert protocol_differences(make_record(), other, continuing=True) == [
-        "method: magnitude and iterative", "scope: layer and global", "recovery_steps: none and 60"]
+        "scope: layer and global", "recovery_steps: 0 and 60"]
+
+
+def test_an_option_that_a_method_did_not_have_yet_had_its_default():
+    earlier, present = make_record(), make_record()
+    earlier.options = {"scope": "layer"}
+    present.options = {"scope": "layer", "pattern": None, "refit": False, "allocation": "uniform"}
+    assert protocol_differences(earlier, present, continuing=True) == []
+    present.options["refit"] = True
+    assert protocol_differences(earlier, present, continuing=True) == ["refit: False and True"]
 
 
 def test_metrics_may_differ_only_if_one_record_continues_the_other():
@@ -312,7 +323,20 @@ def test_a_record_is_named_by_the_options_that_differ_from_the_defaults():
     assert record_path("r", "m", "d", record.variant, (1, 2)).name == "magnitude+scope=global.1of2.json"
 
 
-# ---- version 3
+# ---- earlier versions
+
+def test_a_version_4_record_is_read_and_says_nothing_of_layers(tmp_path):
+    write_record(make_record(), tmp_path / "r.json")
+    data = json.loads((tmp_path / "r.json").read_text())
+    data["schema_version"] = 4
+    for point in (data["dense"], *data["points"]):
+        for name in ("layer_rates", "layer_errors", "layer_parameters", "layer_macs"):
+            del point[name]
+    (tmp_path / "r.json").write_text(json.dumps(data))
+    record = read_record(tmp_path / "r.json")
+    assert record.points[0].layer_rates == record.dense.layer_macs == {}
+    assert [point.metrics for point in record.points] == [point.metrics for point in make_record().points]
+
 
 def test_a_version_3_record_is_read_with_the_values_it_has(tmp_path):
     data, record = json.loads(VERSION_3.read_text()), read_record(VERSION_3)

@@ -12,11 +12,12 @@ import re
 from pathlib import Path
 from typing import Dict, List
 
-from pruning import UserError, whole_file
+from pruning import UserError, methods, whole_file
+from pruning.records.earlier import from_version_3, from_version_4
 from pruning.records.schema import SETTINGS, Notes, Point, Record, build, check
-from pruning.records.version_3 import from_version_3
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
+EARLIER = {3: from_version_3, 4: from_version_4}
 
 
 class BrokenRecordError(UserError):
@@ -53,10 +54,10 @@ def _parse(data) -> Record:
     if "schema_version" not in data:
         raise ValueError("schema_version is missing")
     version = data["schema_version"]
-    if version == 3:
-        data = from_version_3(data)
+    if isinstance(version, int) and version in EARLIER:
+        data = EARLIER[version](data)
     elif version != SCHEMA_VERSION:
-        raise ValueError(f"schema_version is {version!r:.40}, expected {SCHEMA_VERSION} or 3; "
+        raise ValueError(f"schema_version is {version!r:.40}, expected 3 to {SCHEMA_VERSION}; "
                          "measure again, or draw it with the program that wrote it")
     record = build(Record, {name: value for name, value in data.items() if name != "schema_version"}, "")
     check(record.settings, SETTINGS, "settings.")
@@ -192,7 +193,8 @@ def protocol_differences(a: Record, b: Record, continuing: bool = False) -> List
     """
     pairs = [("model", a.model, b.model), ("dataset", a.dataset, b.dataset)]
     if continuing:
-        pairs += [("method", a.method, b.method), *_pairs("", a.options, b.options)]
+        pairs.append(("method", a.method, b.method))
+        pairs += _pairs("", _with_defaults(a), _with_defaults(b)) if a.method == b.method else []
     pairs += [pair for pair in _pairs("", a.settings, b.settings) if not (continuing and pair[0] == "metrics")]
     pairs += [pair for pair in _pairs("backbones.", a.backbones, b.backbones)
               if not (continuing and None in pair[1:])]  # of a metric that only one record has
@@ -204,6 +206,12 @@ def protocol_differences(a: Record, b: Record, continuing: bool = False) -> List
         first = next((x, y) for x, y in zip(a.samples, b.samples) if x != y)
         differences.append("samples: " + " and ".join("{id} ({caption})".format(**sample) for sample in first))
     return differences
+
+
+def _with_defaults(record: Record) -> dict:
+    """Return the options of a record, and the defaults of options that the method did not have when it was written."""
+    known = methods.METHODS[record.method].options if record.method in methods.METHODS else {}
+    return {**{name: option.default for name, option in known.items()}, **record.options}
 
 
 def _pairs(prefix: str, left: dict, right: dict) -> List[tuple]:

@@ -1,4 +1,4 @@
-"""Records of version 3, read as version 4. No torch."""
+"""Records of earlier versions, read as version 5. No torch."""
 from __future__ import annotations
 
 import copy
@@ -6,7 +6,10 @@ import copy
 from pruning import methods
 from pruning.records.schema import COUNT, NAMED_TEXTS, NUMBERS_OR_NULL, OBJECT, POINTS, TEXTS, check
 
-NOTES = {  # name -> its kind, and the value of a note that is absent
+# What became of each layer, which earlier versions did not say.
+LAYERS = {"layer_rates": {}, "layer_errors": {}, "layer_parameters": {}, "layer_macs": {}}
+
+NOTES = {  # of version 3: name -> its kind, and the value of a note that is absent
     "captions_skipped": (COUNT, 0),
     "captions_truncated": (COUNT, 0),
     "code": (TEXTS, []),
@@ -18,8 +21,14 @@ NOTES = {  # name -> its kind, and the value of a note that is absent
 }
 
 
+def from_version_4(data: dict) -> dict:
+    """Return a version 4 object as a version 5 object. Raises ValueError that names a part that version 4 has not."""
+    check(data, {"dense": OBJECT, "points": POINTS}, "")
+    return {**data, "dense": {**LAYERS, **data["dense"]}, "points": [{**LAYERS, **point} for point in data["points"]]}
+
+
 def from_version_3(data: dict) -> dict:
-    """Return a version 3 object as a version 4 object. Raises ValueError that names a part that version 3 has not.
+    """Return a version 3 object as a version 5 object. Raises ValueError that names a part that version 3 has not.
 
     Version 3 kept a method's options in settings, and skipped modules, floors and the spread of seeds in notes.
     """
@@ -29,9 +38,8 @@ def from_version_3(data: dict) -> dict:
     notes = copy.deepcopy({**{name: default for name, (_, default) in NOTES.items()}, **data["notes"]})
     check(notes, {name: kind for name, (kind, _) in NOTES.items()}, "notes.")
     feature_size = notes.pop("fid_feature_size")
-    # Version 3 did not say whether torch.compile fell back, nor what became of each layer.
-    added = {"skipped_modules": notes.pop("left_out"), "floors": {}, "seed_spread": {}, "compiled": None,
-             "layer_rates": {}, "layer_errors": {}, "layer_parameters": {}, "layer_macs": {}}
+    # Version 3 did not say whether torch.compile fell back.
+    added = {**LAYERS, "skipped_modules": notes.pop("left_out"), "floors": {}, "seed_spread": {}, "compiled": None}
     of_dense = {"floors": notes.pop("floors"), "seed_spread": notes.pop("seed_spread")}
     return {
         **data,
