@@ -36,9 +36,9 @@ def draw_layers(record: Record, path: Path) -> Optional[Path]:
     shares = {"parameters": record.dense.layer_parameters, "multiply-accumulates": record.dense.layer_macs}
     notes = [f"{record.model}, {protocol(record)}. Each column is a layer or a group of units, as the denoiser "
              "lists them; its name begins as the label below says.",
-             "Share lost: of the layer's weights or units. Output error: squared, relative to the output of the dense "
-             "layer, on calibration inputs and before any recovery." if len(maps) > 1 else
-             "Share lost: of the layer's weights or units."]
+             "Share lost: of the layer's weights or units." + (
+                 " Output error: of this layer alone, squared, relative to its dense output, before the re-fit in "
+                 "order and before recovery." if len(maps) > 1 else "")]
     return _draw(f"What {record.variant} pruning took from each layer of {record.model}", names, rates,
                  "pruning rate", maps, shares, notes, path)
 
