@@ -213,13 +213,14 @@ def draw(data: dict, path: Path) -> None:
         for pruner, line in lines.items():
             own = [row for row in rows if (row["model"], row["method"]) == (name, pruner)]
             rates = [row["rate"] for row in own]
-            axes.plot([0, *rates], [1, *(shares(row, base)["macs"] for row in own)], color=line.colour)
+            axes.plot([0, *rates], [1, *(shares(row, base)["macs"] for row in own)], line.dashes,
+                      color=line.colour)
             axes.plot(rates, [shares(row, base)["seconds"] for row in own], line.marker, color=line.colour,
                       markeredgecolor="white", markeredgewidth=0.6)
         axes.set_title(textwrap.fill(title(base), 50))
         axes.set(xlabel="pruning rate", ylabel="share of dense\n(lines: MACs, markers: time)", xlim=(0, 1))
         axes.set_ylim(bottom=0)
-    handles = [axes.plot([], [], color=line.colour, marker=line.marker)[0] for line in lines.values()]
+    handles = [axes.plot([], [], line.dashes, color=line.colour, marker=line.marker)[0] for line in lines.values()]
     figure.legend(handles, list(lines), loc="outside right center", fontsize=9, frameon=False)
     figure.suptitle("What pruning saves: costs of a denoiser call")
     drawing.small_print(figure, [setup(data)])

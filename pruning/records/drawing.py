@@ -38,6 +38,7 @@ class Line(NamedTuple):
 LINES = (
     Line("#004488", "o", "-"), Line("#DDAA33", "s", "-"), Line("#BB5566", "^", "-"), Line("#000000", "D", "-"),
     Line("#44AA99", "v", "--"), Line("#882255", "P", "--"), Line("#88CCEE", "X", "--"), Line("#999933", "*", "--"),
+    Line("#117733", "<", "-."), Line("#AA4499", ">", "-."), Line("#6699CC", "p", "-."), Line("#661100", "h", "-."),
 )
 
 
@@ -46,7 +47,7 @@ def lines_of(names: Sequence[str], table) -> Dict[str, Line]:
     lines = {}
     for i, name in enumerate([*table, *sorted(set(names) - set(table))]):
         line, turn = LINES[i % len(LINES)], i // len(LINES)
-        lines[name] = line._replace(dashes=(line.dashes, "-.", ":")[min(turn, 2)])
+        lines[name] = line._replace(dashes=(line.dashes, ":")[min(turn, 1)])
     return lines
 
 

@@ -177,7 +177,7 @@ def draw_images(record: Record, images_folder, path: Path) -> Path | None:
     axes.set_xticks([(i + 0.5) * CELL for i in range(len(rates))])
     axes.set_xticklabels([rate_label(rate) for rate in rates])
     axes.set_yticks([(i + 0.5) * CELL for i in range(len(rows))])
-    axes.set_yticklabels([textwrap.fill(textwrap.shorten(record.samples[k]["caption"], 100), 26) for k in rows],
+    axes.set_yticklabels([textwrap.fill(textwrap.shorten(record.samples[k]["caption"], 100), 24) for k in rows],
                          fontsize=8)
     figure.suptitle(f"{record.variant} pruning of {record.model}, by pruning rate")
     small_print(figure, [
