@@ -13,6 +13,8 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from pruning import UserError, data, methods, pruning_analysis, test_single_rate
+from pruning.methods import zeroing
+from pruning.methods.calibration import Calibration
 from pruning.models import generation, pipelines, saving
 from pruning.records.record import read_record
 
@@ -85,15 +87,32 @@ def test_the_file_shrinks_as_the_parameters_do_and_no_number_changes(tmp_path, d
         assert torch.equal(one, other), name
 
 
-def test_numbers_that_half_precision_cannot_hold_stay_in_float32(tmp_path):
+def tiny_pipeline():
+    """The bundled pipeline with a small random denoiser."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=8, layers_per_block=1, norm_num_groups=8, block_out_channels=(16, 32), cross_attention_dim=128,
         attention_head_dim=2, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
     parts = pipelines.load_pipeline("shapes-unet").components
-    pipeline = StableDiffusionPipeline(**{**parts, "unet": unet},
-                                       requires_safety_checker=False)
+    return StableDiffusionPipeline(**{**parts, "unet": unet}, requires_safety_checker=False), unet
+
+
+@pytest.mark.parametrize("options", [{}, {"pattern": "2:4", "recovery_steps": 1}], ids=str)
+def test_weights_with_new_values_are_loaded_as_they_were_saved(tmp_path, options):
+    pipeline, unet = tiny_pipeline()
+    samples = data.load_samples("shapes", 2)[0]
+    calls = generation.record_calls(pipeline, samples, seed=0, batch_size=2, **{**SAMPLING, "image_size": 32})
+    known = Calibration(lambda: calls, 0, guidance_scale=SAMPLING["guidance_scale"], first_batch=2)
+    taken = methods.prune("reconstruct", unet, 0.5, calibration=known, **options).taken
+    saving.save(pipeline, "unet", tmp_path / "pruned", SAMPLING, {}, {})
+    loaded = pipelines.load_pipeline(str(tmp_path / "pruned")).unet
+    assert all(torch.equal(one, other) for one, other in zip(unet.parameters(), loaded.parameters()))
+    assert sum(map(zeroing.count_zeros, zeroing.prunable_weights(loaded).values())) == taken
+
+
+def test_numbers_that_half_precision_cannot_hold_stay_in_float32(tmp_path):
+    pipeline, unet = tiny_pipeline()
     methods.prune("attention_heads", unet, 0.5)
     saving.save(pipeline, "unet", tmp_path / "pruned", SAMPLING, {}, {})
     loaded = pipelines.load_pipeline(str(tmp_path / "pruned")).unet

@@ -91,13 +91,14 @@ def highest(scores: Tensor, drop: int, norm_groups: int) -> List[int]:
 
 
 def least_change(sizes: Dict[str, int], knots: Sequence[float], curves: Dict[str, Sequence[float]],
-                 sensitivities: Dict[str, float], rate: float, headroom: float = HEADROOM) -> Dict[str, int]:
+                 sensitivities: Dict[str, float], rate: float, zeros: Dict[str, int],
+                 headroom: float = HEADROOM) -> Dict[str, int]:
     """Return how many weights each layer loses, in sum round(rate * n): the least sum of sensitivity · error.
 
     sizes: weights of each layer. knots, curves: rates, and each layer's relative error there; between them the
-    logarithm is interpolated, and at 1 the error is 1. The multiplier λ is the price of a weight. At each price a layer
-    takes the rate with the least s · e + λ · weights left, and bisection finds the price at which all layers together
-    lose enough.
+    logarithm is interpolated, and at 1 the error is 1. zeros: how many weights of each layer are zero already, which
+    stay zero. The multiplier λ is the price of a weight. At each price a layer takes the rate with the least
+    s · e + λ · weights left, and bisection finds the price at which all layers together lose enough.
     """
     total = round(rate * sum(sizes.values()))
     cap = rate + headroom * (1 - rate)
@@ -113,7 +114,7 @@ def least_change(sizes: Dict[str, int], knots: Sequence[float], curves: Dict[str
 
     def counts_at(price: float) -> List[int]:
         chosen = grid[(costs - math.exp(price) * numels * grid).argmin(1)]
-        return [int(each * size) for each, size in zip(chosen.tolist(), sizes.values())]
+        return [max(zeros[name], int(each * size)) for each, (name, size) in zip(chosen.tolist(), sizes.items())]
 
     low, high = -90.0, 60.0  # natural logarithms of the price
     for _ in range(80):
@@ -123,6 +124,8 @@ def least_change(sizes: Dict[str, int], knots: Sequence[float], curves: Dict[str
         else:
             high = middle
     below, above = counts_at(low), counts_at(high)
+    if sum(below) > total:  # layers that the output does not feel lose more, even at no price
+        below = [zeros[name] for name in sizes]
     missing = total - sum(below)
     counts = {}
     for name, least, most in zip(sizes, below, above):  # from the one solution to the other, to the weight

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -97,15 +97,21 @@ class Moments:
             self._last = (None, None)  # frees the memory first
             found = read_tensors(self._files[name])
             if found is None:
-                raise UserError(f"cannot read {self._files[name]}, which held moments: delete that folder and give the "
-                                "same command again")
+                raise self._broken(name)
             self._last = ((name, device), (found["moments"].to(device), found["mean"].to(device)))
         return self._last[1]
 
     def diagonal(self, name: str, device) -> Tensor:
         """Return E[x²] of a layer, (groups, d) float32: reads no more of the file than that."""
-        with safe_open(self._files[name], "pt") as file:
-            return file.get_tensor("squares").to(device)
+        try:
+            with safe_open(self._files[name], "pt") as file:
+                return file.get_tensor("squares").to(device)
+        except (OSError, SafetensorError):
+            raise self._broken(name) from None
+
+    def _broken(self, name: str) -> UserError:
+        return UserError(f"cannot read {self._files[name]}, which held moments: delete that folder and give the same "
+                         "command again")
 
     def missing(self) -> List[str]:
         """Return the names of the layers that have no file."""

@@ -27,7 +27,7 @@ def probed_calls(calls: Sequence[Call], count: int = CALLS, lean: float = 1.5) -
     lean: 1 takes as many from each half.
     """
     noisiest_first = sorted(calls, key=lambda call: -timestep(call))
-    places = [round((len(calls) - 1) * (i / max(count - 1, 1)) ** lean) for i in range(min(count, len(calls)))]
+    places = [round((len(calls) - 1) * (i / max(count - 1, 1)) ** lean) for i in range(count)]
     return [noisiest_first[place] for place in sorted(set(places))]
 
 

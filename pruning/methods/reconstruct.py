@@ -88,13 +88,14 @@ def pattern_steps(pattern: str) -> Iterator[Tuple[int, bool]]:
 def lowest(score: Tensor, magnitude: Tensor, count: int) -> Tensor:
     """Return a mask of the `count` lowest scores, (groups, rows, d), that leaves ROW_SHARE of each row if possible.
 
-    Of equal scores, those of lower magnitude go first, so that inputs that never vary lose their small weights.
+    Of equal scores, those of lower magnitude go first, so that inputs that never vary lose their small weights. Scores
+    below 0 are of weights that are zero already, which go before all others.
     """
     row = score.shape[-1]
     stays = max(1, round(ROW_SHARE * row))
     order = score + magnitude.square() * (score.max() * 1e-12 / magnitude.square().max().clamp_min(1e-30))
     if count <= score.numel() - stays * score.shape[0] * score.shape[1]:
-        order = order.scatter(-1, order.topk(stays, dim=-1).indices, float("inf"))
+        order = order.scatter(-1, order.topk(stays, dim=-1).indices, float("inf")).masked_fill(score < 0, -1)
     mask = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
     mask[order.flatten().topk(count, largest=False).indices] = True
     return mask.view(score.shape)

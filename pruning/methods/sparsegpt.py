@@ -43,11 +43,12 @@ def prune(denoiser: nn.Module, rate: float, *, pattern: Optional[str], allocatio
 def solver(denoiser: nn.Module, calibration: Calibration, *, step_weights: str, pattern: Optional[str] = None,
            **_) -> weights.Solve:
     """Return what becomes of a layer that loses some weights."""
+    for name, layer in moments.prunable_layers(denoiser).items():
+        if not torch.isfinite(layer.weight).all():
+            raise UserError(f"{name} has weights that are NaN or infinite; check the weights of the model")
     gathered = moments.gather(denoiser, calibration, step_weights)
 
     def solve(name: str, layer: nn.Module, counts: Sequence[int]) -> Iterator[Tuple[Tensor, Tensor]]:
-        if not torch.isfinite(layer.weight).all():
-            raise UserError(f"{name} has weights that are NaN or infinite; check the weights of the model")
         for count in counts:
             yield solve_layer(layer, gathered.of(name, layer.weight.device)[0], count, pattern)
     return solve
@@ -60,8 +61,6 @@ def solve_layer(layer: nn.Module, matrix: Tensor, count: int, pattern: Optional[
     matrix: H, (groups, d, d). The places of a kernel stand before its input channels while columns are processed, so
     that a pattern's channels are neighbours.
     """
-    if pattern and weights.pattern_fault(layer, pattern):
-        pattern, count = None, 0
     dense = as_rows(layer).detach().float()
     groups, rows, d = dense.shape
     channels = layer.weight.shape[1]

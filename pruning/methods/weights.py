@@ -46,6 +46,8 @@ def prune(method: str, denoiser: nn.Module, rate: float, solve: Solve, counts: D
     aims = sequential.dense_outputs(denoiser, layers, calibration) if refit_in_order else None
     errors = {}
     for name, layer in tqdm(layers.items(), desc="layers", unit="layer", leave=False, delay=2):
+        if pattern and pattern_fault(layer, pattern):
+            continue  # not even a zero of it changes
         weight, zeros = next(solve(name, layer, [counts[name]]))
         if gathered is not None:
             matrix, _ = gathered.of(name, layer.weight.device)
@@ -129,7 +131,8 @@ def guided_counts(denoiser: nn.Module, rate: float, solve: Solve, calibration: C
     layers = moments.prunable_layers(denoiser)
     survey = survey_layers(denoiser, layers, solve, calibration, key)
     sizes = {name: layer.weight.numel() for name, layer in layers.items()}
-    return allocation.least_change(sizes, (0.0, *CURVE), survey.curves, survey.sensitivities, rate)
+    zeros = {name: zeroing.count_zeros(layer.weight) for name, layer in layers.items()}
+    return allocation.least_change(sizes, (0.0, *CURVE), survey.curves, survey.sensitivities, rate, zeros)
 
 
 def survey_key(method: str, **options) -> str:
@@ -197,12 +200,10 @@ def pattern_fault(layer: nn.Module, pattern: str) -> Optional[str]:
 
 
 def pattern_zeros(layer: nn.Module, scores: Tensor, pattern: str, stay: Optional[int] = None) -> Tensor:
-    """Return a mask of the lowest scores of each group of m input channels, as (groups, rows, d); none if it cannot.
+    """Return a mask of the lowest scores of each group of m input channels, as (groups, rows, d).
 
     A kernel's places are apart: a group is m input channels at one place. stay: how many of each m stay instead of n.
     """
-    if pattern_fault(layer, pattern):
-        return torch.zeros_like(scores, dtype=torch.bool)
     final, every = pattern_of(pattern)
     stay = final if stay is None else stay
     channels = layer.weight.shape[1]

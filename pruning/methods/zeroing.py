@@ -90,8 +90,12 @@ def layer_counts(weights: Sequence[Tensor], rate: float) -> List[int]:
 
 
 def global_counts(weights: Dict[str, Tensor], rate: float, score: Score) -> Dict[str, int]:
-    """Return how many weights of each tensor are among the round(rate * n) of lowest score over all n weights."""
-    count = round(rate * sum(weight.numel() for weight in weights.values()))
+    """Return how many weights of each tensor are among the round(rate * n) of lowest score over all n weights.
+
+    All weights that are zero already are among them, even if they are more.
+    """
+    total, zeros = (sum(map(size, weights.values())) for size in (Tensor.numel, count_zeros))
+    count = max(round(rate * total), zeros)
     if count <= 0:
         return dict.fromkeys(weights, 0)
     threshold, ties = find_threshold(weights, count, score)
