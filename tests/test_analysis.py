@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from pruning import cli, data, experiment, pruning_analysis, steps, sweep, test_single_rate
-from pruning.methods import METHODS, default_options, needs
+from pruning.methods import METHODS, default_options, needs, probes, reconstruct, sequential
 from pruning.metrics import METRICS, backbones, scores
 from pruning.models import generation, pipelines
 from pruning.records.record import read_record
@@ -58,7 +58,12 @@ def measured(request, tmp_path_factory):
     flags = ["--recovery_steps", "1"] if request.param == "iterative" else []
     if needs(request.param, {}):
         flags += FEW_CALLS
-    return measure(folder, "--method", request.param, *RATES, *flags), folder
+    with pytest.MonkeyPatch.context() as patch:  # fewer steps and probes, which take less time
+        patch.setattr(reconstruct, "SHARE", 0.8)
+        patch.setattr(sequential, "CALLS", 1)
+        patch.setattr(reconstruct, "ITERATIONS", 1)
+        patch.setattr(probes, "PROBES", 1)
+        return measure(folder, "--method", request.param, *RATES, *flags), folder
 
 
 def test_a_sweep_reaches_the_rates_asked_and_changes_the_images_ever_more(measured):
