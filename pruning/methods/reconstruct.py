@@ -95,7 +95,8 @@ def lowest(score: Tensor, magnitude: Tensor, count: int) -> Tensor:
     stays = max(1, round(ROW_SHARE * row))
     order = score + magnitude.square() * (score.max() * 1e-12 / magnitude.square().max().clamp_min(1e-30))
     if count <= score.numel() - stays * score.shape[0] * score.shape[1]:
-        order = order.scatter(-1, order.topk(stays, dim=-1).indices, float("inf")).masked_fill(score < 0, -1)
+        reserve = order.topk(stays, dim=-1, sorted=False).indices
+        order = order.scatter(-1, reserve, float("inf")).masked_fill(score < 0, -1)
     mask = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
-    mask[order.flatten().topk(count, largest=False).indices] = True
+    mask[order.flatten().topk(count, largest=False, sorted=False).indices] = True
     return mask.view(score.shape)

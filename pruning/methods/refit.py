@@ -65,16 +65,16 @@ def _conjugate_gradients(start: Tensor, kept: Tensor, target: Tensor, matrix: Te
     inverse = kept / matrix.diagonal(dim1=-2, dim2=-1)[:, None, :]  # the preconditioner, on S alone
     weight = start * kept
     residual = (target - weight @ matrix) * kept
-    step = residual * inverse
-    direction, norm = step, (residual * step).sum(-1, keepdim=True)
-    for _ in range(iterations):
-        image = (direction @ matrix) * kept
+    direction = residual * inverse
+    norm = (residual * direction).sum(-1, keepdim=True)
+    for _ in range(iterations):  # in place: for narrow layers, memory takes longer than the product
+        image = (direction @ matrix).mul_(kept)
         length = norm / (direction * image).sum(-1, keepdim=True).clamp_min(1e-30)
-        weight = weight + length * direction
-        residual = residual - length * image
-        step = residual * inverse
+        weight.addcmul_(direction, length)
+        residual.addcmul_(image, length, value=-1)
+        step = torch.mul(residual, inverse, out=image)
         before, norm = norm, (residual * step).sum(-1, keepdim=True)
-        direction = step + norm / before.clamp_min(1e-30) * direction
+        direction.mul_(norm / before.clamp_min(1e-30)).add_(step)
     return weight
 
 
