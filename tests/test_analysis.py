@@ -394,6 +394,13 @@ def test_the_shell_driver_passes_positions_and_flags_on(tmp_path):
     assert [point.rate for point in record.points] == [0.5]
 
 
+def test_a_calibration_memory_below_the_largest_layer_is_refused_before_any_image(tmp_path, capsys):
+    line = fails(capsys, pruning_analysis.main, *QUICK, "--method", "wanda", "--calibration_memory", "0.001",
+                 "--results_dir", str(tmp_path))
+    assert "give --calibration_memory 0.02 or more" in line
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".png", ".json")]
+
+
 def test_no_shipped_record_stands_in_the_way_of_the_first_command():
     """A sweep into results/ would have to go on with it, which other versions of packages may not."""
     shipped = subprocess.run(["git", "ls-files", "results"], cwd=str(ROOT), capture_output=True, text=True).stdout

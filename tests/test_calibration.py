@@ -238,7 +238,7 @@ def test_groups_fit_the_memory_and_hold_every_layer_in_order():
 def test_a_memory_below_the_largest_layer_is_an_error_that_names_the_flag_and_a_value_that_suffices():
     model = One(nn.Linear(1500, 2))
     calls = [({"sample": torch.ones(1, 1500)}, torch.ones(1, 2))]
-    with pytest.raises(UserError, match="layer.weight take more than --calibration_memory 0.0078125; give") as raised:
+    with pytest.raises(UserError, match="layer.weight take more than --calibration_memory 0.007812; give") as raised:
         moments.gather(model, Calibration(lambda: calls, 0, memory=GIB // 128))
     enough = re.search(r"give --calibration_memory (\S+) or more \(GiB\)", str(raised.value)).group(1)
     args = arguments("--calibration_memory", enough)

@@ -158,6 +158,14 @@ def needs(method: str, options: Dict[str, Any]) -> Tuple[str, ...]:
     return METHODS[method].needs({**default_options(method), **options})
 
 
+def check_memory(method: str, denoiser, memory: int, **options) -> None:
+    """Raise UserError if the method gathers moments and those of one layer take more than `memory` bytes."""
+    if "moments" in needs(method, options):
+        from pruning.methods import moments  # here, because this table loads without torch
+        moments.memory_groups({name: moments.moment_bytes(layer)
+                               for name, layer in moments.prunable_layers(denoiser).items()}, memory)
+
+
 def default_options(method: str) -> Dict[str, Any]:
     """Return the options of a method with their defaults. Raises UserError if METHODS does not have the method."""
     return {name: option.default for name, option in METHODS[check_name("method", method, METHODS)].options.items()}

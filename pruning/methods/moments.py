@@ -195,11 +195,12 @@ def memory_groups(sizes: Dict[str, int], memory: int) -> List[List[str]]:
 
     Raises UserError if one size is larger.
     """
+    largest = max(sizes, key=lambda name: sizes[name])
+    if sizes[largest] > memory:
+        raise UserError(f"the input moments of {largest} take more than --calibration_memory {memory / GIB:.4g}; give "
+                        f"--calibration_memory {math.ceil(1000 * sizes[largest] / GIB) / 1000:g} or more (GiB)")
     groups, held = [[]], 0
     for name, size in sizes.items():
-        if size > memory:
-            raise UserError(f"the input moments of {name} take more than --calibration_memory {memory / GIB:g}; give "
-                            f"--calibration_memory {math.ceil(1000 * size / GIB) / 1000:g} or more (GiB)")
         if held + size > memory:
             groups.append([])
             held = 0
