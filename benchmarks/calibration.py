@@ -71,8 +71,7 @@ def measure(name: str, device: str, calls: int, memory: float) -> str:
     probed = probes.row_energies(denoiser, probes.probed_calls(recorded, 1), None, layers, 0)
     probing = time.perf_counter() - started
     calibration.keep("row energies", lambda: {key: energy.cpu() for key, energy in probed.items()})
-    moments.gather = lambda *_: gathered  # the other groups are not gathered here
-    solve = reconstruct.solver(denoiser, calibration)
+    solve = reconstruct.solver(denoiser, gathered, calibration)
     started = time.perf_counter()
     for key, layer in group.items():
         weight, _ = next(solve(key, layer, [round(RATE * layer.weight.numel())]))

@@ -195,7 +195,7 @@ def test_the_first_weights_to_go_have_the_least_w_squared_times_input_square_tim
     model = Net()
     known = calibration(model)
     gathered, layers = moments.gather(model, known), moments.prunable_layers(model)
-    energies, solve = weights.row_energies(model, layers, known), reconstruct.solver(model, known)
+    energies, solve = weights.row_energies(model, layers, known), reconstruct.solver(model, gathered, known)
     for name, layer in layers.items():
         count = layer.weight.numel() // 20  # less than a step takes
         _, zeros = next(solve(name, layer, [count]))
@@ -237,7 +237,7 @@ def test_steps_reach_each_count_and_never_turn_back(data):
 def test_zeros_are_nested_and_as_many_as_asked():
     model = Net()
     known = calibration(model)
-    solve = reconstruct.solver(model, known)
+    solve = reconstruct.solver(model, moments.gather(model, known), known)
     for name, layer in moments.prunable_layers(model).items():
         counts = [round(rate * layer.weight.numel()) for rate in weights.CURVE]
         before = torch.zeros_like(layer.weight, dtype=torch.bool)
@@ -252,8 +252,9 @@ def test_a_pattern_takes_one_weight_of_each_group_at_a_time_and_its_scores_know_
     model = Net()
     known = calibration(model)
     energy = weights.row_energies(model, moments.prunable_layers(model), known)["first.weight"][:, None]
-    matrix, _ = moments.gather(model, known).of("first.weight", "cpu")
-    _, found = next(reconstruct.solver(model, known, pattern="2:4")("first.weight", model.first, [0]))
+    gathered = moments.gather(model, known)
+    matrix, _ = gathered.of("first.weight", "cpu")
+    _, found = next(reconstruct.solver(model, gathered, known, pattern="2:4")("first.weight", model.first, [0]))
     dense = model.first.weight.detach()
     fitted, zeros = dense, torch.zeros_like(dense, dtype=torch.bool)
     for count in (1, 2):

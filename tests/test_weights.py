@@ -380,7 +380,7 @@ def test_sensitivity_times_error_predicts_what_pruning_the_last_layer_alone_does
     rates, survey = methods.survey("wanda", model, known)
     at = rates.index(weights.REFERENCE_RATE)
     predicted = survey.sensitivities["leave.weight"] * survey.curves["leave.weight"][1 + at]
-    solve = wanda.solver(model, known, scope="row", refit=False)
+    solve = wanda.solver(model, moments.gather(model, known), known, scope="row", refit=False)
     weight, _ = next(solve("leave.weight", model.leave, [round(0.7 * model.leave.weight.numel())]))
     with torch.no_grad():
         model.leave.weight.copy_(weight)

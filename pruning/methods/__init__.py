@@ -232,10 +232,10 @@ def survey(method: str, denoiser, calibration, **options):
         able = ", ".join(name for name in METHODS if hasattr(importlib.import_module(f"{__name__}.{name}"), "solver"))
         raise UserError(f"--sensitivity is measured for methods that prune layer by layer: {able}")
     given = {**default_options(method), **options}
-    solve = module.solver(denoiser, calibration, **{**given, "pattern": None})
-    deciding = {name: given[name] for name in ("scope", "refit", "step_weights") if name in given}
+    gathered = moments.gather(denoiser, calibration, given.get("step_weights", "uniform"))
+    solve = module.solver(denoiser, gathered, calibration, **{**given, "pattern": None})
     return weights.CURVE, weights.survey_layers(denoiser, moments.prunable_layers(denoiser), solve, calibration,
-                                                weights.survey_key(method, **deciding))
+                                                weights.survey_key(method, **given))
 
 
 def check_option(method: str, name: str, value: Any) -> None:

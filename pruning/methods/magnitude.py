@@ -18,9 +18,10 @@ def prune(denoiser: nn.Module, rate: float, *, calibration: Optional[Calibration
     return weights.prune_by_score("magnitude", denoiser, rate, score, calibration, **options)
 
 
-def solver(denoiser: nn.Module, calibration: Calibration, *, scope: str, refit: bool, **_) -> weights.Solve:
+def solver(denoiser: nn.Module, gathered: moments.Moments, calibration: Calibration, *, scope: str, refit: bool,
+           **_) -> weights.Solve:
     """Return what becomes of a layer that loses some weights."""
-    return weights.by_score(score, scope, None, moments.gather(denoiser, calibration) if refit else None)
+    return weights.by_score(score, scope, None, gathered if refit else None)
 
 
 def score(rows: Tensor, name: str) -> Tensor:

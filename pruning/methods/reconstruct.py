@@ -33,19 +33,19 @@ def prune(denoiser: nn.Module, rate: float, *, pattern: Optional[str], recovery_
     if rate == 0:
         return zeroing.report(denoiser, {name: layer.weight for name, layer in layers.items()}, rate, "reconstruct")
     weights.check_pattern(denoiser, pattern)
-    solve = solver(denoiser, calibration, pattern=pattern)
+    gathered = moments.gather(denoiser, calibration)
+    solve = solver(denoiser, gathered, calibration, pattern=pattern)
     if pattern:
         counts = dict.fromkeys(layers, 0)
     else:
         counts = weights.guided_counts(denoiser, rate, solve, calibration, weights.survey_key("reconstruct"))
-    return weights.prune("reconstruct", denoiser, rate, solve, counts, calibration,
-                         moments.gather(denoiser, calibration), pattern=pattern, refit_in_order=True,
-                         recovery_steps=recovery_steps)
+    return weights.prune("reconstruct", denoiser, rate, solve, counts, calibration, gathered, pattern=pattern,
+                         refit_in_order=True, recovery_steps=recovery_steps)
 
 
-def solver(denoiser: nn.Module, calibration: Calibration, *, pattern: Optional[str] = None, **_) -> weights.Solve:
+def solver(denoiser: nn.Module, gathered: moments.Moments, calibration: Calibration, *,
+           pattern: Optional[str] = None, **_) -> weights.Solve:
     """Return what becomes of a layer that loses some weights: step by step, with a re-fit after each."""
-    gathered = moments.gather(denoiser, calibration)
     energies = weights.row_energies(denoiser, moments.prunable_layers(denoiser), calibration)
 
     def solve(name: str, layer: nn.Module, counts: Sequence[int]) -> Iterator[Tuple[Tensor, Tensor]]:

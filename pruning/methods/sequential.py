@@ -44,15 +44,15 @@ def dense_outputs(denoiser: nn.Module, layers: Dict[str, nn.Module], calibration
     calls = probes.probed_calls(calibration.calls, CALLS, lean=1.0)
     widths = sum(len(layer.weight) for layer in layers.values())
     rows = max(1, min(ROWS, calibration.memory // (4 * widths)))
-    images = LATENTS
+    latents = LATENTS
     while True:
-        arguments, count = one_batch(calls, images)
+        arguments, count = one_batch(calls, latents)
         try:
             return Aims(arguments, _outputs(denoiser, layers, arguments, rows, calibration.seed), rows)
         except torch.cuda.OutOfMemoryError:
             if count == 1:
                 raise UserError("the device has no memory for a denoiser call of one latent; use --offload") from None
-            images = count // 2
+            latents = count // 2
 
 
 def _outputs(denoiser, layers, arguments: Dict[str, Any], rows: int, seed: int) -> Dict[str, Tensor]:
@@ -86,10 +86,10 @@ def refit_in_order(denoiser: nn.Module, layers: Dict[str, nn.Module], aims: Aims
         target = y.transpose(1, 2) @ x / x.shape[1] + PRIOR * weight @ dense
         matrix = x.transpose(1, 2) @ x / x.shape[1]
         damping = refit.add_damping(matrix.add_(dense, alpha=PRIOR))
-        weight = refit.solve_rows(weight, weight != 0, matrix, target + damping * weight)
-        zeros = layer.weight == 0
+        kept = weight != 0
+        weight = refit.solve_rows(weight, kept, matrix, target + damping * weight)
         layer.weight.copy_(weight.reshape(layer.weight.shape))
-        restore_zeros({name: layer.weight}, {name: zeros})
+        restore_zeros({name: layer.weight}, {name: ~kept.reshape(layer.weight.shape)})
 
     with watched(layers, note):
         answer(denoiser, aims.arguments)

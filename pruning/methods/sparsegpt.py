@@ -29,24 +29,23 @@ def prune(denoiser: nn.Module, rate: float, *, pattern: Optional[str], allocatio
     if rate == 0:
         return zeroing.report(denoiser, dense, rate, "sparsegpt")
     weights.check_pattern(denoiser, pattern)
-    solve = solver(denoiser, calibration, step_weights=step_weights, pattern=pattern)
+    gathered = moments.gather(denoiser, calibration, step_weights)
+    solve = solver(denoiser, gathered, calibration, pattern=pattern)
     if allocation == "guided":
         key = weights.survey_key("sparsegpt", step_weights=step_weights)
         counts = weights.guided_counts(denoiser, rate, solve, calibration, key)
     else:
         counts = weights.uniform_counts(dense, rate)
-    return weights.prune("sparsegpt", denoiser, rate, solve, counts, calibration,
-                         moments.gather(denoiser, calibration, step_weights), pattern=pattern,
+    return weights.prune("sparsegpt", denoiser, rate, solve, counts, calibration, gathered, pattern=pattern,
                          recovery_steps=recovery_steps)
 
 
-def solver(denoiser: nn.Module, calibration: Calibration, *, step_weights: str, pattern: Optional[str] = None,
-           **_) -> weights.Solve:
-    """Return what becomes of a layer that loses some weights."""
+def solver(denoiser: nn.Module, gathered: moments.Moments, calibration: Calibration, *,
+           pattern: Optional[str] = None, **_) -> weights.Solve:
+    """Return what becomes of a layer that loses some weights. Raises UserError if a weight is not finite."""
     for name, layer in moments.prunable_layers(denoiser).items():
         if not torch.isfinite(layer.weight).all():
             raise UserError(f"{name} has weights that are NaN or infinite; check the weights of the model")
-    gathered = moments.gather(denoiser, calibration, step_weights)
 
     def solve(name: str, layer: nn.Module, counts: Sequence[int]) -> Iterator[Tuple[Tensor, Tensor]]:
         for count in counts:

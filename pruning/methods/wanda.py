@@ -22,9 +22,9 @@ def prune(denoiser: nn.Module, rate: float, *, calibration: Optional[Calibration
         "wanda", denoiser, rate, wanda_of(denoiser, gathered), calibration, gathered, **options)
 
 
-def solver(denoiser: nn.Module, calibration: Calibration, *, scope: str, refit: bool, **_) -> weights.Solve:
+def solver(denoiser: nn.Module, gathered: moments.Moments, calibration: Calibration, *, scope: str, refit: bool,
+           **_) -> weights.Solve:
     """Return what becomes of a layer that loses some weights."""
-    gathered = moments.gather(denoiser, calibration)
     return weights.by_score(wanda_of(denoiser, gathered), scope, None, gathered if refit else None)
 
 

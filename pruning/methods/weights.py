@@ -23,6 +23,7 @@ Solve = Callable[[str, nn.Module, Sequence[int]], Iterator[Tuple[Tensor, Tensor]
 
 CURVE = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.96)  # rates at which a layer's error is measured
 REFERENCE_RATE = 0.7  # at which layers are pruned to probe their sensitivity
+SURVEYED = ("refit", "scope", "step_weights")  # options that decide what a solver does without a pattern
 
 
 class Survey(NamedTuple):
@@ -44,9 +45,10 @@ def prune(method: str, denoiser: nn.Module, rate: float, solve: Solve, counts: D
     if recovery_steps:
         _ = calibration.calls  # before anything changes
     aims = sequential.dense_outputs(denoiser, layers, calibration) if refit_in_order else None
+    faults = {name: pattern_fault(layer, pattern) for name, layer in layers.items()} if pattern else {}
     errors = {}
     for name, layer in tqdm(layers.items(), desc="layers", unit="layer", leave=False, delay=2):
-        if pattern and pattern_fault(layer, pattern):
+        if faults.get(name):
             continue  # not even a zero of it changes
         weight, zeros = next(solve(name, layer, [counts[name]]))
         if gathered is not None:
@@ -60,7 +62,6 @@ def prune(method: str, denoiser: nn.Module, rate: float, solve: Solve, counts: D
     weights = {name: layer.weight for name, layer in layers.items()}
     recover(denoiser, weights, calibration, recovery_steps, rate)
     pruned = zeroing.report(denoiser, weights, rate, method, errors)
-    faults = {name: pattern_fault(layer, pattern) for name, layer in layers.items()} if pattern else {}
     return pruned._replace(skipped_modules={**pruned.skipped_modules, **{n: why for n, why in faults.items() if why}})
 
 
@@ -136,8 +137,8 @@ def guided_counts(denoiser: nn.Module, rate: float, solve: Solve, calibration: C
 
 
 def survey_key(method: str, **options) -> str:
-    """Return the name of a survey: the method and the options that decide what its solver does."""
-    return " ".join([f"survey of {method}", *(f"{name}={value}" for name, value in sorted(options.items()))])
+    """Return the name of a survey: the method and those of its options that decide what its solver does."""
+    return " ".join([f"survey of {method}", *(f"{name}={options[name]}" for name in SURVEYED if name in options)])
 
 
 def survey_layers(denoiser: nn.Module, layers: Dict[str, nn.Module], solve: Solve, calibration: Calibration,

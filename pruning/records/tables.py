@@ -125,7 +125,6 @@ def _by_variant(records: Sequence[Record], title: str, cell) -> Table:
     return Table(title, ["rate", *(record.variant.replace("+", "\n+") for record in records)], rows)
 
 
-
 # ---- the sensitivity of layers
 
 def sensitivity_table(found: dict, names: Sequence[str]) -> Table:
