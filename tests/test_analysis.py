@@ -60,6 +60,7 @@ def measured(request, tmp_path_factory):
         flags += FEW_CALLS
     with pytest.MonkeyPatch.context() as patch:  # fewer steps and probes, which take less time
         patch.setattr(reconstruct, "SHARE", 0.8)
+        patch.setattr(reconstruct, "SURVEY_SHARE", 0.8)
         patch.setattr(sequential, "CALLS", 1)
         patch.setattr(reconstruct, "ITERATIONS", 1)
         patch.setattr(probes, "PROBES", 1)

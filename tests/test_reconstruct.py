@@ -226,7 +226,7 @@ def test_of_inputs_that_never_vary_the_small_weights_go_and_weights_that_are_gon
 def test_steps_reach_each_count_and_never_turn_back(data):
     size = data.draw(st.integers(1, 5000))
     counts = sorted(data.draw(st.lists(st.integers(0, size), min_size=1, max_size=8)))
-    taken = list(reconstruct.steps(counts, size))
+    taken = list(reconstruct.steps(counts, size, reconstruct.SHARE))
     assert [count for count, wanted in taken if wanted] == counts
     reached = [0, *(count for count, _ in taken)]
     assert reached == sorted(reached)

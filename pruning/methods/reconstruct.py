@@ -19,6 +19,7 @@ from pruning.methods.moments import as_rows
 
 ROW_SHARE = 0.015  # of each row stays: a row without weights is a constant
 SHARE = 0.1  # of the weights that are left go in a step, and the next step's score knows the re-fit
+SURVEY_SHARE = 0.15  # the same where only a layer's error is measured: allocation needs no more
 ITERATIONS = 4  # of the re-fit after each step, from the weights before
 
 
@@ -34,18 +35,23 @@ def prune(denoiser: nn.Module, rate: float, *, pattern: Optional[str], recovery_
         return zeroing.report(denoiser, {name: layer.weight for name, layer in layers.items()}, rate, "reconstruct")
     weights.check_pattern(denoiser, pattern)
     gathered = moments.gather(denoiser, calibration)
-    solve = solver(denoiser, gathered, calibration, pattern=pattern)
+    solve = solver(denoiser, gathered, calibration, pattern=pattern, share=SHARE)
     if pattern:
         counts = dict.fromkeys(layers, 0)
     else:
-        counts = weights.guided_counts(denoiser, rate, solve, calibration, weights.survey_key("reconstruct"))
+        surveyor = solver(denoiser, gathered, calibration)
+        counts = weights.guided_counts(denoiser, rate, surveyor, calibration, weights.survey_key("reconstruct"))
     return weights.prune("reconstruct", denoiser, rate, solve, counts, calibration, gathered, pattern=pattern,
                          refit_in_order=True, recovery_steps=recovery_steps)
 
 
 def solver(denoiser: nn.Module, gathered: moments.Moments, calibration: Calibration, *,
-           pattern: Optional[str] = None, **_) -> weights.Solve:
-    """Return what becomes of a layer that loses some weights: step by step, with a re-fit after each."""
+           pattern: Optional[str] = None, share: Optional[float] = None, **_) -> weights.Solve:
+    """Return what becomes of a layer that loses some weights: step by step, with a re-fit after each.
+
+    share: of the weights left that go in a step; None: SURVEY_SHARE.
+    """
+    share = SURVEY_SHARE if share is None else share
     energies = weights.row_energies(denoiser, moments.prunable_layers(denoiser), calibration)
 
     def solve(name: str, layer: nn.Module, counts: Sequence[int]) -> Iterator[Tuple[Tensor, Tensor]]:
@@ -54,7 +60,7 @@ def solver(denoiser: nn.Module, gathered: moments.Moments, calibration: Calibrat
         gain = matrix.diagonal(dim1=1, dim2=2)[:, None] * energies[name].to(dense.device).view(*dense.shape[:2], 1)
         matrix = refit.damped(matrix)
         weight, zeros, target = dense, dense == 0, dense @ matrix
-        for step, wanted in pattern_steps(pattern) if pattern else steps(counts, dense.numel()):
+        for step, wanted in pattern_steps(pattern) if pattern else steps(counts, dense.numel(), share):
             score = (weight.square() * gain).masked_fill(zeros, -1)  # zeros stay
             if pattern:
                 zeros = weights.pattern_zeros(layer, score, pattern, step)
@@ -66,12 +72,12 @@ def solver(denoiser: nn.Module, gathered: moments.Moments, calibration: Calibrat
     return solve
 
 
-def steps(counts: Sequence[int], total: int) -> Iterator[Tuple[int, bool]]:
-    """Yield the zeros after each step, and whether they are one of `counts`. A step takes about SHARE of the rest."""
+def steps(counts: Sequence[int], total: int, share: float) -> Iterator[Tuple[int, bool]]:
+    """Yield the zeros after each step, and whether they are one of `counts`. A step takes about `share` of the rest."""
     reached = 0
     for count in counts:
         left, stay = max(1, total - reached), max(1, total - count)
-        number = max(1, math.ceil(math.log(left / stay) / -math.log(1 - SHARE) - 1e-9))
+        number = max(1, math.ceil(math.log(left / stay) / -math.log(1 - share) - 1e-9))
         for step in range(1, number):
             yield total - round(left * (stay / left) ** (step / number)), False
         yield count, True

@@ -23,7 +23,7 @@ from pruning.methods.recovery import restore_zeros
 
 CALLS = 8  # recorded calls that go through the denoiser together
 LATENTS = 128  # latents in these calls, at most
-ROWS = 12_000  # places of a layer, at most
+ROWS = 6_000  # places of a layer, at most
 PRIOR = 0.1  # ρ: the calls are fewer than those of H
 
 
