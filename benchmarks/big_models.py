@@ -31,8 +31,9 @@ MODELS = {
     "sd15": (dict(sample_size=64, cross_attention_dim=768), torch.float32),
     "sdxl": (SDXL, torch.bfloat16),
 }
+BY_NORM = {"criterion": "norm", "refit": False}  # the time of calibration is measured by calibration.py
 CASES = (("magnitude", {"scope": "layer"}), ("magnitude", {"scope": "global"}),
-         ("iterative", {"scope": "global", "recovery_steps": 0}), ("structured", {}), ("attention_heads", {}))
+         ("iterative", {"scope": "global", "recovery_steps": 0}), ("structured", BY_NORM), ("attention_heads", BY_NORM))
 
 
 def build(name: str):

@@ -75,7 +75,9 @@ def measure(dense, call: dict, name: str, rate: float, rounds: int) -> dict:
             if peer:
                 note = peer(denoiser, rate, call)
             elif name != "dense":
-                methods.prune(name, denoiser, rate)
+                # How much is removed does not depend on which units go, and norms need no calibration.
+                by_norm = {"criterion": "norm", "refit": False} if methods.METHODS[name].removes else {}
+                methods.prune(name, denoiser, rate, **by_norm)
         costs.synchronize(denoiser.device)
         prune_seconds = time.perf_counter() - started
         macs = costs.count_macs(denoiser, call)

@@ -58,6 +58,13 @@ def gibibytes(text: str) -> float:
     return _number(text, lambda value: 0 < value < 1e9, "memory is a number of GiB above 0")
 
 
+def on_or_off(text: str) -> bool:
+    """Return whether an option is on: "on" or "off"."""
+    if text not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"expected on or off; got {text!r}")
+    return text == "on"
+
+
 def _number(text: str, fits, expected: str) -> float:
     try:
         value = float(text)
@@ -137,9 +144,11 @@ def add_method_flags(parser: Parser) -> None:
             users.setdefault(name, {})[method] = option
     for name, methods in users.items():
         option = next(iter(methods.values()))
-        defaults = list(dict.fromkeys(str(each.default) for each in methods.values() if each.type is not bool))
+        defaults = list(dict.fromkeys(("on" if each.default else "off") if each.type is bool else str(each.default)
+                                      for each in methods.values()))
         shown = f" (default: {' or '.join(defaults)})" if defaults else ""
-        kind = {"action": "store_true"} if option.type is bool else {"type": option.type}
+        kind = {"nargs": "?", "const": True, "type": on_or_off, "metavar": "on|off"} if option.type is bool \
+            else {"type": option.type}
         parser.add_argument(f"--{name}", default=None, help=f"{', '.join(methods)}: {option.help}{shown}", **kind)
 
 

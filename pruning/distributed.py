@@ -63,9 +63,11 @@ def broadcast(value):
     """Return the main process's value in all processes."""
     if world_size == 1:
         return value
-    from accelerate.utils import broadcast_object_list
+    import torch
+    values = [value]
     with _collective():
-        return broadcast_object_list([value])[0]
+        torch.distributed.broadcast_object_list(values, 0)  # accelerate's own does nothing between CPU processes
+    return values[0]
 
 
 def gather(items: list) -> list:

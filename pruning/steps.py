@@ -42,6 +42,11 @@ def prune_copy(experiment: Experiment, rate: float):
     if distributed.is_main or not calibrates:
         pruned = methods.prune(method, denoiser, rate, calibration=experiment.calibration, **options)
     if calibrates:
+        removals = distributed.broadcast(getattr(denoiser, "removals", []))
+        if not distributed.is_main:
+            from pruning.methods import surgery  # here, because the commands import this file before they need torch
+            for plan in removals[len(getattr(denoiser, "removals", [])):]:
+                surgery.apply(denoiser, plan)
         distributed.broadcast_module(denoiser)
     pipelines.set_denoiser(experiment.pipeline, denoiser, experiment.device, experiment.offload)
     return denoiser, pruned

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from pruning import cli, data, experiment, pruning_analysis, steps, sweep, test_single_rate
-from pruning.methods import METHODS, default_options, needs, probes, reconstruct, sequential
+from pruning.methods import METHODS, default_options, needs, probes, reconstruct, sequential, units
 from pruning.metrics import METRICS, backbones, scores
 from pruning.models import generation, pipelines
 from pruning.records.record import read_record
@@ -62,6 +62,7 @@ def measured(request, tmp_path_factory):
         patch.setattr(reconstruct, "SHARE", 0.8)
         patch.setattr(reconstruct, "SURVEY_SHARE", 0.8)
         patch.setattr(sequential, "CALLS", 1)
+        patch.setattr(units, "CALLS", 1)
         patch.setattr(reconstruct, "ITERATIONS", 1)
         patch.setattr(probes, "PROBES", 1)
         return measure(folder, "--method", request.param, *RATES, *flags), folder
@@ -386,12 +387,12 @@ def test_cuda_where_there_is_none_is_an_error(tmp_path, capsys):
 
 
 def test_the_shell_driver_passes_positions_and_flags_on(tmp_path):
-    command_line = ["bash", str(ROOT / "run_pruning_analysis.sh"), "structured", "3", "shapes", "--rates", "0.5",
-                    "--steps", "2", "--results_dir", str(tmp_path)]
+    command_line = ["bash", str(ROOT / "run_pruning_analysis.sh"), "attention_heads", "3", "shapes", "--rates", "0.5",
+                    "--criterion", "norm", "--refit", "off", "--steps", "2", "--results_dir", str(tmp_path)]
     subprocess.run(command_line, check=True, capture_output=True, cwd=str(tmp_path),
                    env={**os.environ, "PYTHON": sys.executable})
-    record = read_record(tmp_path / "shapes-unet" / "shapes" / "structured.json")
-    assert (record.method, len(record.samples), record.dataset) == ("structured", 3, "shapes")
+    record = read_record(tmp_path / "shapes-unet" / "shapes" / "attention_heads+criterion=norm+refit=off.json")
+    assert (record.method, len(record.samples), record.dataset) == ("attention_heads", 3, "shapes")
     assert [point.rate for point in record.points] == [0.5]
 
 

@@ -170,6 +170,7 @@ def measured(request, folder_of, tmp_path_factory):
     family, method = request.param
     folder = tmp_path_factory.mktemp(f"{family}-{method}")
     quick = ["--recovery_steps", "1"] if "recovery_steps" in METHODS[method].options else []
+    quick += ["--calibration_images", "4"] if "calibration_images" in METHODS[method].options else []
     test_single_rate.main([
         "--model", str(folder_of(family)), "--method", method, "--rate", "0.5", "--dataset", "shapes",
         "--num_images", "2", "--steps", "2", "--batch_size", "2", "--image_size", str(SIZE), "--device", "cpu",

@@ -15,8 +15,8 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from pruning import UserError, methods
-from pruning.methods import METHODS, Method, Option, Pruned, default_options, prune, variant_name, weights
+from pruning import UserError, cli, methods
+from pruning.methods import METHODS, Method, Option, Pruned, default_options, prune, units, variant_name, weights
 from pruning.methods.calibration import Calibration
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,7 +64,7 @@ def test_methods_that_share_an_option_agree_on_its_type():
 def test_an_option_reads_its_own_default_from_text(method, name):
     option = METHODS[method].options[name]
     if option.type is bool:
-        assert option.default is False  # a flag without a value can only turn it on
+        assert cli.on_or_off("on" if option.default else "off") is option.default
     elif option.default is not None:
         assert option.type(str(option.default)) == option.default
 
@@ -73,9 +73,10 @@ def test_an_option_reads_its_own_default_from_text(method, name):
 def test_the_file_of_a_method_takes_exactly_the_options_of_the_table(method):
     parameters = inspect.signature(import_module(f"pruning.methods.{method}").prune).parameters
     keywords = {name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY}
-    if parameters.get("options"):  # passed on to the function that all methods with a score share
-        shared = inspect.signature(weights.prune_by_score).parameters
+    if parameters.get("options"):  # passed on to the function that all methods of a sort share
+        shared = inspect.signature(units.prune if METHODS[method].removes else weights.prune_by_score).parameters
         keywords |= {name for name, parameter in shared.items() if parameter.kind is parameter.KEYWORD_ONLY}
+        keywords -= {"round_to"} - set(METHODS[method].options)  # has a default
     assert list(parameters)[:2] == ["denoiser", "rate"]
     assert keywords == {"calibration", *METHODS[method].options} - {"calibration_images"}
 
@@ -96,7 +97,9 @@ def test_a_value_that_an_option_does_not_take_is_one_line_that_names_what_it_tak
 
 def test_defaults_come_from_the_table():
     assert default_options("iterative") == {"scope": "layer", "recovery_steps": 60, "calibration_images": 128}
-    assert default_options("structured") == {"mask_only": False, "round_to": 1}
+    assert default_options("structured") == {
+        "criterion": "loss", "allocation": "uniform", "refit": True, "mask_only": False, "round_to": 1,
+        "recovery_steps": 0, "calibration_images": 32}
     with pytest.raises(UserError, match="did you mean 'magnitude'"):
         default_options("magnitud")
 
@@ -107,12 +110,13 @@ def test_defaults_come_from_the_table():
     ("magnitude", {"scope": "global"}, "magnitude+scope=global"),
     ("structured", {"round_to": 8, "mask_only": True}, "structured+mask_only+round_to=8"),
     ("structured", {"mask_only": False, "round_to": 1}, "structured"),
+    ("structured", {"refit": False, "criterion": "norm"}, "structured+criterion=norm+refit=off"),
     ("iterative", {"recovery_steps": 0, "scope": "global"}, "iterative+scope=global+recovery_steps=0"),
     ("iterative", {"recovery_steps": 60}, "iterative"),
     ("magnitude", {"scope": "a/b c:d+e=f"}, "magnitude+scope=a-b-c-d-e-f"),
     ("magnitude", {"new": 0.25, "scope": "global"}, "magnitude+scope=global+new=0.25"),
     ("magnitude", {"z": "layer", "../a": 1}, "magnitude+..-a=1+z=layer"),
-    ("of_another_version", {"scope": "layer", "mask_only": False}, "of_another_version+mask_only=False+scope=layer"),
+    ("of_another_version", {"scope": "layer", "mask_only": False}, "of_another_version+mask_only=off+scope=layer"),
     ("of_another_version", {"fast": True, "file": None}, "of_another_version+fast+file=None"),
     ("of_another_version", {}, "of_another_version"),
 ])
@@ -122,7 +126,7 @@ def test_a_variant_is_named_by_its_method_and_by_the_options_that_differ(method,
 
 def test_an_option_that_is_on_by_default_is_named_if_it_is_off(monkeypatch):
     monkeypatch.setitem(METHODS, "new_method", Method("", "atoms", {"fast": Option(True, bool, "")}))
-    assert variant_name("new_method", {"fast": False}) == "new_method+fast=False"
+    assert variant_name("new_method", {"fast": False}) == "new_method+fast=off"
     assert variant_name("new_method", {"fast": True}) == "new_method"
 
 

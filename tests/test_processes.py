@@ -20,6 +20,8 @@ from pruning.records.record import read_record
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--num_images", "6", "--steps", "2", "--batch_size", "2", "--device", "cpu", "--rates", "0.5"]
+CALIBRATED = ("--method", "structured", "--calibration_images", "4")  # all processes calibrate, one prunes
+VARIANT = "structured+calibration_images=4"
 
 
 def launch(processes, *flags):
@@ -80,22 +82,22 @@ def assert_alike(one, several):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
-    pruning_analysis.main([*QUICK, "--results_dir", str(folder), "--method", "structured"])
-    return record_and_images(folder, "structured")
+    pruning_analysis.main([*QUICK, "--results_dir", str(folder), *CALIBRATED])
+    return record_and_images(folder, VARIANT)
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_several_processes_make_the_record_that_one_makes(processes, alone, tmp_path):
-    out = finished(processes, "--method", "structured", "--results_dir", str(tmp_path))
+    out = finished(processes, *CALIBRATED, "--results_dir", str(tmp_path))
     assert out.count("How far?") == 2  # in the summary and in the last line, by one process
-    assert_alike(alone, record_and_images(tmp_path, "structured"))
+    assert_alike(alone, record_and_images(tmp_path, VARIANT))
 
 
 @pytest.mark.slow
 def test_more_processes_than_batches_are_no_harm(alone, tmp_path):
     """Three processes and one batch, of six."""
-    finished(3, "--method", "structured", "--results_dir", str(tmp_path), "--batch_size", "6")
-    record, images = record_and_images(tmp_path, "structured")
+    finished(3, *CALIBRATED, "--results_dir", str(tmp_path), "--batch_size", "6")
+    record, images = record_and_images(tmp_path, VARIANT)
     assert max(abs(images[name] - alone[1][name]).max() for name in images) <= 1
 
 
@@ -109,7 +111,7 @@ def test_what_is_trained_is_the_same_in_all_processes(tmp_path):
 
 @pytest.mark.slow
 def test_a_process_that_dies_ends_the_others_with_a_message_and_the_next_start_goes_on(tmp_path):
-    longer = ["--method", "structured", "--num_images", "24", "--steps", "6"]  # so that it is not over before the kill
+    longer = [*CALIBRATED, "--num_images", "24", "--steps", "6"]  # so that it is not over before the kill
     flags = [*longer, "--results_dir", str(tmp_path / "killed")]
     running = launch(2, *flags)
     for _ in range(6000):  # until the first images are there
@@ -124,7 +126,7 @@ def test_a_process_that_dies_ends_the_others_with_a_message_and_the_next_start_g
     assert not psutil.pid_exists(first)
     finished(2, *flags)
     pruning_analysis.main([*QUICK, *longer, "--results_dir", str(tmp_path / "alone")])
-    assert_alike(*(record_and_images(tmp_path / name, "structured") for name in ("alone", "killed")))
+    assert_alike(*(record_and_images(tmp_path / name, VARIANT) for name in ("alone", "killed")))
 
 
 @pytest.mark.slow

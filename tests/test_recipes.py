@@ -87,7 +87,7 @@ def test_a_unit_is_a_row_and_a_data_set_a_function_and_an_entry(extended, tmp_pa
         (tmp_path / f"{index}.txt").write_text("a large red circle on a white background")
         Image.fromarray(np.full((64, 64, 3), 30 * index, np.uint8)).save(tmp_path / f"{index}.png")
     _, record = run(extended, "--method", "time_neurons", "--dataset", "pairs", "--data_dir", str(tmp_path), "--model",
-                    "shapes-unet", "--metric_backbones", "bundled")
+                    "shapes-unet", "--metric_backbones", "bundled", "--criterion", "norm", "--refit", "off")
     point, dense = record["points"][0], record["dense"]
     assert record["dataset"] == "pairs"
     assert point["units_taken"] == point["units_total"] // 2
@@ -100,7 +100,7 @@ def test_a_new_unit_leaves_the_other_methods_as_they_were(extended):
             "from pruning import methods\nfrom pruning.models.pipelines import load_pipeline\n"
             "for method in ('attention_heads', 'structured'):\n"
             "    unet = load_pipeline('shapes-unet').unet\n"
-            "    pruned = methods.prune(method, unet, 0.5)\n"
+            "    pruned = methods.prune(method, unet, 0.5, criterion='norm', refit=False)\n"
             "    print(pruned.total, pruned.taken, unet.num_parameters())")
     printed = [subprocess.run([sys.executable, "-c", code, str(root)], capture_output=True, text=True, check=True,
                               cwd=str(root)).stdout for root in (ROOT, extended)]

@@ -28,6 +28,7 @@ from pruning.records.report import write_record_files
 from pruning.records.summaries import answer, summary
 
 VERSION_3 = Path(__file__).parent / "data" / "version_3.json"  # bundled structured record, cut to 2 rates, 6 samples
+BY_NORM = "structured+criterion=norm+refit=off"  # what the method did until version 5
 QUIET = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -122,7 +123,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
 
 BROKEN = {
     "schema_version is missing": lambda d: d.pop("schema_version"),
-    "schema_version is 99, expected 3 to 5": lambda d: d.update(schema_version=99),
+    "schema_version is 99, expected 3 to 6": lambda d: d.update(schema_version=99),
     "model is missing": lambda d: d.pop("model"),
     "model must be text": lambda d: d.update(model=3),
     "method must be a name": lambda d: d.update(method="../../etc"),
@@ -338,11 +339,22 @@ def test_a_version_4_record_is_read_and_says_nothing_of_layers(tmp_path):
     assert [point.metrics for point in record.points] == [point.metrics for point in make_record().points]
 
 
+@pytest.mark.parametrize("method", ["structured", "attention_heads", "magnitude"])
+def test_units_of_a_version_5_record_went_by_norm_without_refit(tmp_path, method):
+    write_record(make_record(), tmp_path / "r.json")
+    data = json.loads((tmp_path / "r.json").read_text())
+    data["schema_version"] = 5
+    data.update(method=method, options={"mask_only": False} if method != "magnitude" else {})
+    (tmp_path / "r.json").write_text(json.dumps(data))
+    by_norm = "" if method == "magnitude" else "+criterion=norm+refit=off"
+    assert read_record(tmp_path / "r.json").variant == method + by_norm
+
+
 def test_a_version_3_record_is_read_with_the_values_it_has(tmp_path):
     data, record = json.loads(VERSION_3.read_text()), read_record(VERSION_3)
     assert data["schema_version"] == 3
-    assert (record.method, record.variant) == ("structured", "structured")
-    assert record.options == {"mask_only": False, "round_to": 1}
+    assert (record.method, record.variant) == ("structured", BY_NORM)
+    assert record.options == {"criterion": "norm", "refit": False, "mask_only": False, "round_to": 1}
     assert record.settings == {k: v for k, v in data["settings"].items() if k not in ("mask_only", "round_to")}
     assert record.notes == Notes(0, 0, ["1716ea7f4f56"], 2048, {"features": 64})
     assert record.dense.floors == data["notes"]["floors"] != {}
@@ -361,10 +373,11 @@ def test_a_version_3_record_is_drawn_as_before(tmp_path):
     record = read_record(VERSION_3)
     written = write_record_files(record, tmp_path, tmp_path / "images")
     assert sorted(path.name for path in written) == [
-        "structured.png", "structured.txt", "structured_cost.png", "structured_metrics.png"]
-    text = " ".join((tmp_path / "structured.txt").read_text(encoding="utf-8").split())
-    assert answer(record, 0.05).startswith("How far? structured pruning of shapes-unet stays within 5 % of dense by "
-                                           "clip_score up to rate 0.2, which has 99.6 % of dense (95 % interval 97.8")
+        f"{BY_NORM}.png", f"{BY_NORM}.txt", f"{BY_NORM}_cost.png", f"{BY_NORM}_metrics.png"]
+    text = " ".join((tmp_path / f"{BY_NORM}.txt").read_text(encoding="utf-8").split())
+    assert answer(record, 0.05).startswith(
+        f"How far? {BY_NORM} pruning of shapes-unet stays within 5 % of dense by clip_score up to rate 0.2, which has "
+        "99.6 % of dense (95 % interval 97.8")
     assert "0.2 0.200 92.85 ± 2 −31.61 ± 70 0.3271 ± 0.39 1.102 0.1468 ± 0.061" in text
     assert "It compares 6 images with 2,048 reference images by 64 features; as many real images score 1.23" in text
 
@@ -378,7 +391,7 @@ def test_notes_of_version_3_go_to_the_points_they_are_about(tmp_path):
     path = tmp_path / "structured.json"
     path.write_bytes(VERSION_3.read_bytes())
     record = read_record(changed(path, change))
-    assert record.variant == "structured+round_to=8"
+    assert record.variant == f"{BY_NORM}+round_to=8"
     assert record.notes == Notes(0, 0, [], 0, {})
     assert [point.skipped_modules for point in (record.dense, *record.points)] == 3 * [
         {"a.attn1": "its class is not known"}]

@@ -15,6 +15,7 @@ from pruning import UserError, check_name, distributed
 SCOPES = ("row", "layer", "global")
 PATTERNS = ("2:4", "4:8")
 ALLOCATIONS = ("uniform", "guided")
+CRITERIA = ("loss", "norm")
 STEP_WEIGHTS = ("uniform", "early", "late")
 
 
@@ -90,6 +91,11 @@ RECOVERY_STEPS = Option(0, at_least(0), "training steps of self-distillation aft
                                         "of its schedule), 0 for none")
 CALIBRATION_IMAGES = Option(32, at_least(1), "images of training captions that the dense model draws to calibrate on")
 MASK_ONLY = Option(False, bool, "zero units in place instead of removing them")
+CRITERION = Option("loss", one_of("criterion", CRITERIA),
+                   "which units go first: loss, those that the layers behind them can best do without, or norm, those "
+                   "of lowest weights")
+REMOVING = {"criterion": CRITERION, "allocation": ALLOCATION, "refit": REFIT._replace(default=True),
+            "mask_only": MASK_ONLY, "recovery_steps": RECOVERY_STEPS, "calibration_images": CALIBRATION_IMAGES}
 ZEROING = {"pattern": PATTERN, "refit": REFIT, "allocation": ALLOCATION, "recovery_steps": RECOVERY_STEPS,
            "calibration_images": CALIBRATION_IMAGES}
 
@@ -101,19 +107,29 @@ def _zeroing_needs(options: Dict[str, Any], always: Tuple[str, ...] = ()) -> Tup
     return moments + (("calls",) if "calls" in always or options["recovery_steps"] or guided else ())
 
 
+def _removing_needs(options: Dict[str, Any]) -> Tuple[str, ...]:
+    """Return what the options in REMOVING need of the calibration."""
+    by_loss = options["criterion"] == "loss"
+    return (("moments",) if by_loss or options["refit"] else ()) + (
+        ("calls",) if options["refit"] or options["recovery_steps"] or by_loss and options["allocation"] == "guided"
+        else ())
+
+
 METHODS: Dict[str, Method] = {
     "magnitude": Method("zero the weights of lowest |w|", "weights", {"scope": SCOPE, **ZEROING}, needs=_zeroing_needs),
     "structured": Method(
-        "remove feed-forward neurons and ResNet inner channels of lowest L2 norm", "neurons and channels",
-        {"mask_only": MASK_ONLY,
+        "remove feed-forward neurons and ResNet inner channels, and re-fit the layers behind them",
+        "neurons and channels",
+        {**REMOVING,
          "round_to": Option(1, at_least(1), "let widths that are a multiple of this number stay one, as kernels may be "
-                                            "slower at odd widths")}, removes=True),
+                                            "slower at odd widths")}, removes=True, needs=_removing_needs),
     "iterative": Method(
         "magnitude in steps, with self-distillation after each", "weights",
         {"scope": SCOPE, "recovery_steps": RECOVERY_STEPS._replace(default=60),
          "calibration_images": CALIBRATION_IMAGES._replace(default=128)}, needs=_zeroing_needs),
-    "attention_heads": Method("remove whole attention heads, ranked over the denoiser", "heads",
-                              {"mask_only": MASK_ONLY}, removes=True),
+    "attention_heads": Method("remove whole attention heads, and re-fit the layers behind them", "heads",
+                              {**REMOVING, "allocation": ALLOCATION._replace(default="guided")}, removes=True,
+                              needs=_removing_needs),
     "reconstruct": Method(
         "zero weights that the guided output feels least, and re-fit the others by least squares", "weights",
         {"pattern": PATTERN, "recovery_steps": RECOVERY_STEPS, "calibration_images": CALIBRATION_IMAGES},
@@ -149,6 +165,9 @@ def check_together(options: Dict[str, Any], rates: Sequence[float]) -> None:
         if guided or options.get("scope") == "global":
             raise UserError(f"a {pattern} pattern takes the same share of every layer; leave out --allocation guided "
                             "and --scope global")
+    if options.get("mask_only") and options["recovery_steps"]:
+        raise UserError("--mask_only shows what removal does, and recovery would train what is zeroed; leave out one "
+                        "of --mask_only and --recovery_steps")
     if guided and options.get("scope") == "global":
         raise UserError("--allocation guided and --scope global both decide what each layer loses; give one of them")
 
@@ -162,8 +181,8 @@ def check_memory(method: str, denoiser, memory: int, **options) -> None:
     """Raise UserError if the method gathers moments and those of one layer take more than `memory` bytes."""
     if "moments" in needs(method, options):
         from pruning.methods import moments  # here, because this table loads without torch
-        moments.memory_groups({name: moments.moment_bytes(layer)
-                               for name, layer in moments.prunable_layers(denoiser).items()}, memory)
+        layers = gathered_layers(method, denoiser)
+        moments.memory_groups({name: moments.moment_bytes(layer) for name, layer in layers.items()}, memory)
 
 
 def default_options(method: str) -> Dict[str, Any]:
@@ -175,13 +194,15 @@ def variant_name(method: str, options: Dict[str, Any]) -> str:
     """Return the method's name and the options that differ from their defaults, such as "magnitude+scope=global".
 
     Options stand in the order of METHODS, then options that METHODS does not know, by name. An option that is True is
-    just its name. The text is fit for a file name: in options, all but letters, digits and "_.-" becomes "-".
+    just its name, one that is False is off. The text is fit for a file name: in options, all but letters, digits and
+    "_.-" becomes "-".
     """
     known = METHODS[method].options if method in METHODS else {}
     parts = [method]
     for name in [*known, *sorted(set(options) - set(known))]:
         if name in options and not (name in known and options[name] == known[name].default):
-            texts = [name] if options[name] is True else [name, str(options[name])]
+            value = options[name]
+            texts = [name] if value is True else [name, "off" if value is False else str(value)]
             parts.append("=".join(re.sub(r"[^\w.-]", "-", text) for text in texts))
     return "+".join(parts)
 
@@ -216,9 +237,21 @@ def calibrate(method: str, denoiser, calibration, **options) -> None:
     needed = needs(method, options)
     if "moments" in needed:
         from pruning.methods import moments  # here, because this table loads without torch
-        moments.gather(denoiser, calibration, options.get("step_weights", "uniform"))
+        moments.gather(denoiser, calibration, options.get("step_weights", "uniform"), gathered_layers(method, denoiser),
+                       together=True)
     if "calls" in needed and distributed.world_size > 1:
         _ = calibration.calls  # one process records them when a method asks for them
+
+
+def gathered_layers(method: str, denoiser):
+    """Return the layers whose moments a method gathers, by the name of the weight.
+
+    These are the layers behind the units that the method removes, or all prunable ones.
+    """
+    from pruning.methods import moments, units  # here, because this table loads without torch
+    if METHODS[method].removes:
+        return units.column_layers(denoiser, importlib.import_module(f"{__name__}.{method}").UNITS)
+    return moments.prunable_layers(denoiser)
 
 
 def survey(method: str, denoiser, calibration, **options):

@@ -18,25 +18,35 @@ Score = Callable[[Group], Tensor]
 HEADROOM = 0.6  # a layer loses at most rate + HEADROOM · (1 − rate): errors of layers do not add up near 1
 
 
-def lowest_overall(groups: List[Group], rate: float, score: Score) -> Plan:
+def lowest_overall(groups: List[Group], rate: float, score: Score, round_to: int = 1) -> Plan:
     """Plan to remove the round(rate * n) of all n units that have the lowest scores, wherever they are.
 
-    Of equal scores the first in order go. A group may lose all its units. Raises UserError if a score is NaN.
+    Equally many go from each norm group, and a width that is a multiple of round_to stays one; so units go in steps by
+    their mean score, and a few may be missing. Of equal scores the first in order go. A group may lose all its units if
+    its module works without. Raises UserError if a score is NaN.
     """
-    scores = torch.cat([scores_of(group, score) for group in groups])
-    kept = torch.ones(len(scores), dtype=torch.bool)
-    kept[torch.argsort(scores, stable=True)[:round(rate * len(scores))]] = False
-    keeps = {group.name: part.nonzero().flatten().tolist()
-             for group, part in zip(groups, kept.split([group.units for group in groups]))}
-    return {group.name: keeps[group.name] for group in groups if len(keeps[group.name]) < group.units}
+    scores = {group.name: scores_of(group, score) for group in groups}
+    steps = []  # (mean score, place of the group, units), in the order of each group
+    for place, group in enumerate(groups):
+        step = step_of(group, round_to)
+        ascending = scores[group.name].view(group.norm_groups, -1).sort(dim=1).values.T.flatten()
+        means = ascending[:most_of(group, step)].view(-1, step).mean(1)
+        steps += [(mean, place, step) for mean in means.tolist()]
+    left, drops = round(rate * sum(group.units for group in groups)), [0] * len(groups)
+    for _, place, step in sorted(steps, key=lambda each: each[0]):
+        if step <= left:
+            drops[place] += step
+            left -= step
+    return {group.name: highest(scores[group.name], drop, group.norm_groups)
+            for group, drop in zip(groups, drops) if drop}
 
 
 def equal_shares(groups: List[Group], rate: float, score: Score, round_to: int = 1) -> Plan:
     """Plan to remove the same share of every group: its units of lowest score, equally many from each norm group.
 
-    A width that is a multiple of round_to stays one. With round_to=1 round(rate * n) of all n units go exactly,
-    unless every group is down to one unit a norm group. Of equal scores the first in order go. Raises UserError if a
-    score is NaN.
+    A width that is a multiple of round_to stays one. With round_to=1 round(rate * n) of all n units go exactly, unless
+    every group is down to the one unit a norm group that must stay. Of equal scores the first in order go. Raises
+    UserError if a score is NaN.
     """
     counts = drop_counts(groups, rate, round_to)
     return {group.name: highest(scores_of(group, score), counts[group.name], group.norm_groups)
@@ -60,17 +70,23 @@ def drop_counts(groups: List[Group], rate: float, round_to: int = 1) -> Dict[str
     """
     steps = {group.name: step_of(group, round_to) for group in groups}
     units = sum(group.units for group in groups)
-    spare = sum(group.units - steps[group.name] for group in groups)  # at least one step of units stays in each group
+    spare = sum(most_of(group, steps[group.name]) for group in groups)
     left = min(round(rate * units), spare)
     counts = {}
     for group in sorted(groups, key=lambda group: -steps[group.name]):
-        step, most = steps[group.name], group.units - steps[group.name]
+        step = steps[group.name]
+        most = most_of(group, step)
         spare -= most
         least = -(-max(left - spare, 0) // step) * step  # more than the later groups could lose
         counts[group.name] = min(max(round(left * group.units / units / step) * step, least), most)
         left -= counts[group.name]
         units -= group.units
     return counts
+
+
+def most_of(group: Group, step: int) -> int:
+    """Return how many units a group can lose: all, or all but one step if a unit must stay."""
+    return group.units if group.kind.empty else group.units - step
 
 
 def step_of(group: Group, round_to: int) -> int:

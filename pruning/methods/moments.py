@@ -36,25 +36,42 @@ def as_rows(layer: nn.Module, weight: Optional[Tensor] = None) -> Tensor:
     return weight.reshape(getattr(layer, "groups", 1), -1, weight[0].numel())
 
 
-def input_rows(layer: nn.Module, x: Tensor, generator: torch.Generator, rows: int = ROWS) -> Tensor:
-    """Return up to `rows` random inputs of a layer's weight, float32 (groups, n, d).
+def input_rows(layer: nn.Module, x: Tensor, places: Tensor) -> Tensor:
+    """Return the inputs of a layer's weight at some places of its output, (groups, n, d) in float32 at least.
 
-    x: what the layer is called with, (..., inputs) for a Linear, (batch, inputs, height, width) for a Conv2d.
+    x: what the layer is called with, (..., inputs) for a Linear, (batch, inputs, height, width) for a Conv2d. places:
+    numbers below output_places.
     """
+    places = places.to(x.device)
     if not isinstance(layer, nn.Conv2d):
-        x = x.flatten(0, -2)
-        return x[_some(len(x), rows, generator).to(x.device)].float()[None]
+        return wide(x.flatten(0, -2)[places])[None]
     (kh, kw), (sh, sw), (dh, dw) = layer.kernel_size, layer.stride, layer.dilation
+    out_h, out_w = _output_size(layer, x)
     x = _padded(layer, x)
-    out_h, out_w = (x.shape[2] - dh * (kh - 1) - 1) // sh + 1, (x.shape[3] - dw * (kw - 1) - 1) // sw + 1
-    places = _some(len(x) * out_h * out_w, rows, generator).to(x.device)
     n, top, left = places // (out_h * out_w), places // out_w % out_h * sh, places % out_w * sw
     down = (top[:, None] + torch.arange(kh, device=x.device) * dh)[:, :, None]
     right = (left[:, None] + torch.arange(kw, device=x.device) * dw)[:, None]
     patches = x.permute(0, 2, 3, 1)[n[:, None, None], down, right]
     # (n, kh, kw, inputs) -> (groups, n, inputs / groups · kh · kw), in the order of the weight
-    patches = patches.float().permute(0, 3, 1, 2).reshape(len(places), layer.groups, -1)
+    patches = wide(patches).permute(0, 3, 1, 2).reshape(len(places), layer.groups, -1)
     return patches.transpose(0, 1)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32, or in float64 if it is."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def output_places(layer: nn.Module, x: Tensor) -> int:
+    """Return how many places the output of a layer has: (..., outputs) for a Linear, batch · height · width."""
+    return math.prod(_output_size(layer, x)) * len(x) if isinstance(layer, nn.Conv2d) else math.prod(x.shape[:-1])
+
+
+def _output_size(layer: nn.Conv2d, x: Tensor) -> Tuple[int, int]:
+    left, right, top, bottom = layer._reversed_padding_repeated_twice  # also for padding="same"
+    (kh, kw), (sh, sw), (dh, dw) = layer.kernel_size, layer.stride, layer.dilation
+    return ((x.shape[2] + top + bottom - dh * (kh - 1) - 1) // sh + 1,
+            (x.shape[3] + left + right - dw * (kw - 1) - 1) // sw + 1)
 
 
 def _padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
@@ -65,7 +82,7 @@ def _padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
     return F.pad(x, sides, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
 
 
-def _some(count: int, most: int, generator: torch.Generator) -> Tensor:
+def some(count: int, most: int, generator: torch.Generator) -> Tensor:
     """Return up to `most` different numbers below `count`, at random."""
     if count <= most:
         return torch.arange(count)
@@ -123,28 +140,30 @@ class Moments:
                        "squares": moments.diagonal(dim1=1, dim2=2).cpu()}, self._files[name])
 
 
-def gather(denoiser: nn.Module, calibration: Calibration, step_weights: str = "uniform") -> Moments:
-    """Gather the moments of all prunable layers that the calibration's folder lacks, and return all.
+def gather(denoiser: nn.Module, calibration: Calibration, step_weights: str = "uniform",
+           layers: Optional[Dict[str, nn.Module]] = None, together: bool = False) -> Moments:
+    """Gather the moments of layers (None: all prunable ones) that the calibration's folder lacks, and return them all.
 
-    Layers are gathered in groups whose moments fit calibration.memory, a pass over the calls for each group. Several
-    processes share out the calls, and all must call this function together; the main process writes.
+    Layers are gathered in groups whose moments fit calibration.memory, a pass over the calls for each group.
+    together: all processes call this function and share out the calls; the main process writes.
     Raises UserError if the memory is too small for one layer, or if a layer's input is not finite.
     """
-    layers = prunable_layers(denoiser)
+    layers = prunable_layers(denoiser) if layers is None else layers
     found = Moments(calibration.folder / f"moments-{step_weights}", list(layers))
-    missing = distributed.broadcast(found.missing())
+    missing = distributed.broadcast(found.missing()) if together else found.missing()
     if not missing:
         return found
     groups = memory_groups({name: moment_bytes(layers[name]) for name in missing}, calibration.memory)
     calls = calibration.calls
     weights = call_weights(calls, step_weights)
-    own = range(distributed.rank, len(calls), distributed.world_size)
+    own = range(distributed.rank, len(calls), distributed.world_size) if together else range(len(calls))
     with tqdm(total=len(groups) * len(own), desc="input moments", unit="call", leave=False,
               disable=not distributed.is_main) as bar:
         for group in groups:
             sums = input_sums(denoiser, {index: calls[index][0] for index in own}, weights,
                               {name: layers[name] for name in group}, calibration.seed, bar)
-            distributed.add_up(tensor for each in sums.values() for tensor in each)
+            if together:
+                distributed.add_up(tensor for each in sums.values() for tensor in each)
             for name in list(sums):
                 moments, total, weight = sums.pop(name)  # so that the memory of written moments is free for the next
                 if not torch.isfinite(moments.diagonal(dim1=1, dim2=2)).all():
@@ -153,7 +172,8 @@ def gather(denoiser: nn.Module, calibration: Calibration, step_weights: str = "u
                 if distributed.is_main:
                     weight.clamp_min_(1e-30)
                     found.write(name, moments.div_(weight), total.div_(weight))
-    distributed.barrier()
+    if together:
+        distributed.barrier()
     return found
 
 
@@ -171,7 +191,8 @@ def input_sums(denoiser: nn.Module, calls: Dict[int, dict], weights: Sequence[fl
         sums[name] = tuple(torch.zeros(shape, device=layer.weight.device) for shape in shapes)
     for index, arguments in calls.items():
         def note(name, layer, x, index=index):
-            x = input_rows(layer, x, torch.Generator().manual_seed(seed_of(seed, name, index)))
+            generator = torch.Generator().manual_seed(seed_of(seed, name, index))
+            x = input_rows(layer, x, some(output_places(layer, x), ROWS, generator)).float()
             moments, total, count = sums[name]
             moments.baddbmm_(x.transpose(1, 2), x, alpha=weights[index])
             total.add_(x.sum(1), alpha=weights[index])

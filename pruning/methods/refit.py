@@ -10,13 +10,14 @@ matrix a row. Instead all rows are solved together, by conjugate gradients with 
 """
 from __future__ import annotations
 
-from typing import Optional
+from typing import Optional, Tuple
 
 import torch
 from torch import Tensor
 
 DAMPING = 0.01  # of the mean of H's diagonal: inputs that hardly vary make H singular
 ITERATIONS = 12  # 5 reach nearly the same error, 30 gain nothing
+DOUBLE = 4096  # inputs up to which whole matrices are factored in float64
 BLOCK = 1 << 24  # weights solved together, which bounds the temporaries
 
 
@@ -36,6 +37,55 @@ def add_damping(matrix: Tensor) -> Tensor:
     damping = DAMPING * diagonal.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny ** 0.5)
     diagonal += damping
     return damping[..., None]
+
+
+@torch.no_grad()
+def refit_columns(dense: Tensor, keep: Tensor, x: Tensor, y: Tensor, moments: Tensor, mean: Tensor, with_bias: bool,
+                  prior: float) -> Tuple[Tensor, Tensor]:
+    """Return w (rows, |K|) and the change b (rows,) of the bias, 0 without bias, for a layer that keeps the inputs K.
+
+    They minimise E|w x + b − y|² + ρ E|w z_K + b − w0 z|² + λ |w − w0_K|², where z are the dense inputs.
+
+    dense: w0, (rows, d). keep: K, indices. x: present inputs, (n, |K|). y: outputs to reach, (n, rows). moments, mean:
+    E[z zᵀ] and E[z]. prior: ρ.
+    """
+    dtype = torch.float64 if len(keep) <= DOUBLE else torch.float32
+    dense, x, y, moments, mean = (each.to(dtype) for each in (dense, x, y, moments, mean))
+    start = dense[:, keep]
+    lacking = y - x @ start.T  # what is solved for is the change of the weight, whose rounding errors are smaller
+    gone = dense.index_fill(1, keep, 0)
+    matrix = x.T @ x / len(x) + prior * moments[keep][:, keep]
+    target = lacking.T @ x / len(x) + prior * gone @ moments[:, keep]
+    bias = torch.zeros(len(dense), device=x.device, dtype=dtype)
+    damping = DAMPING * matrix.diagonal().mean() if len(keep) else 0.0
+    if with_bias:  # a constant input 1, eliminated
+        inputs = x.mean(0) + prior * mean[keep]
+        bias = lacking.mean(0) + prior * gone @ mean
+        matrix -= torch.outer(inputs, inputs) / (1 + prior)
+        target -= torch.outer(bias, inputs) / (1 + prior)
+    matrix.diagonal().add_(max(float(damping), 1e-30))
+    change = torch.cholesky_solve(target.T, torch.linalg.cholesky(matrix)).T
+    if with_bias:
+        bias = (bias - change @ inputs) / (1 + prior)
+    return start + change, bias
+
+
+@torch.no_grad()
+def refit_norm(norm: torch.nn.Module, output: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Re-fit scale and shift of a norm, in place, channel by channel, and return what its output becomes.
+
+    output: (batch, channels, ...), what the norm has given. x: some places of it, (n, channels). y: what it is to give
+    there. Channels that do not vary stay as they are.
+    """
+    mean, aim = x.mean(0), y.mean(0)
+    variance = (x - mean).square().mean(0)
+    varies = variance > 1e-12 * variance.max().clamp_min(1e-30)
+    scale = torch.where(varies, ((x - mean) * (y - aim)).mean(0) / variance.clamp_min(1e-30), 1)
+    shift = torch.where(varies, aim - scale * mean, 0)
+    norm.bias.copy_(norm.bias * scale + shift)
+    norm.weight.copy_(norm.weight * scale)
+    shape = (1, -1) + (1,) * (output.dim() - 2)
+    return torch.addcmul(shift.view(shape), output.to(x.dtype), scale.view(shape)).to(output.dtype)
 
 
 @torch.no_grad()

@@ -2,87 +2,129 @@
 
 A re-fit on dense inputs (refit.py) does not know that the layers before have changed. Here some recorded calls go
 through the pruned denoiser once. Just before a layer runs, it is re-fitted on its present inputs x' to the dense
-outputs y of the same places, and near the weight w1 that it has:
+outputs y of the same places. So every layer corrects what the layers before it have left over.
 
-    E|w x' − y|² + ρ (w − w1) H (w − w1)ᵀ + λ |w − w1|²   over w with the zeros of w1
-
-with H = E[x xᵀ] of the dense inputs. So every layer corrects what the layers before it have left over.
+If a layer's output is added to a residual stream, y can also hold what the pruned stream lacks there: the dense stream
+minus the pruned one. RESIDUALS names such layers.
 """
 from __future__ import annotations
 
-from typing import Any, Dict, NamedTuple, Sequence, Tuple
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional, Sequence, Tuple
 
 import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from pruning import UserError
 from pruning.methods import probes, refit
 from pruning.methods.calibration import Calibration, Call, answer
-from pruning.methods.moments import Moments, as_rows, input_rows, seed_of, watched
+from pruning.methods.moments import Moments, as_rows, input_rows, output_places, seed_of, some, watched, wide
 from pruning.methods.recovery import restore_zeros
 
 CALLS = 8  # recorded calls that go through the denoiser together
 LATENTS = 128  # latents in these calls, at most
 ROWS = 6_000  # places of a layer, at most
 PRIOR = 0.1  # ρ: the calls are fewer than those of H
+# Modules -> layers in them whose output is added to a stream as it is, and the part whose input is that stream ("": the
+# module itself). A gate between layer and stream, as transformers of the SD3 and Flux families have, forbids this.
+RESIDUALS = {
+    BasicTransformerBlock: {"attn1.to_out.0": "norm1", "attn2.to_out.0": "norm2", "ff.net.2": "norm3"},
+    ResnetBlock2D: {"conv2": ""},
+}
+
+Solve = Callable[[str, nn.Module, Tensor, Tensor], None]  # name, layer, x' (groups, n, d), y (groups, n, rows)
 
 
 class Aims(NamedTuple):
     """What the layers of the dense denoiser give for some calls."""
 
     arguments: Dict[str, Any]  # of the calls as one batch
-    outputs: Dict[str, Tensor]  # name of the weight -> (groups, n, rows) without bias, on the CPU
+    outputs: Dict[str, Tensor]  # name -> (groups, n, rows) of a layer without bias, with its stream, or of a norm
     rows: int  # the most places of a layer
+    residual: bool  # whether streams are in the outputs
 
 
 @torch.no_grad()
-def dense_outputs(denoiser: nn.Module, layers: Dict[str, nn.Module], calibration: Calibration) -> Aims:
-    """Return what the layers give for some calls. All outputs together fit calibration.memory.
+def dense_outputs(denoiser: nn.Module, layers: Dict[str, nn.Module], calibration: Calibration,
+                  norms: Optional[Dict[str, nn.Module]] = None, residual: bool = False, calls: int = CALLS,
+                  latents: int = LATENTS) -> Aims:
+    """Return what layers and norms give for some calls. All outputs together fit calibration.memory.
 
-    If the device has no memory for LATENTS latents together, half as many are taken, and so on.
+    If the device has no memory for so many latents together, half as many are taken, and so on.
     """
-    calls = probes.probed_calls(calibration.calls, CALLS, lean=1.0)
-    widths = sum(len(layer.weight) for layer in layers.values())
-    rows = max(1, min(ROWS, calibration.memory // (4 * widths)))
-    latents = LATENTS
+    norms = norms or {}
+    chosen = probes.probed_calls(calibration.calls, calls, lean=1.0)
+    widths = sum(len(module.weight) for module in (*layers.values(), *norms.values()))
+    rows = max(1, min(ROWS, calibration.memory // (4 * max(widths, 1))))
     while True:
-        arguments, count = one_batch(calls, latents)
+        arguments, count = one_batch(chosen, latents)
+        aims = Aims(arguments, {}, rows, residual)
         try:
-            return Aims(arguments, _outputs(denoiser, layers, arguments, rows, calibration.seed), rows)
+            _note_outputs(denoiser, layers, norms, aims, calibration.seed)
+            return aims
         except torch.cuda.OutOfMemoryError:
             if count == 1:
                 raise UserError("the device has no memory for a denoiser call of one latent; use --offload") from None
             latents = count // 2
 
 
-def _outputs(denoiser, layers, arguments: Dict[str, Any], rows: int, seed: int) -> Dict[str, Tensor]:
-    outputs: Dict[str, Tensor] = {}
+def _note_outputs(denoiser, layers, norms, aims: Aims, seed: int) -> None:
+    def note(name, layer, x, stream):
+        if name not in aims.outputs:  # of several calls of a layer, the first counts
+            places = _places(name, output_places(layer, x), aims.rows, seed)
+            y = input_rows(layer, x, places) @ wide(as_rows(layer)).transpose(1, 2)
+            aims.outputs[name] = (y if stream is None else y + _at_places(stream, places)).cpu()
 
-    def note(name, layer, x):
-        if name not in outputs:  # of several calls of a layer, the first counts
-            outputs[name] = (_places(name, layer, x, rows, seed) @ as_rows(layer).float().transpose(1, 2)).cpu()
+    def note_norm(name, output):
+        if name not in aims.outputs:
+            aims.outputs[name] = _at_places(output, _norm_places(name, output, aims.rows, seed)).cpu()
 
-    with watched(layers, note):
-        answer(denoiser, arguments)
-    return outputs
+    with _watched(denoiser, layers, aims.residual, note), _norms_watched(norms, note_norm):
+        answer(denoiser, aims.arguments)
 
 
 @torch.no_grad()
+def in_order(denoiser: nn.Module, layers: Dict[str, nn.Module], aims: Aims, solve: Solve, calibration: Calibration,
+             norms: Optional[Dict[str, nn.Module]] = None) -> None:
+    """Send the calls of `aims` through the denoiser, and just before a layer runs, call solve(name, layer, x', y).
+
+    x': the layer's inputs at the places of y, (groups, n, d). y: what it is to give there without its bias,
+    (groups, n, rows). norms: their scale and shift are re-fitted, channel by channel, to their outputs in `aims`.
+    Raises UserError if a layer's present input is not finite.
+    """
+    waiting = dict(aims.outputs)
+
+    def note(name, layer, x, stream):
+        if name not in waiting:
+            return
+        places = _places(name, output_places(layer, x), aims.rows, calibration.seed)
+        x, y = input_rows(layer, x, places), waiting.pop(name).to(x.device)
+        if not torch.isfinite(x).all():
+            raise UserError(f"the input of {name} is not finite after pruning; use --dtype float32 or a lower rate")
+        solve(name, layer, x, y if stream is None else y - _at_places(stream, places))
+
+    def note_norm(name, output):
+        if name not in waiting:
+            return None
+        y = waiting.pop(name).to(output.device)
+        x = _at_places(output, _norm_places(name, output, aims.rows, calibration.seed))
+        return refit.refit_norm(norms[name], output, x[0], y[0])
+
+    with _watched(denoiser, layers, aims.residual, note), _norms_watched(norms or {}, note_norm):
+        answer(denoiser, aims.arguments)
+
+
 def refit_in_order(denoiser: nn.Module, layers: Dict[str, nn.Module], aims: Aims, gathered: Moments,
                    calibration: Calibration) -> None:
     """Re-fit the weights of the layers that are not zero, in place, in the order in which the layers run.
 
-    aims: from the dense denoiser. gathered: its moments. Raises UserError if a layer's present input is not finite.
+    With w1 the weight that a layer has and H = E[x xᵀ] of its dense inputs, the new weight w has the zeros of w1 and
+    the least E|w x' − y|² + ρ (w − w1) H (w − w1)ᵀ + λ |w − w1|². aims, gathered: of the dense denoiser.
     """
-    waiting = dict(aims.outputs)
-
-    def note(name, layer, x):
-        if name not in waiting:
-            return
-        x, weight = _places(name, layer, x, aims.rows, calibration.seed), as_rows(layer).float()
-        if not torch.isfinite(x).all():
-            raise UserError(f"the input of {name} is not finite after pruning; use --dtype float32 or a lower rate")
-        y, (dense, _) = waiting.pop(name).to(x.device), gathered.of(name, x.device)
+    def solve(name, layer, x, y):
+        x, y, weight, (dense, _) = x.float(), y.float(), as_rows(layer).float(), gathered.of(name, x.device)
         target = y.transpose(1, 2) @ x / x.shape[1] + PRIOR * weight @ dense
         matrix = x.transpose(1, 2) @ x / x.shape[1]
         damping = refit.add_damping(matrix.add_(dense, alpha=PRIOR))
@@ -91,9 +133,80 @@ def refit_in_order(denoiser: nn.Module, layers: Dict[str, nn.Module], aims: Aims
         layer.weight.copy_(weight.reshape(layer.weight.shape))
         restore_zeros({name: layer.weight}, {name: ~kept.reshape(layer.weight.shape)})
 
-    with watched(layers, note):
-        answer(denoiser, aims.arguments)
+    in_order(denoiser, layers, aims, solve, calibration)
 
+
+# ---- places of layers, streams and norms
+
+def _places(name: str, count: int, most: int, seed: int) -> Tensor:
+    """Return some places below `count`, the same for the same name and count."""
+    return some(count, most, torch.Generator().manual_seed(seed_of(seed, "in order", name)))
+
+
+def _norm_places(name: str, output: Tensor, most: int, seed: int) -> Tensor:
+    return _places(name, output.numel() // output.shape[1], most, seed)
+
+
+def _at_places(values: Tensor, places: Tensor) -> Tensor:
+    """Return values, (batch, ..., channels) or an image, at some places, (1, n, channels)."""
+    rows = values.movedim(1, -1) if values.dim() == 4 else values
+    return wide(rows.flatten(0, -2)[places.to(rows.device)])[None]
+
+
+@contextmanager
+def _norms_watched(norms: Dict[str, nn.Module], note: Callable[[str, Tensor], Optional[Tensor]]) -> Iterator[None]:
+    """Inside the block, call note(name, output) when a norm has run; what it returns takes the output's place."""
+    hooks = [norm.register_forward_hook(lambda module, inputs, output, name=name: note(name, output))
+             for name, norm in norms.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _watched(denoiser: nn.Module, layers: Dict[str, nn.Module], residual: bool, note: Callable) -> Iterator[None]:
+    """Inside the block, call note(name, layer, input, stream) whenever one of the layers is called.
+
+    stream: the residual stream to which the layer's output is added, of the shape of the output; None if it is not
+    asked for or not known.
+    """
+    sources = _stream_sources(denoiser, layers) if residual else {}
+    streams: Dict[nn.Module, Tensor] = {}
+
+    def keep(module, inputs):
+        streams[module] = inputs[0]
+
+    def stream_of(name):
+        if name not in sources:
+            return None
+        source, stream = sources[name], streams.pop(sources[name])
+        if type(source) is ResnetBlock2D and source.conv_shortcut is not None:
+            return source.conv_shortcut(stream)
+        return stream
+
+    hooks = [source.register_forward_pre_hook(keep) for source in set(sources.values())]
+    try:
+        with watched(layers, lambda name, layer, x: note(name, layer, x, stream_of(name))):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _stream_sources(denoiser: nn.Module, layers: Dict[str, nn.Module]) -> Dict[str, nn.Module]:
+    """Return the modules whose input is the stream of a layer, by the name of the layer's weight."""
+    sources = {f"{name}.{layer}.weight" if name else f"{layer}.weight": module.get_submodule(source)
+               for name, module in denoiser.named_modules()
+               for layer, source in RESIDUALS.get(type(module), {}).items()
+               if getattr(module, "norm_type", "layer_norm") == "layer_norm"  # others have gates
+               and not getattr(module, "up", False) and not getattr(module, "down", False)  # sizes differ
+               and getattr(module, source or "conv2", None) is not None}
+    return {name: source for name, source in sources.items() if name in layers}
+
+
+# ---- calls as one batch
 
 def one_batch(calls: Sequence[Call], most: int = LATENTS) -> Tuple[Dict[str, Any], int]:
     """Return the arguments of several calls as those of one call on at most `most` of their latents, and how many.
@@ -138,8 +251,3 @@ def _join(values: list, latents: int, stride: int, name: str = "") -> Any:
         return torch.cat([(value if value.dim() and len(value) == latents else value.expand(latents))[::stride]
                           for value in values])
     return first
-
-
-def _places(name: str, layer: nn.Module, x: Tensor, rows: int, seed: int) -> Tensor:
-    """Return the inputs of a layer at some places, the same for inputs of the same shape, float32 (groups, n, d)."""
-    return input_rows(layer, x, torch.Generator().manual_seed(seed_of(seed, "in order", name)), rows)

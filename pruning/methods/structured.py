@@ -1,20 +1,21 @@
-"""Remove feed-forward neurons and ResNet inner channels of lowest L2 norm within their layer (Li et al., 2017)."""
-from __future__ import annotations
+"""Remove the feed-forward neurons and ResNet inner channels that the layers behind them can best do without.
 
-from functools import partial
+They go in the order of greedy, the same share of every layer, and the layers behind them are re-fitted. With criterion
+"norm", those of lowest L2 norm in their layer go (Li et al., 2017).
+"""
+from __future__ import annotations
 
 from torch import nn
 
-from pruning.methods import Pruned, allocation, surgery
+from pruning.methods import Pruned, units
 
-plan = partial(allocation.equal_shares, score=surgery.root_mean_square)  # in a layer, the order of the L2 norm
+UNITS = ("neurons", "channels")
 
 
-def prune(denoiser: nn.Module, rate: float, *, mask_only: bool, round_to: int, calibration=None) -> Pruned:
+def prune(denoiser: nn.Module, rate: float, *, calibration=None, **options) -> Pruned:
     """Remove (or, with mask_only, zero) round(rate * n) of all n neurons and inner channels, in place.
 
-    Every layer loses the same share, as nearly as its norm groups and round_to allow (see allocation.equal_shares).
-    Raises UserError if the denoiser has neither neurons nor inner channels that can be pruned.
+    A few may be missing, as norm groups and round_to allow (see allocation). options: see units.prune. Raises UserError
+    if the denoiser has neither neurons nor inner channels to prune.
     """
-    return surgery.prune(denoiser, rate, ("neurons", "channels"), partial(plan, round_to=round_to),
-                         mask_only=mask_only, method="structured")
+    return units.prune("structured", denoiser, rate, UNITS, calibration=calibration, **options)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Tuple
+from typing import Dict, Iterable, Iterator, List, NamedTuple, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from pruning import UserError
-from pruning.methods import METHODS, LayerPruned, Pruned, kinds
+from pruning.methods import kinds
 
 Plan = Dict[str, List[int]]  # {group name: indices of the units kept, ascending}
 
@@ -42,6 +42,12 @@ class Group(NamedTuple):
             if weight is not None and weight.shape[0] % inner == 0:  # a norm within each head is narrower
                 yield layers[path], 0
 
+    def column_layers(self) -> Dict[str, nn.Module]:
+        """Return the layers some of whose inputs the units own, by the name of the weight in the denoiser."""
+        layers, prefix = dict(self.module.named_modules()), self.name.rpartition(".")[0]
+        return {f"{prefix}.{path}.weight" if prefix else f"{path}.weight": layers[path]
+                for path in self.kind.columns if path in layers}
+
     def span(self) -> Tuple[int, int]:
         """Return the first of the columns that belong to the units, and how many do, which is the inner width."""
         if self.kind.span:
@@ -53,26 +59,6 @@ class Group(NamedTuple):
         start, inner = self.span()
         own = tensor.narrow(1, start, inner) if dim == 1 else tensor
         return own.unflatten(dim, (own.shape[dim] // inner, self.units, inner // self.units))
-
-
-def prune(denoiser: nn.Module, rate: float, units: Tuple[str, ...], plan: Callable[[List[Group], float], Plan], *,
-          mask_only: bool, method: str) -> Pruned:
-    """Remove, or with mask_only zero, what plan(groups, rate) chooses among the denoiser's units, in place.
-
-    units: names of units in KINDS. method: a name in METHODS, which says what the unit is called. Raises UserError if
-    the denoiser has no such units, or if the plan cannot be carried out (see apply).
-    """
-    groups, skipped = survey(denoiser, *units)
-    if not groups:
-        reasons = "".join(f"; {name}: {why}" for name, why in list(skipped.items())[:3])
-        raise UserError(f"{type(denoiser).__name__} has no {' or '.join(units)} that {method} can remove{reasons}")
-    kept = plan(groups, rate)
-    total = sum(group.units for group in groups)
-    taken = sum(group.units - len(kept[group.name]) for group in groups if group.name in kept)
-    carry_out(denoiser, groups, kept, mask_only)
-    layers = {group.name: LayerPruned(1 - len(kept.get(group.name, range(group.units))) / group.units)
-              for group in groups}
-    return Pruned(METHODS[method].unit, total, round(rate * total), taken, skipped, layers)
 
 
 def survey(denoiser: nn.Module, *units: str) -> Tuple[List[Group], Dict[str, str]]:

@@ -1,4 +1,4 @@
-"""Records of earlier versions, read as version 5. No torch."""
+"""Records of earlier versions, read as version 6. No torch."""
 from __future__ import annotations
 
 import copy
@@ -21,14 +21,25 @@ NOTES = {  # of version 3: name -> its kind, and the value of a note that is abs
 }
 
 
+def from_version_5(data: dict) -> dict:
+    """Return a version 5 object as a version 6 object. Raises ValueError that names a part that version 5 has not.
+
+    Until version 5, units went by norm and nothing was re-fitted.
+    """
+    check(data, {"options": OBJECT}, "")
+    by_norm = {"criterion": "norm", "refit": False} if data.get("method") in ("structured", "attention_heads") else {}
+    return {**data, "options": {**by_norm, **data["options"]}}
+
+
 def from_version_4(data: dict) -> dict:
-    """Return a version 4 object as a version 5 object. Raises ValueError that names a part that version 4 has not."""
+    """Return a version 4 object as a version 6 object. Raises ValueError that names a part that version 4 has not."""
     check(data, {"dense": OBJECT, "points": POINTS}, "")
-    return {**data, "dense": {**LAYERS, **data["dense"]}, "points": [{**LAYERS, **point} for point in data["points"]]}
+    return from_version_5({**data, "dense": {**LAYERS, **data["dense"]},
+                           "points": [{**LAYERS, **point} for point in data["points"]]})
 
 
 def from_version_3(data: dict) -> dict:
-    """Return a version 3 object as a version 5 object. Raises ValueError that names a part that version 3 has not.
+    """Return a version 3 object as a version 6 object. Raises ValueError that names a part that version 3 has not.
 
     Version 3 kept a method's options in settings, and skipped modules, floors and the spread of seeds in notes.
     """
@@ -41,11 +52,11 @@ def from_version_3(data: dict) -> dict:
     # Version 3 did not say whether torch.compile fell back.
     added = {**LAYERS, "skipped_modules": notes.pop("left_out"), "floors": {}, "seed_spread": {}, "compiled": None}
     of_dense = {"floors": notes.pop("floors"), "seed_spread": notes.pop("seed_spread")}
-    return {
+    return from_version_5({
         **data,
         "options": {name: settings[name] for name in known if name in settings},
         "settings": {name: value for name, value in settings.items() if name not in known},
         "notes": {**notes, "feature_sizes": {"features": feature_size} if feature_size else {}},
         "dense": {**data["dense"], **added, **of_dense},
         "points": [{**point, **added} for point in data["points"]],
-    }
+    })

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Dict, List
 
 from pruning import UserError, methods, whole_file
-from pruning.records.earlier import from_version_3, from_version_4
+from pruning.records.earlier import from_version_3, from_version_4, from_version_5
 from pruning.records.schema import SETTINGS, Notes, Point, Record, build, check
 
-SCHEMA_VERSION = 5
-EARLIER = {3: from_version_3, 4: from_version_4}
+SCHEMA_VERSION = 6
+EARLIER = {3: from_version_3, 4: from_version_4, 5: from_version_5}
 
 
 class BrokenRecordError(UserError):

@@ -1,0 +1,235 @@
+"""The steps that methods which remove units share: order, plan, take out, re-fit, recover.
+
+Such a method is the names of its units in KINDS, and its options.
+"""
+from __future__ import annotations
+
+from functools import partial
+from typing import Dict, List, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pruning import UserError
+from pruning.methods import (
+    METHODS,
+    LayerPruned,
+    Pruned,
+    greedy,
+    moments,
+    probes,
+    recovery,
+    sequential,
+    surgery,
+)
+from pruning.methods import refit as refitting
+from pruning.methods.allocation import HEADROOM, equal_shares, lowest_overall
+from pruning.methods.calibration import Calibration
+from pruning.methods.moments import Moments, as_rows
+from pruning.methods.surgery import Group, Plan
+
+CALLS, LATENTS = 16, 384  # recorded calls, and latents in them at most, that the re-fit in order sends through
+
+
+class Order(Dict[str, Tuple[Tensor, Tensor, Tensor]]):
+    """Group name -> units in the order in which they go; the loss and the cost after each, (units,).
+
+    The loss is the mean lost share of output energy of the layers behind them, the cost the squared change of the
+    guided output that follows from it to first order.
+    """
+
+    def place(self, group: Group) -> Tensor:
+        """Return the place of each unit in the order, (units,)."""
+        return self._of_units(group, torch.arange(group.units, dtype=torch.float64))
+
+    def price(self, group: Group, rate: float) -> Tensor:
+        """Return what the loss of each unit costs when its turn comes, (units,), rising in the order.
+
+        A group loses at most a share of rate + HEADROOM · (1 − rate): costs do not add up where little is left.
+        """
+        _, _, costs = self[group.name]
+        prices = torch.diff(costs, prepend=torch.zeros(1, dtype=costs.dtype)).cummax(0).values
+        prices = prices * (1 + 1e-9 * torch.arange(group.units)) + 1e-30 * torch.arange(group.units)  # no two alike
+        prices[round((rate + HEADROOM * (1 - rate)) * group.units):] = float("inf")
+        return self._of_units(group, prices)
+
+    def _of_units(self, group: Group, values: Tensor) -> Tensor:
+        """Return values by unit that are given in the order in which the units go."""
+        return torch.empty_like(values).scatter_(0, self[group.name][0], values)
+
+    def loss(self, group: Group, count: int) -> float:
+        """Return the relative loss of the layers behind the units after `count` of these are gone."""
+        return float(self[group.name][1][count - 1]) if count else 0.0
+
+
+def prune(method: str, denoiser: nn.Module, rate: float, units: Sequence[str],
+          *, criterion: str, allocation: str, refit: bool, mask_only: bool, recovery_steps: int,
+          calibration: Optional[Calibration], round_to: int = 1) -> Pruned:
+    """Remove, or with mask_only zero, round(rate * n) of all n of the denoiser's units, in place.
+
+    units: names of units in KINDS. criterion: what decides the order in a group, "loss" (see greedy) or "norm".
+    allocation: "uniform" takes the same share of every group, "guided" ranks all units, by what their loss costs the
+    guided output or by their norm. The other options are those of METHODS; rate 0 changes nothing. Raises UserError if
+    the denoiser has no such units.
+    """
+    groups, skipped = surgery.survey(denoiser, *units)
+    if not groups:
+        reasons = "".join(f"; {name}: {why}" for name, why in list(skipped.items())[:3])
+        raise UserError(f"{type(denoiser).__name__} has no {' or '.join(units)} that {method} can remove{reasons}")
+    total = sum(group.units for group in groups)
+    kept: Plan = {}
+    found, gathered = None, None
+    if rate:
+        if recovery_steps:
+            _ = calibration.calls  # before anything changes
+        if criterion == "loss" or refit:
+            gathered = moments.gather(denoiser, calibration, layers=column_layers(denoiser, units))
+        if criterion == "loss":
+            found = orders(denoiser, groups, gathered, calibration, allocation == "guided")
+        if allocation == "uniform":
+            kept = equal_shares(groups, rate, found.place if found else surgery.root_mean_square, round_to)
+        else:
+            kept = lowest_overall(groups, rate, partial(found.price, rate=rate) if found else surgery.root_mean_square,
+                                  round_to)
+    gone = {group.name: group.units - len(kept.get(group.name, range(group.units))) for group in groups}
+    if refit and kept:
+        take_out_and_refit(denoiser, groups, kept, mask_only, gathered, calibration)
+    else:
+        surgery.carry_out(denoiser, groups, kept, mask_only)
+    if recovery_steps and rate:
+        with tqdm(total=recovery_steps, desc="recovery", unit="step", leave=False) as bar:
+            recovery.recover(denoiser, {}, calibration.calls, recovery_steps, f"{calibration.seed} {rate!r}", bar)
+    layers = {group.name: LayerPruned(gone[group.name] / group.units,
+                                      found.loss(group, gone[group.name]) if found and refit else None)
+              for group in groups}
+    return Pruned(METHODS[method].unit, total, round(rate * total), sum(gone.values()), skipped, layers)
+
+
+def column_layers(denoiser: nn.Module, units: Sequence[str]) -> Dict[str, nn.Module]:
+    """Return the layers behind these units, by the name of the weight."""
+    return {name: layer for group in surgery.find_groups(denoiser, units)[0]
+            for name, layer in group.column_layers().items()}
+
+
+def orders(denoiser: nn.Module, groups: List[Group], gathered: Moments, calibration: Calibration,
+           guided: bool) -> Order:
+    """Return in which order the units of each group go, computed once for all rates.
+
+    guided: the layers behind a group's units count by how much the guided output depends on them; otherwise alike.
+    """
+    def compute():
+        weights = sensitivities(denoiser, groups, gathered, calibration) if guided else {}
+        found = {}
+        for group in tqdm(groups, desc="order of units", unit="group", leave=False):
+            own = [weights.get(name, 1.0) for name in group.column_layers()]
+            taken, losses = greedy.order(_columns(group, gathered), group.units, group.norm_groups, own)
+            losses = torch.tensor(losses, dtype=torch.float64)
+            found[f"{group.name} order"], found[f"{group.name} losses"] = torch.tensor(taken), losses.mean(1)
+            found[f"{group.name} costs"] = losses @ torch.tensor(own, dtype=torch.float64)
+        return found
+    what = " ".join(sorted({group.kind.unit for group in groups}))
+    found = calibration.keep(f"order of {what}{' guided' * guided}", compute)
+    return Order({group.name: tuple(found[f"{group.name} {each}"] for each in ("order", "losses", "costs"))
+                  for group in groups})
+
+
+def sensitivities(denoiser: nn.Module, groups: List[Group], gathered: Moments,
+                  calibration: Calibration) -> Dict[str, float]:
+    """Return how much the guided output depends on each layer behind the units: squared change ÷ lost share of energy.
+
+    Probed to first order with half of the units gone and the rest re-fitted: name of the weight -> value.
+    """
+    changes, losses, layers = {}, {}, {}
+    for group in groups:
+        columns = _columns(group, gathered)
+        taken, lost = greedy.order(columns, group.units, group.norm_groups)
+        half = max(1, group.units // 2)
+        for index, (name, layer) in enumerate(group.column_layers().items()):
+            change = greedy.change_without(columns[index], taken[:half]).reshape(layer.weight.shape)
+            changes[name], losses[name], layers[name] = change.to(layer.weight.dtype), lost[half - 1][index], layer
+    calls = probes.probed_calls(calibration.calls)
+    found = probes.sensitivities(denoiser, calls, calibration.guidance, layers, changes, calibration.seed)
+    return {name: value / max(losses[name], 1e-12) for name, value in found.items()}
+
+
+def _columns(group: Group, gathered: Moments) -> List[greedy.Columns]:
+    """Return the layers behind a group's units with their moments."""
+    first, inner = group.span()
+    found = []
+    for name, layer in group.column_layers().items():
+        matrix, _ = gathered.of(name, layer.weight.device)
+        places = layer.weight[0, 0].numel()
+        found.append(greedy.Columns(as_rows(layer).detach()[0].float(), matrix[0], first * places,
+                                    inner // group.units * places))
+    return found
+
+
+def kept_columns(groups: List[Group], plan: Plan) -> Dict[str, Tensor]:
+    """Return which inputs of the layers behind the units a plan keeps: name of the weight -> indices, ascending."""
+    stays: Dict[str, Tensor] = {}
+    for group in groups:
+        if group.name in plan:
+            first, inner = group.span()
+            unit = torch.zeros(group.units, dtype=torch.bool)
+            unit[plan[group.name]] = True
+            for name, layer in group.column_layers().items():
+                channels = stays.setdefault(name, torch.ones(layer.weight.shape[1], dtype=torch.bool))
+                channels[first:first + inner] &= unit.repeat_interleave(inner // group.units)
+    layers = {name: layer for group in groups for name, layer in group.column_layers().items()}
+    return {name: channels.repeat_interleave(layers[name].weight[0, 0].numel()).nonzero().flatten()
+            for name, channels in stays.items()}
+
+
+def take_out_and_refit(denoiser: nn.Module, groups: List[Group], plan: Plan, mask_only: bool, gathered: Moments,
+                       calibration: Calibration) -> None:
+    """Carry out a plan, and re-fit the layers behind the units in the order in which they run (sequential).
+
+    Each is re-fitted to its dense outputs y from its present inputs x' and, as these are of few calls, from the inputs
+    that the dense denoiser has where nothing else is gone; ρ weighs the latter:
+
+        E|w x' + b − y|² + ρ E|w x_K + b − w0 x|² + λ |w − w0_K|²   over w and b, with K the inputs that stay
+
+    Where a stream is known, y makes up for what the stream has lost. Norms between the units and these layers are
+    re-fitted first. All of these numbers are the same whether units are removed or zeroed.
+    """
+    planned = [group for group in groups if group.name in plan]
+    layers = {name: layer for group in planned for name, layer in group.column_layers().items()}
+    norms = {name: (group, norm) for group in planned for name, norm in _norms(group).items()}
+    aims = sequential.dense_outputs(denoiser, layers, calibration, {name: norm for name, (_, norm) in norms.items()},
+                                    True, CALLS, LATENTS)
+    dense = {name: moments.wide(as_rows(layer).detach()[0].clone()) for name, layer in layers.items()}
+    kept = kept_columns(groups, plan)
+    # An attention without heads is still there when its output bias is re-fitted.
+    emptied = {name: keep for name, keep in plan.items() if not keep}
+    surgery.carry_out(denoiser, groups, {name: keep for name, keep in plan.items() if keep}, mask_only)
+    surgery.carry_out(denoiser, groups, emptied, mask_only=True)
+    if not mask_only:
+        for name, (group, _) in norms.items():
+            aims.outputs[name] = aims.outputs[name][..., plan[group.name]]
+
+    def solve(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
+        keep = kept[name].to(x.device)
+        x = x[0] if x.shape[-1] == len(keep) else x[0][:, keep]  # zeroed inputs are left out
+        matrix, mean = gathered.of(name, x.device)
+        weight, bias = refitting.refit_columns(dense[name].to(x.device), keep, x, y[0], matrix[0], mean[0],
+                                           layer.bias is not None, sequential.PRIOR)
+        whole = weight
+        if layer.weight[0].numel() != len(keep):
+            whole = weight.new_zeros(len(weight), layer.weight[0].numel()).index_copy_(1, keep, weight)
+        layer.weight.copy_(whole.reshape(layer.weight.shape))
+        if layer.bias is not None:
+            layer.bias.add_(bias)
+
+    sequential.in_order(denoiser, layers, aims, solve, calibration,
+                        {name: denoiser.get_submodule(name) for name in norms})
+    if emptied and not mask_only:
+        units = {name.rpartition(".")[2] for name in emptied}
+        surgery.carry_out(denoiser, surgery.find_groups(denoiser, units)[0], emptied, mask_only=False)
+
+
+def _norms(group: Group) -> Dict[str, nn.Module]:
+    """Return the group norms over the units, whose statistics the units that are gone had a part in."""
+    layers, prefix = dict(group.module.named_modules()), group.name.rpartition(".")[0]
+    return {f"{prefix}.{path}": layers[path] for path in group.kind.follows
+            if isinstance(layers.get(path), nn.GroupNorm)}
