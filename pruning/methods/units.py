@@ -24,11 +24,12 @@ from pruning.methods import (
     surgery,
 )
 from pruning.methods import refit as refitting
-from pruning.methods.allocation import HEADROOM, equal_shares, lowest_overall
+from pruning.methods.allocation import equal_shares, lowest_overall
 from pruning.methods.calibration import Calibration
 from pruning.methods.moments import Moments, as_rows
 from pruning.methods.surgery import Group, Plan
 
+HEADROOM = 0.3  # a group loses at most rate + HEADROOM · (1 − rate): one call says too little of an emptied attention
 CALLS, LATENTS = 16, 384  # recorded calls, and latents in them at most, that the re-fit in order sends through
 
 
@@ -46,7 +47,7 @@ class Order(Dict[str, Tuple[Tensor, Tensor, Tensor]]):
     def price(self, group: Group, rate: float) -> Tensor:
         """Return what the loss of each unit costs when its turn comes, (units,), rising in the order.
 
-        A group loses at most a share of rate + HEADROOM · (1 − rate): costs do not add up where little is left.
+        See HEADROOM for how many a group can lose.
         """
         _, _, costs = self[group.name]
         prices = torch.diff(costs, prepend=torch.zeros(1, dtype=costs.dtype)).cummax(0).values
