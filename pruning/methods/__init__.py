@@ -248,9 +248,10 @@ def gathered_layers(method: str, denoiser):
 
     These are the layers behind the units that the method removes, or all prunable ones.
     """
-    from pruning.methods import moments, units  # here, because this table loads without torch
+    from pruning.methods import moments, surgery, units  # here, because this table loads without torch
     if METHODS[method].removes:
-        return units.column_layers(denoiser, importlib.import_module(f"{__name__}.{method}").UNITS)
+        kinds = importlib.import_module(f"{__name__}.{method}").UNITS
+        return units.column_layers(surgery.find_groups(denoiser, kinds)[0])
     return moments.prunable_layers(denoiser)
 
 

@@ -9,7 +9,7 @@ import hashlib
 import math
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -90,15 +90,22 @@ def some(count: int, most: int, generator: torch.Generator) -> Tensor:
 
 
 @contextmanager
-def watched(layers: Dict[str, nn.Module], note: Callable[[str, nn.Module, Tensor], None]) -> Iterator[None]:
-    """Inside the block, call note(name, layer, input) whenever one of the layers is called."""
-    hooks = [layer.register_forward_pre_hook(lambda module, inputs, name=name: note(name, module, inputs[0]))
-             for name, layer in layers.items()]
+def hooked(hooks: Iterable) -> Iterator[None]:
+    """Remove the hooks, which are set already, when the block ends."""
+    hooks = list(hooks)
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def watched(layers: Dict[str, nn.Module], note: Callable[[str, nn.Module, Tensor], None]) -> Iterator[None]:
+    """Inside the block, call note(name, layer, input) whenever one of the layers is called."""
+    with hooked(layer.register_forward_pre_hook(lambda module, inputs, name=name: note(name, module, inputs[0]))
+                for name, layer in layers.items()):
+        yield
 
 
 class Moments:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pruning import UserError
 from pruning.methods.calibration import Call, answer
-from pruning.methods.moments import seed_of, timestep
+from pruning.methods.moments import hooked, seed_of, timestep
 
 PROBES = 4  # backwards a call, each with signs of its own
 CALLS = 8  # calls that are probed
@@ -54,13 +54,8 @@ def row_energies(denoiser: nn.Module, calls: Sequence[Call], guidance: Optional[
                 output.register_hook(note)
         return layer.register_forward_hook(hook)
 
-    with _gradients(denoiser, layers):
-        hooks = [watch(name, layer) for name, layer in layers.items()]
-        try:
-            _run_probes(denoiser, calls, guidance, seed)
-        finally:
-            for hook in hooks:
-                hook.remove()
+    with _gradients(denoiser, layers), hooked(watch(name, layer) for name, layer in layers.items()):
+        _run_probes(denoiser, calls, guidance, seed)
     return energies
 
 
@@ -78,13 +73,8 @@ def sensitivities(denoiser: nn.Module, calls: Sequence[Call], guidance: Optional
             weight.grad = None  # so that the gradients of all layers are never in memory together
         return layer.weight.register_post_accumulate_grad_hook(note)
 
-    with _gradients(denoiser, layers):
-        hooks = [watch(name, layer) for name, layer in layers.items()]
-        try:
-            backwards = _run_probes(denoiser, calls, guidance, seed)
-        finally:
-            for hook in hooks:
-                hook.remove()
+    with _gradients(denoiser, layers), hooked(watch(name, layer) for name, layer in layers.items()):
+        backwards = _run_probes(denoiser, calls, guidance, seed)
     return {name: sum(each) / backwards for name, each in found.items()}
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from pruning import UserError, whole_file
-from pruning.methods.calibration import Call, answer, match
+from pruning.methods.calibration import Calibration, Call, answer, match
 
 CALLS_PER_STEP = 4
 LEARNING_RATE = 3e-4
@@ -59,6 +59,14 @@ def recover(denoiser: nn.Module, weights: Dict[str, Tensor], calls: Sequence[Cal
             if bar is not None:
                 bar.set_postfix(loss=f"{mean:.4g}", refresh=False)
                 bar.update()
+
+
+def recover_at(rate: float, denoiser: nn.Module, weights: Dict[str, Tensor], calibration: Optional[Calibration],
+               steps: int) -> None:
+    """Recover on the calibration's calls with a progress bar, if the rate is not 0 and there are steps to train."""
+    if steps and rate:
+        with tqdm(total=steps, desc="recovery", unit="step", leave=False) as bar:
+            recover(denoiser, weights, calibration.calls, steps, f"{calibration.seed} {rate!r}", bar)
 
 
 def distillation_loss(denoiser: nn.Module, kwargs: Dict[str, Any], target: Tensor) -> Tensor:

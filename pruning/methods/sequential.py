@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pruning import UserError
 from pruning.methods import probes, refit
 from pruning.methods.calibration import Calibration, Call, answer
-from pruning.methods.moments import Moments, as_rows, input_rows, output_places, seed_of, some, watched, wide
+from pruning.methods.moments import Moments, as_rows, hooked, input_rows, output_places, seed_of, some, watched, wide
 from pruning.methods.recovery import restore_zeros
 
 CALLS = 8  # recorded calls that go through the denoiser together
@@ -156,13 +156,9 @@ def _at_places(values: Tensor, places: Tensor) -> Tensor:
 @contextmanager
 def _norms_watched(norms: Dict[str, nn.Module], note: Callable[[str, Tensor], Optional[Tensor]]) -> Iterator[None]:
     """Inside the block, call note(name, output) when a norm has run; what it returns takes the output's place."""
-    hooks = [norm.register_forward_hook(lambda module, inputs, output, name=name: note(name, output))
-             for name, norm in norms.items()]
-    try:
+    with hooked(norm.register_forward_hook(lambda module, inputs, output, name=name: note(name, output))
+                for name, norm in norms.items()):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager
@@ -186,13 +182,9 @@ def _watched(denoiser: nn.Module, layers: Dict[str, nn.Module], residual: bool, 
             return source.conv_shortcut(stream)
         return stream
 
-    hooks = [source.register_forward_pre_hook(keep) for source in set(sources.values())]
-    try:
-        with watched(layers, lambda name, layer, x: note(name, layer, x, stream_of(name))):
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with hooked(source.register_forward_pre_hook(keep) for source in set(sources.values())), \
+            watched(layers, lambda name, layer, x: note(name, layer, x, stream_of(name))):
+        yield
 
 
 def _stream_sources(denoiser: nn.Module, layers: Dict[str, nn.Module]) -> Dict[str, nn.Module]:

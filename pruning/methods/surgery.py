@@ -44,9 +44,12 @@ class Group(NamedTuple):
 
     def column_layers(self) -> Dict[str, nn.Module]:
         """Return the layers some of whose inputs the units own, by the name of the weight in the denoiser."""
-        layers, prefix = dict(self.module.named_modules()), self.name.rpartition(".")[0]
-        return {f"{prefix}.{path}.weight" if prefix else f"{path}.weight": layers[path]
-                for path in self.kind.columns if path in layers}
+        layers = dict(self.module.named_modules())
+        return {self.path(f"{path}.weight"): layers[path] for path in self.kind.columns if path in layers}
+
+    def path(self, inner: str) -> str:
+        """Return the denoiser's name for what the module calls `inner`."""
+        return f"{self.name.rpartition('.')[0]}.{inner}".lstrip(".")
 
     def span(self) -> Tuple[int, int]:
         """Return the first of the columns that belong to the units, and how many do, which is the inner width."""

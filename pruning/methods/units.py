@@ -85,7 +85,7 @@ def prune(method: str, denoiser: nn.Module, rate: float, units: Sequence[str],
         if recovery_steps:
             _ = calibration.calls  # before anything changes
         if criterion == "loss" or refit:
-            gathered = moments.gather(denoiser, calibration, layers=column_layers(denoiser, units))
+            gathered = moments.gather(denoiser, calibration, layers=column_layers(groups))
         if criterion == "loss":
             found = orders(denoiser, groups, gathered, calibration, allocation == "guided")
         if allocation == "uniform":
@@ -98,19 +98,16 @@ def prune(method: str, denoiser: nn.Module, rate: float, units: Sequence[str],
         take_out_and_refit(denoiser, groups, kept, mask_only, gathered, calibration)
     else:
         surgery.carry_out(denoiser, groups, kept, mask_only)
-    if recovery_steps and rate:
-        with tqdm(total=recovery_steps, desc="recovery", unit="step", leave=False) as bar:
-            recovery.recover(denoiser, {}, calibration.calls, recovery_steps, f"{calibration.seed} {rate!r}", bar)
+    recovery.recover_at(rate, denoiser, {}, calibration, recovery_steps)
     layers = {group.name: LayerPruned(gone[group.name] / group.units,
                                       found.loss(group, gone[group.name]) if found and refit else None)
               for group in groups}
     return Pruned(METHODS[method].unit, total, round(rate * total), sum(gone.values()), skipped, layers)
 
 
-def column_layers(denoiser: nn.Module, units: Sequence[str]) -> Dict[str, nn.Module]:
-    """Return the layers behind these units, by the name of the weight."""
-    return {name: layer for group in surgery.find_groups(denoiser, units)[0]
-            for name, layer in group.column_layers().items()}
+def column_layers(groups: List[Group]) -> Dict[str, nn.Module]:
+    """Return the layers behind the units of these groups, by the name of the weight."""
+    return {name: layer for group in groups for name, layer in group.column_layers().items()}
 
 
 def orders(denoiser: nn.Module, groups: List[Group], gathered: Moments, calibration: Calibration,
@@ -120,11 +117,15 @@ def orders(denoiser: nn.Module, groups: List[Group], gathered: Moments, calibrat
     guided: the layers behind a group's units count by how much the guided output depends on them; otherwise alike.
     """
     def compute():
-        weights = sensitivities(denoiser, groups, gathered, calibration) if guided else {}
+        alike = {group.name: greedy.order(_columns(group, gathered), group.units, group.norm_groups)
+                 for group in tqdm(groups, desc="order of units", unit="group", leave=False)}
+        weights = sensitivities(denoiser, groups, alike, gathered, calibration) if guided else {}
         found = {}
-        for group in tqdm(groups, desc="order of units", unit="group", leave=False):
+        for group in groups:
             own = [weights.get(name, 1.0) for name in group.column_layers()]
-            taken, losses = greedy.order(_columns(group, gathered), group.units, group.norm_groups, own)
+            taken, losses = alike[group.name]
+            if guided and len(own) > 1:  # with one layer, its weight decides nothing
+                taken, losses = greedy.order(_columns(group, gathered), group.units, group.norm_groups, own)
             losses = torch.tensor(losses, dtype=torch.float64)
             found[f"{group.name} order"], found[f"{group.name} losses"] = torch.tensor(taken), losses.mean(1)
             found[f"{group.name} costs"] = losses @ torch.tensor(own, dtype=torch.float64)
@@ -135,16 +136,16 @@ def orders(denoiser: nn.Module, groups: List[Group], gathered: Moments, calibrat
                   for group in groups})
 
 
-def sensitivities(denoiser: nn.Module, groups: List[Group], gathered: Moments,
-                  calibration: Calibration) -> Dict[str, float]:
+def sensitivities(denoiser: nn.Module, groups: List[Group], alike: Dict[str, Tuple[List[int], List[List[float]]]],
+                  gathered: Moments, calibration: Calibration) -> Dict[str, float]:
     """Return how much the guided output depends on each layer behind the units: squared change ÷ lost share of energy.
 
-    Probed to first order with half of the units gone and the rest re-fitted: name of the weight -> value.
+    Probed to first order with half of the units gone and the rest re-fitted: name of the weight -> value. alike: what
+    greedy.order gives for each group if its layers count alike.
     """
     changes, losses, layers = {}, {}, {}
     for group in groups:
-        columns = _columns(group, gathered)
-        taken, lost = greedy.order(columns, group.units, group.norm_groups)
+        columns, (taken, lost) = _columns(group, gathered), alike[group.name]
         half = max(1, group.units // 2)
         for index, (name, layer) in enumerate(group.column_layers().items()):
             change = greedy.change_without(columns[index], taken[:half]).reshape(layer.weight.shape)
@@ -177,7 +178,7 @@ def kept_columns(groups: List[Group], plan: Plan) -> Dict[str, Tensor]:
             for name, layer in group.column_layers().items():
                 channels = stays.setdefault(name, torch.ones(layer.weight.shape[1], dtype=torch.bool))
                 channels[first:first + inner] &= unit.repeat_interleave(inner // group.units)
-    layers = {name: layer for group in groups for name, layer in group.column_layers().items()}
+    layers = column_layers(groups)
     return {name: channels.repeat_interleave(layers[name].weight[0, 0].numel()).nonzero().flatten()
             for name, channels in stays.items()}
 
@@ -195,10 +196,10 @@ def take_out_and_refit(denoiser: nn.Module, groups: List[Group], plan: Plan, mas
     re-fitted first. All of these numbers are the same whether units are removed or zeroed.
     """
     planned = [group for group in groups if group.name in plan]
-    layers = {name: layer for group in planned for name, layer in group.column_layers().items()}
+    layers = column_layers(planned)
     norms = {name: (group, norm) for group in planned for name, norm in _norms(group).items()}
     aims = sequential.dense_outputs(denoiser, layers, calibration, {name: norm for name, (_, norm) in norms.items()},
-                                    True, CALLS, LATENTS)
+                                    residual=True, calls=CALLS, latents=LATENTS)
     dense = {name: moments.wide(as_rows(layer).detach()[0].clone()) for name, layer in layers.items()}
     kept = kept_columns(groups, plan)
     # An attention without heads is still there when its output bias is re-fitted.
@@ -214,7 +215,7 @@ def take_out_and_refit(denoiser: nn.Module, groups: List[Group], plan: Plan, mas
         x = x[0] if x.shape[-1] == len(keep) else x[0][:, keep]  # zeroed inputs are left out
         matrix, mean = gathered.of(name, x.device)
         weight, bias = refitting.refit_columns(dense[name].to(x.device), keep, x, y[0], matrix[0], mean[0],
-                                           layer.bias is not None, sequential.PRIOR)
+                                               layer.bias is not None, sequential.PRIOR)
         whole = weight
         if layer.weight[0].numel() != len(keep):
             whole = weight.new_zeros(len(weight), layer.weight[0].numel()).index_copy_(1, keep, weight)
@@ -231,6 +232,6 @@ def take_out_and_refit(denoiser: nn.Module, groups: List[Group], plan: Plan, mas
 
 def _norms(group: Group) -> Dict[str, nn.Module]:
     """Return the group norms over the units, whose statistics the units that are gone had a part in."""
-    layers, prefix = dict(group.module.named_modules()), group.name.rpartition(".")[0]
-    return {f"{prefix}.{path}": layers[path] for path in group.kind.follows
+    layers = dict(group.module.named_modules())
+    return {group.path(path): layers[path] for path in group.kind.follows
             if isinstance(layers.get(path), nn.GroupNorm)}

@@ -60,7 +60,7 @@ def prune(method: str, denoiser: nn.Module, rate: float, solve: Solve, counts: D
     if aims is not None:
         sequential.refit_in_order(denoiser, layers, aims, gathered, calibration)
     weights = {name: layer.weight for name, layer in layers.items()}
-    recover(denoiser, weights, calibration, recovery_steps, rate)
+    recovery.recover_at(rate, denoiser, weights, calibration, recovery_steps)
     pruned = zeroing.report(denoiser, weights, rate, method, errors)
     return pruned._replace(skipped_modules={**pruned.skipped_modules, **{n: why for n, why in faults.items() if why}})
 
@@ -78,7 +78,7 @@ def prune_by_score(method: str, denoiser: nn.Module, rate: float, score: zeroing
         gathered = moments.gather(denoiser, calibration)
     if rate == 0 or (gathered is None and pattern is None):  # in place, in little memory
         zeroing.zero_lowest(weights, rate, score, scope)
-        recover(denoiser, weights, calibration, recovery_steps if rate else 0, rate)
+        recovery.recover_at(rate, denoiser, weights, calibration, recovery_steps)
         return zeroing.report(denoiser, weights, rate, method)
     zeroing.check_scores(weights, score)
     check_pattern(denoiser, pattern)
@@ -91,14 +91,6 @@ def prune_by_score(method: str, denoiser: nn.Module, rate: float, score: zeroing
         counts = uniform_counts(weights, rate)
     return prune(method, denoiser, rate, solve, counts, calibration, gathered, pattern=pattern,
                  recovery_steps=recovery_steps)
-
-
-def recover(denoiser: nn.Module, weights: Dict[str, Tensor], calibration: Optional[Calibration], steps: int,
-            rate: float) -> None:
-    """Train the weights that are not zero by self-distillation, in place, if there are steps to train."""
-    if steps:
-        with tqdm(total=steps, desc="recovery", unit="step", leave=False) as bar:
-            recovery.recover(denoiser, weights, calibration.calls, steps, f"{calibration.seed} {rate!r}", bar)
 
 
 def by_score(score: zeroing.Score, scope: str, pattern: Optional[str], gathered: Optional[Moments]) -> Solve:
