@@ -65,7 +65,7 @@ def change_without(layer: Columns, gone: Iterable[int]) -> Tensor:
         stays[layer.first + unit * layer.size:layer.first + (unit + 1) * layer.size] = False
     keep = stays.nonzero().flatten().to(layer.weight.device)
     weight, damped = layer.weight.double(), layer.moments.double().clone()
-    damped.diagonal().add_(DAMPING * damped.diagonal().mean().clamp_min(1e-30))
+    refit.add_damping(damped, DAMPING)
     change = -weight
     factor = torch.linalg.cholesky(damped[keep][:, keep])
     change[:, keep] += torch.cholesky_solve((weight @ damped[:, keep]).T, factor).T
@@ -81,9 +81,9 @@ class _State:
         moments = layer.moments.to(dtype)
         weight = layer.weight.to(dtype)
         self.energy = float(((weight @ moments) * weight).sum().clamp_min(1e-30))
-        damping = DAMPING * moments.diagonal().mean().clamp_min(1e-30)
-        factor = torch.linalg.cholesky(moments + damping * torch.eye(d, dtype=dtype, device=moments.device))
-        self.inverse, self.gram = torch.cholesky_inverse(factor), weight.T @ weight
+        damped = moments.clone()
+        refit.add_damping(damped, DAMPING)
+        self.inverse, self.gram = torch.cholesky_inverse(torch.linalg.cholesky(damped)), weight.T @ weight
         self.first, self.size, self.units = layer.first, layer.size, units
         self.of_inverse, self.of_gram = self._blocks(self.inverse), self._blocks(self.gram)
         # What waits: M −= leftᵀ right, and K −= rightᵀ change + changeᵀ right, of `waiting` inputs.

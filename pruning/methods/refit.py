@@ -28,13 +28,13 @@ def damped(moments: Tensor) -> Tensor:
     return matrix
 
 
-def add_damping(matrix: Tensor) -> Tensor:
-    """Add λ to the diagonal of a matrix (groups, d, d), in place, and return λ, (groups, 1, 1).
+def add_damping(matrix: Tensor, share: float = DAMPING) -> Tensor:
+    """Add λ to the diagonal of a matrix (..., d, d), in place, and return λ, (..., 1, 1).
 
-    λ is never 0, so that a layer without input is no error.
+    share: λ ÷ mean of the diagonal. λ is never 0, so that a layer without input is no error.
     """
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-    damping = DAMPING * diagonal.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny ** 0.5)
+    damping = share * diagonal.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny ** 0.5)
     diagonal += damping
     return damping[..., None]
 
@@ -57,13 +57,12 @@ def refit_columns(dense: Tensor, keep: Tensor, x: Tensor, y: Tensor, moments: Te
     matrix = x.T @ x / len(x) + prior * moments[keep][:, keep]
     target = lacking.T @ x / len(x) + prior * gone @ moments[:, keep]
     bias = torch.zeros(len(dense), device=x.device, dtype=dtype)
-    damping = DAMPING * matrix.diagonal().mean() if len(keep) else 0.0
+    add_damping(matrix)
     if with_bias:  # a constant input 1, eliminated
         inputs = x.mean(0) + prior * mean[keep]
         bias = lacking.mean(0) + prior * gone @ mean
         matrix -= torch.outer(inputs, inputs) / (1 + prior)
         target -= torch.outer(bias, inputs) / (1 + prior)
-    matrix.diagonal().add_(max(float(damping), 1e-30))
     change = torch.cholesky_solve(target.T, torch.linalg.cholesky(matrix)).T
     if with_bias:
         bias = (bias - change @ inputs) / (1 + prior)
