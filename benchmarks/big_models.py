@@ -18,19 +18,11 @@ import time
 import torch
 from diffusers import UNet2DConditionModel, logging
 
+from benchmarks import denoisers
 from pruning import UserError, cli, methods
 
-SDXL = dict(
-    sample_size=128, block_out_channels=(320, 640, 1280), attention_head_dim=(5, 10, 20), cross_attention_dim=2048,
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(1, 2, 10),
-    use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
-    projection_class_embeddings_input_dim=2816)
-# name -> configuration, dtype
-MODELS = {
-    "sd15": (dict(sample_size=64, cross_attention_dim=768), torch.float32),
-    "sdxl": (SDXL, torch.bfloat16),
-}
+# name -> dtype
+MODELS = {"sd15": torch.float32, "sdxl": torch.bfloat16}
 BY_NORM = {"criterion": "norm", "refit": False}  # the time of calibration is measured by calibration.py
 CASES = (("magnitude", {"scope": "layer"}), ("magnitude", {"scope": "global"}),
          ("iterative", {"scope": "global", "recovery_steps": 0}), ("structured", BY_NORM), ("attention_heads", BY_NORM))
@@ -38,10 +30,9 @@ CASES = (("magnitude", {"scope": "layer"}), ("magnitude", {"scope": "global"}),
 
 def build(name: str):
     """Return a UNet of MODELS in eval mode, with random weights. diffusers' own initialisation would take minutes."""
-    config, dtype = MODELS[name]
     logging.set_verbosity_error()  # .to(dtype) would warn
     with torch.device("meta"):
-        denoiser = UNet2DConditionModel(**config).to(dtype)
+        denoiser = UNet2DConditionModel(**denoisers.MODELS[name].config).to(MODELS[name])
     denoiser.to_empty(device="cpu")
     with torch.no_grad():
         for parameter in denoiser.parameters():

@@ -22,29 +22,20 @@ import torch
 
 from benchmarks import denoisers
 from benchmarks.big_models import peak_resident_bytes
-from benchmarks.denoisers import Model
 from pruning import UserError, cli
 from pruning.methods import moments, probes, reconstruct
 from pruning.methods.calibration import GIB, Calibration, answer
 
 RATE = 0.5
-FLUX = Model(  # two double and four single blocks of Flux, with guidance embedded; 1,024 image and 512 text tokens
-    1, "FluxTransformer2DModel",
-    {"in_channels": 64, "num_layers": 2, "num_single_layers": 4, "attention_head_dim": 128, "num_attention_heads": 24,
-     "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True},
-    {"cpu": 32, "cuda": 64},
-    lambda side: {"hidden_states": (1, side * side, 64), "timestep": (1,), "guidance": (1,),
-                  "pooled_projections": (1, 768), "encoder_hidden_states": (1, 512, 4096), "txt_ids": (512, 3),
-                  "img_ids": (side * side, 3)})
-MODELS = {"sd15": denoisers.MODELS["sd15"], "sd3": denoisers.MODELS["sd3"]._replace(layers={"cpu": 24, "cuda": 24}),
-          "flux": FLUX}
+MODELS = {name: denoisers.MODELS[name] for name in ("sd15", "sd3", "flux")}
+BLOCKS = {"sd3": 24, "flux": 2}  # blocks to build, also on a CPU
 
 
 def measure(name: str, device: str, calls: int, memory: float) -> str:
     """Calibrate and prune one group of layers of a fresh model, and return a row of the table, in Markdown."""
     model, before = MODELS[name], peak_resident_bytes()
     settings = {"latent": model.latents[torch.device(device).type], "dtype": "float32",
-                "layers": model.layers.get(torch.device(device).type)}
+                "layers": BLOCKS.get(name)}
     denoiser, arguments = denoisers.random_denoiser(model, settings, device)
     size = sum(parameter.numel() * parameter.element_size() for parameter in denoiser.parameters())
     with torch.no_grad():

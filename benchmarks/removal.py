@@ -40,6 +40,7 @@ from pruning.records import drawing
 from pruning.records.record import write_json
 
 RATES = (0.1, 0.3, 0.5, 0.7, 0.9)
+DEFAULT = ("sd15", "sd3", *pipelines.MODELS)
 AIM = 0.10  # largest difference of time and MACs, as shares of dense, that a removing method should have at rate 0.5
 NOT_INSTALLED = "not installed (pip install torch-pruning)"
 
@@ -248,7 +249,7 @@ def read(path: Path, header: dict) -> dict:
 def main(argv=None) -> None:
     """Measure the missing rows, then print and draw all rows."""
     parser = cli.Parser(__doc__)
-    parser.add_argument("--models", nargs="+", type=cli.one_of("model", MODELS), default=list(MODELS),
+    parser.add_argument("--models", nargs="+", type=cli.one_of("model", MODELS), default=list(DEFAULT),
                         help="models to prune")
     parser.add_argument("--methods", nargs="+", type=cli.one_of("method", PRUNERS), default=list(PRUNERS),
                         help="; ".join(f"{name}: {pruner.help}" for name, pruner in PRUNERS.items()))
@@ -261,7 +262,8 @@ def main(argv=None) -> None:
                         + ", ".join(f"{name} {model.rounds}" for name, model in MODELS.items()) + ")")
     parser.add_argument("--latent", type=cli.positive, help="side of the latent (default: the model's own; on the "
                         "CPU " + ", ".join(f"{n} {m.latents['cpu']}" for n, m in MODELS.items() if m.latents) + ")")
-    parser.add_argument("--layers", type=cli.positive, help="number of blocks of sd3 (default: 24; on the CPU 6)")
+    parser.add_argument("--layers", type=cli.positive, help="blocks of transformers (default: all; on the CPU "
+                        + ", ".join(f"{n} {m.layers['cpu']}" for n, m in MODELS.items() if m.layers) + ")")
     parser.add_argument("--widths", action="store_true", help="time layers of even and odd widths, and no models")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is a GPU)")
     parser.add_argument("--dtype", type=cli.one_of("dtype", ("float32", "float16", "bfloat16")),

@@ -1,4 +1,7 @@
-"""One process, or several that `accelerate launch` started. One process needs neither torch nor accelerate here."""
+"""One process, or several that `accelerate launch` or torchrun started. One process needs no torch here.
+
+Processes exchange data by gloo: NCCL takes no tensors on the CPU, and no two processes on one GPU.
+"""
 from __future__ import annotations
 
 import os
@@ -13,20 +16,27 @@ is_main = rank == 0  # the process that measures, writes and prints
 TIMEOUT = timedelta(hours=6)  # the others wait at a barrier while the main process scores a point
 
 
-def initialize(device: str) -> str:
-    """Initialise torch.distributed and return this process's device."""
-    if world_size == 1:
+def own_device(device: str) -> str:
+    """Return this process's device: `device`, or of several processes on GPUs each takes the next one in turn."""
+    if world_size == 1 or device == "cpu":
         return device
-    from accelerate import PartialState
-    state = PartialState(cpu=device == "cpu", timeout=TIMEOUT)
-    return device if device == "cpu" else f"cuda:{state.local_process_index}"
+    import torch
+    device = f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % torch.cuda.device_count()}"
+    torch.cuda.set_device(device)
+    return device
 
 
 @contextmanager
 def _collective():
-    """Run a collective operation. Raises UserError if another process has ended, which has printed why."""
+    """Run a collective operation of torch.distributed, the block's value, in all processes.
+
+    Raises UserError if another process has ended, which has printed why.
+    """
+    import torch
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", timeout=TIMEOUT)
     try:
-        yield
+        yield torch.distributed
     except RuntimeError as error:
         raise UserError(f"process {rank} of {world_size} stopped because another process stopped "
                         f"({str(error).splitlines()[0]})") from None
@@ -35,9 +45,8 @@ def _collective():
 def barrier() -> None:
     """Wait until all processes have come here."""
     if world_size > 1:
-        from accelerate import PartialState
-        with _collective():
-            PartialState().wait_for_everyone()
+        with _collective() as group:
+            group.barrier()
 
 
 @contextmanager
@@ -53,20 +62,18 @@ def main_first():
 def broadcast_module(module) -> None:
     """Copy the main process's tensors of a torch module to all other processes."""
     if world_size > 1:
-        import torch
-        with _collective():
+        with _collective() as group:
             for tensor in module.state_dict().values():
-                torch.distributed.broadcast(tensor, 0)
+                group.broadcast(tensor, 0)
 
 
 def broadcast(value):
     """Return the main process's value in all processes."""
     if world_size == 1:
         return value
-    import torch
     values = [value]
-    with _collective():
-        torch.distributed.broadcast_object_list(values, 0)  # accelerate's own does nothing between CPU processes
+    with _collective() as group:
+        group.broadcast_object_list(values, 0)
     return values[0]
 
 
@@ -74,17 +81,15 @@ def gather(items: list) -> list:
     """Return the lists of all processes as one list, in the order of the processes. Tensors must be on the CPU."""
     if world_size == 1:
         return items
-    import torch
     lists = [None] * world_size
-    with _collective():
-        torch.distributed.all_gather_object(lists, items)
+    with _collective() as group:
+        group.all_gather_object(lists, items)
     return [item for each in lists for item in each]
 
 
 def add_up(tensors) -> None:
     """Replace each tensor by its sum over all processes, in place."""
     if world_size > 1:
-        import torch
-        with _collective():
+        with _collective() as group:
             for tensor in tensors:
-                torch.distributed.all_reduce(tensor)
+                group.all_reduce(tensor)

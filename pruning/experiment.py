@@ -81,7 +81,7 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
     """
     options = cli.method_options(args)
     methods.check_together(options, args.rates)
-    device = distributed.initialize(pipelines.pick_device(args.device))
+    device = distributed.own_device(pipelines.pick_device(args.device))
     if args.offload and device == "cpu":
         raise UserError(f"--offload {args.offload} needs a GPU; on the CPU there is nothing to offload")
     with distributed.main_first():

@@ -1,0 +1,347 @@
+"""What pruning gives on a GPU: checks of every CUDA path, call times at published sizes, and what calibration takes.
+
+The large models have random weights, as time depends on shapes alone. Rows are measured in the order of what matters
+most until the time is up; the rest is named. The JSON file is written after each row.
+
+example:
+  python benchmarks/gpu.py --parts sizes calibration --seconds 400
+"""
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if __package__ in (None, ""):
+    sys.path[0] = str(ROOT)  # instead of benchmarks/
+
+import copy
+import gc
+import json
+import re
+import socket
+import subprocess
+import tempfile
+import time
+from typing import Any, Callable, Dict, List, NamedTuple, Optional
+
+import torch
+from torch import nn
+
+from benchmarks import denoisers
+from benchmarks.denoisers import MODELS
+from pruning import cli, methods
+from pruning.methods import moments
+from pruning.methods.calibration import GIB, Calibration, answer
+from pruning.metrics import costs
+from pruning.models import pipelines, provenance
+from pruning.records.record import read_record, write_json
+
+ROUNDS = 9  # of dense and pruned calls in alternation
+BY_NORM = {"criterion": "norm", "refit": False}  # what is removed decides the time, and norms need no calibration
+
+
+# ---- checks: the commands on CUDA
+
+class Check(NamedTuple):
+    """Runs of pruning_analysis.py whose records are compared: one command a run, after what is in front of it."""
+
+    runs: List[List[str]]
+    alike: float = 0.02  # most that clip_score may differ between the last records, relative
+    says: str = ""  # what stderr must hold
+
+
+QUICK = ["--num_images", "8", "--steps", "10"]
+PRUNED = ["--rates", "0.3"]
+FLOAT32 = ["--dtype", "float32"]
+# The GPU has as much memory as these processes leave: a share that is too small for the batch.
+LITTLE_MEMORY = ("import sys, torch; torch.cuda.set_per_process_memory_fraction({share}); sys.argv[0] = '{script}'; "
+                 "from pruning import cli, pruning_analysis; cli.run(pruning_analysis.main)")
+CHECKS: Dict[str, Check] = {
+    "CPU and GPU": Check([[*FLOAT32, *PRUNED, "--device", "cpu"], [*FLOAT32, *PRUNED]]),
+    **{f"{method} in {dtype}": Check([["--method", method, *FLOAT32, *PRUNED],
+                                      ["--method", method, "--dtype", dtype, *PRUNED]], 0.05)
+       for method in ("magnitude", "structured", "attention_heads", "reconstruct")
+       for dtype in ("bfloat16", "float16")},
+    "iterative": Check([["--method", "iterative", "--recovery_steps", "5", "--rates", "0.2"]]),
+    "shapes-mmdit": Check([["--model", "shapes-mmdit", "--method", "structured", *PRUNED],
+                           ["--model", "shapes-mmdit", "--method", "structured", *PRUNED, "--device", "cpu"]], 0.05),
+    "offload model": Check([[*FLOAT32, *PRUNED], [*FLOAT32, *PRUNED, "--offload", "model"]], 1e-3),
+    "offload sequential": Check([[*FLOAT32, *PRUNED], [*FLOAT32, *PRUNED, "--offload", "sequential"]], 1e-3),
+    "calibration offloaded": Check([["--method", "structured", *FLOAT32, *PRUNED],
+                                    ["--method", "structured", *FLOAT32, *PRUNED, "--offload", "model"]], 0.02),
+    "compile": Check([PRUNED, [*PRUNED, "--compile"]], 0.05),
+    "resume": Check([["--rates", "0.3", "0.6"], ["--rates", "0.3"], ["--rates", "0.3", "0.6"]], 1e-3),
+    "out of memory": Check([["--batch_size", "8", *PRUNED], ["--batch_size", "512", "--num_images", "512",
+                                                            *PRUNED]], 1.0, "continuing with halves"),
+    "two processes": Check([["--method", "structured", *FLOAT32, *PRUNED, "--batch_size", "4"],
+                            ["--method", "structured", *FLOAT32, *PRUNED, "--batch_size", "4"]], 0.02),
+}
+
+
+def command(name: str, number: int, flags: List[str], folder: Path) -> List[str]:
+    """Return the command line of a run of a check."""
+    script, launcher = ROOT / "pruning" / "pruning_analysis.py", [sys.executable]
+    if name == "two processes" and number:
+        with socket.socket() as found:  # a free port
+            found.bind(("127.0.0.1", 0))
+            port = found.getsockname()[1]
+        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    if name == "out of memory" and number:
+        launcher += ["-c", LITTLE_MEMORY.format(share=0.03, script=script)]
+    else:
+        launcher += [str(script)]
+    return [*launcher, *QUICK, "--results_dir", str(folder), *flags]
+
+
+def check(name: str) -> dict:
+    """Run a check and return what came out; "failed" says why it failed."""
+    wanted, started, records, said = CHECKS[name], time.perf_counter(), [], ""
+    with tempfile.TemporaryDirectory() as temporary:
+        for number, flags in enumerate(wanted.runs):
+            # The second run of "resume" starts a record, and the third goes on with it.
+            folder = Path(temporary) / str(min(number, 1) if name == "resume" else number)
+            done = subprocess.run(command(name, number, flags, folder), capture_output=True, text=True, cwd=ROOT)
+            said = done.stderr
+            if done.returncode:
+                lines = [line for line in said.splitlines() if line.strip()]
+                return {"check": name, "failed": f"{' '.join(flags)}: {lines[-1] if lines else done.returncode}",
+                        "stderr": said[-3000:]}
+            path, = folder.glob("*/shapes/*.json")
+            records.append(read_record(path))
+    first, last = records[0].points[-1], records[-1].points[-1]
+    off = abs(last.metrics["clip_score"] / first.metrics["clip_score"] - 1)
+    found = {"check": name, "seconds": round(time.perf_counter() - started, 1), "difference": off,
+             "clip_score": [record.points[-1].metrics["clip_score"] for record in records],
+             "dense": records[-1].dense.metrics["clip_score"], "compiled": last.compiled,
+             "seconds_by_stage": last.seconds}
+    if off > wanted.alike:
+        found["failed"] = f"clip_score differs by {off:.2g}, more than {wanted.alike:g}"
+    if wanted.says not in said:
+        found["failed"] = f"stderr does not say {wanted.says!r}"
+    if name == "compile" and not last.compiled:
+        found["failed"] = "not all calls ran compiled"
+    return found
+
+
+# ---- sizes: the time of a call
+
+class Size(NamedTuple):
+    """A call to time."""
+
+    model: str  # one of MODELS
+    pixels: int
+    latent: int  # side
+    latents: int  # in the call: 2 with guidance
+
+
+SIZES = [Size("sd15", 512, 64, 8), Size("sd15", 512, 64, 2), Size("sdxl", 1024, 128, 2), Size("sd3", 1024, 128, 2),
+         Size("flux", 1024, 64, 1), Size("sd35", 1024, 128, 2), Size("sd3", 512, 64, 2), Size("flux", 512, 32, 1)]
+
+
+def structured(rate: float, round_to: int = 1) -> Callable:
+    """Return a function that removes neurons and channels."""
+    return lambda denoiser: methods.prune("structured", denoiser, rate, round_to=round_to, **BY_NORM)
+
+
+def heads(rate: float) -> Callable:
+    """Return a function that removes heads, the same share of every attention."""
+    return lambda denoiser: methods.prune("attention_heads", denoiser, rate, allocation="uniform", **BY_NORM)
+
+
+def semi_structured(denoiser) -> str:
+    """Zero two of every four weights and store the Linear layers of blocks in torch's 2:4 format. Returns how many."""
+    methods.prune("magnitude", denoiser, 0.5, pattern="2:4")
+    done = whole = 0
+    for name, layer in denoiser.named_modules():
+        if isinstance(layer, nn.Linear):
+            whole += 1
+            # Layers whose input is a token a latent, such as those of modulation, are too small for these kernels.
+            if "block" in name and "norm" not in name and not any(size % 64 for size in layer.weight.shape):
+                layer.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(layer.weight.detach()),
+                                            requires_grad=False)
+                done += 1
+    return f"{done} of {whole} Linear layers in 2:4 format"
+
+
+VARIANTS: Dict[str, Callable] = {
+    "structured 0.5": structured(0.5), "attention_heads 0.5": heads(0.5),
+    **{f"structured 0.5, round_to {n}": structured(0.5, n) for n in (8, 16, 64)},
+    "structured 0.7": structured(0.7), "structured 0.3": structured(0.3), "attention_heads 0.3": heads(0.3),
+    "2:4": semi_structured,
+}
+COMPILED = ("structured 0.5", "structured 0.5, round_to 8", "structured 0.5, round_to 64", "attention_heads 0.5")
+
+
+def repeated(value, latents: int):
+    """Return a call's arguments for several latents: tensors of one row get a row for each."""
+    if isinstance(value, dict):
+        return {key: repeated(each, latents) for key, each in value.items()}
+    return value.repeat(latents, *[1] * (value.dim() - 1)) if value.dim() and len(value) == 1 else value
+
+
+def built(size: Size, device: str, dtype: str):
+    """Return the dense denoiser of a size and the arguments of its call."""
+    settings = {"latent": size.latent, "dtype": dtype, "layers": MODELS[size.model].layers.get("cuda")}
+    dense, call = denoisers.random_denoiser(MODELS[size.model], settings, device)
+    return dense, repeated(call, size.latents)
+
+
+def compile_blocks(denoiser) -> None:
+    """Compile the repeated blocks, in place."""
+    torch._dynamo.config.cache_size_limit = 512  # blocks of many widths share their code
+    denoiser.compile_repeated_blocks()
+
+
+def timed(dense, call: dict, name: str, compiled: bool) -> dict:
+    """Return the costs of a variant beside dense. compiled: the dense denoiser is compiled already."""
+    pruned, started = copy.deepcopy(dense), time.perf_counter()
+    note = VARIANTS[name](pruned)
+    costs.synchronize(pruned.device)
+    seconds = time.perf_counter() - started
+    sparse = name == "2:4"
+    row = {"variant": name, "compiled": compiled, "note": note if sparse else "", "prune_seconds": seconds}
+    if not sparse:
+        row.update(macs=costs.count_macs(pruned, call), **costs.count_parameters(pruned))
+    row["peak_bytes"] = costs.peak_bytes(pruned, call)
+    if compiled:
+        started = time.perf_counter()
+        compile_blocks(pruned)
+        with torch.no_grad():
+            pruned(**call)
+        costs.synchronize(pruned.device)
+        row["compile_seconds"] = time.perf_counter() - started
+    for denoiser in (dense, pruned):
+        with torch.no_grad():
+            denoiser(**call)
+    row["dense_seconds"], row["seconds"] = costs.denoiser_seconds([dense, pruned], call, ROUNDS)
+    return row
+
+
+def sizes(size: Size, device: str, compiled: bool, until: float, keep: Callable[[dict], None]) -> List[str]:
+    """Measure the variants of a size, pass each row to `keep`, and return those for which there was no time."""
+    if time.monotonic() > until:
+        return [f"{size}, {'compiled' if compiled else 'eager'}"]
+    dense, call = built(size, device, "bfloat16")
+    own = {**size._asdict(), "dtype": "bfloat16", "variant": "dense", "compiled": compiled,
+           "macs": costs.count_macs(dense, call), **costs.count_parameters(dense),
+           "peak_bytes": costs.peak_bytes(dense, call)}
+    if compiled:
+        started = time.perf_counter()
+        compile_blocks(dense)
+        with torch.no_grad():
+            dense(**call)
+        own["compile_seconds"] = time.perf_counter() - started
+    costs.denoiser_seconds([dense], call, 3)
+    own["seconds"], = costs.denoiser_seconds([dense], call, ROUNDS)
+    keep(own)
+    left = list(COMPILED if compiled else VARIANTS)
+    while left and time.monotonic() < until:
+        name = left.pop(0)
+        try:
+            keep({**size._asdict(), "dtype": "bfloat16", **timed(dense, call, name, compiled)})
+        except Exception as error:  # of torch's 2:4 format, say; the other rows matter as much
+            keep({**size._asdict(), "variant": name, "compiled": compiled,
+                  "error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"})
+        gc.collect()
+        torch.cuda.empty_cache()
+    torch._dynamo.reset()
+    return [f"{size.model} {size.pixels}: {name}" for name in left]
+
+
+# ---- calibration: what pruning itself takes
+
+CALIBRATED = [("sd15", "structured", {}), ("sd15", "attention_heads", {}), ("sd3", "structured", {}),
+              ("sd15", "reconstruct", {}), ("sd3", "attention_heads", {}), ("sd15", "sparsegpt", {}),
+              ("sd3", "reconstruct", {})]
+CALLS = 8  # of two latents; the time of gathering is in proportion to their number
+
+
+def calibrated(model: str, method: str, options: dict, device: str, folder: Path, memory: float) -> dict:
+    """Prune a model at rate 0.5 with calibration; return the seconds of each stage and the peak memory on the GPU."""
+    size = next(size for size in SIZES if size.model == model and size.latents == 2)
+    dense, call = built(size, device, "bfloat16")
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in dense.state_dict().values())
+    recorded = []
+    for index in range(CALLS):
+        shapes = MODELS[model].inputs(size.latent)
+        arguments = repeated(denoisers.random_inputs(shapes, dense), size.latents)
+        arguments["timestep"] = torch.full((size.latents,), 1000.0 * (index + 1) / CALLS, device=device)
+        with torch.no_grad():
+            recorded.append((arguments, answer(dense, arguments).cpu()))
+    calibration = Calibration(lambda: recorded, 0, first_batch=1, guidance_scale=5.0, memory=int(memory * GIB),
+                              folder=folder / f"{model}-{method}")
+    layers = methods.gathered_layers(method, dense)
+    torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    moments.gather(dense, calibration, layers=layers)
+    gathered = time.perf_counter() - started
+    gather_peak = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    done = methods.prune(method, dense, 0.5, calibration=calibration, **options)
+    first, peak = time.perf_counter() - started, torch.cuda.max_memory_allocated()
+    return {"model": model, "method": method, **options, "weights_bytes": weights, "calls": CALLS,
+            "latents": size.latents, "moments_bytes": sum(moments.moment_bytes(layer) for layer in layers.values()),
+            "groups": len(moments.memory_groups({name: moments.moment_bytes(layer) for name, layer in layers.items()},
+                                                calibration.memory)),
+            "gather_seconds": gathered, "gather_peak_bytes": gather_peak, "prune_seconds": first,
+            "prune_peak_bytes": peak, "units": done.total, "taken": done.taken}
+
+
+PARTS = ("checks", "sizes", "calibration")
+
+
+def main(argv: Optional[list] = None) -> None:
+    """Measure the parts until the time is up, and print each row."""
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--parts", nargs="+", type=cli.one_of("part", PARTS), default=list(PARTS), help="what to run")
+    parser.add_argument("--seconds", type=cli.positive, default=460, help="start no row later than this")
+    parser.add_argument("--memory", type=float, default=24.0, help="GiB of moments on the GPU in one pass")
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "benchmarks", help="where the JSON file goes")
+    args = parser.parse_args(argv)
+    until, device = time.monotonic() + args.seconds, pipelines.pick_device("cuda")
+    header = {"machine": provenance.machine(device), "versions": provenance.package_versions()}
+    label = re.sub(r"[^a-z0-9]+", "-", header["machine"]["device"].lower()).strip("-")
+    path = args.output_dir / f"gpu_{label}.json"
+    data: Dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    data = {**data, **header, "unmeasured": []}
+
+    def keeper(part: str) -> Callable[[dict], None]:
+        rows = data[part] = []
+
+        def keep(row: dict) -> None:
+            rows.append(row)
+            write_json(data, path)
+            print(json.dumps({name: round(value, 4) if isinstance(value, float) else value
+                              for name, value in row.items() if name != "stderr"}), flush=True)
+        return keep
+
+    if "checks" in args.parts:
+        keep_check = keeper("checks")
+        for name in CHECKS:
+            keep_check(check(name)) if time.monotonic() < until else data["unmeasured"].append(name)
+    if "sizes" in args.parts:
+        keep_size = keeper("sizes")
+        for size in SIZES:
+            data["unmeasured"] += sizes(size, device, False, until, keep_size)
+    if "calibration" in args.parts:
+        keep_calibration = keeper("calibration")
+        for model, method, options in CALIBRATED:
+            if time.monotonic() > until:
+                data["unmeasured"].append(f"{method} of {model}")
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                keep_calibration(calibrated(model, method, options, device, Path(folder), args.memory))
+            gc.collect()
+            torch.cuda.empty_cache()
+    if "sizes" in args.parts:
+        for size in SIZES[:6]:
+            data["unmeasured"] += sizes(size, device, True, until, keep_size)
+    write_json(data, path)
+    print("not measured:", data["unmeasured"])
+    print(path)
+
+
+if __name__ == "__main__":
+    cli.run(main)
