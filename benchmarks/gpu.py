@@ -16,6 +16,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(ROOT)  # instead of benchmarks/
 
 import copy
+import functools
 import gc
 import json
 import re
@@ -23,6 +24,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
 import torch
@@ -135,8 +137,8 @@ class Size(NamedTuple):
     latents: int  # in the call: 2 with guidance
 
 
-SIZES = [Size("sd15", 512, 64, 8), Size("sd15", 512, 64, 2), Size("sdxl", 1024, 128, 2), Size("sd3", 1024, 128, 2),
-         Size("flux", 1024, 64, 1), Size("sd35", 1024, 128, 2), Size("sd3", 512, 64, 2), Size("flux", 512, 32, 1)]
+SIZES = [Size("sd15", 512, 64, 8), Size("sdxl", 1024, 128, 2), Size("sd3", 1024, 128, 2), Size("flux", 1024, 64, 1),
+         Size("sd35", 1024, 128, 2), Size("sd15", 512, 64, 2), Size("sd3", 512, 64, 2), Size("flux", 512, 32, 1)]
 
 
 def structured(rate: float, round_to: int = 1) -> Callable:
@@ -170,7 +172,7 @@ VARIANTS: Dict[str, Callable] = {
     "structured 0.7": structured(0.7), "structured 0.3": structured(0.3), "attention_heads 0.3": heads(0.3),
     "2:4": semi_structured,
 }
-COMPILED = ("structured 0.5", "structured 0.5, round_to 8", "structured 0.5, round_to 64", "attention_heads 0.5")
+COMPILED = ("structured 0.5", "structured 0.5, round_to 8", "attention_heads 0.5")
 
 
 def repeated(value, latents: int):
@@ -251,13 +253,12 @@ def sizes(size: Size, device: str, compiled: bool, until: float, keep: Callable[
 
 # ---- calibration: what pruning itself takes
 
-CALIBRATED = [("sd15", "structured", {}), ("sd15", "attention_heads", {}), ("sd3", "structured", {}),
-              ("sd15", "reconstruct", {}), ("sd3", "attention_heads", {}), ("sd15", "sparsegpt", {}),
-              ("sd3", "reconstruct", {})]
+UNITS = [("sd15", "structured"), ("sd3", "structured"), ("sd15", "attention_heads"), ("sd3", "attention_heads")]
+WEIGHTS = [("sd15", "reconstruct"), ("sd15", "sparsegpt"), ("sd3", "reconstruct")]
 CALLS = 8  # of two latents; the time of gathering is in proportion to their number
 
 
-def calibrated(model: str, method: str, options: dict, device: str, folder: Path, memory: float) -> dict:
+def calibrated(model: str, method: str, device: str, folder: Path, memory: float) -> dict:
     """Prune a model at rate 0.5 with calibration; return the seconds of each stage and the peak memory on the GPU."""
     size = next(size for size in SIZES if size.model == model and size.latents == 2)
     dense, call = built(size, device, "bfloat16")
@@ -279,9 +280,9 @@ def calibrated(model: str, method: str, options: dict, device: str, folder: Path
     gather_peak = torch.cuda.max_memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
-    done = methods.prune(method, dense, 0.5, calibration=calibration, **options)
+    done = methods.prune(method, dense, 0.5, calibration=calibration)
     first, peak = time.perf_counter() - started, torch.cuda.max_memory_allocated()
-    return {"model": model, "method": method, **options, "weights_bytes": weights, "calls": CALLS,
+    return {"model": model, "method": method, "weights_bytes": weights, "calls": CALLS,
             "latents": size.latents, "moments_bytes": sum(moments.moment_bytes(layer) for layer in layers.values()),
             "groups": len(moments.memory_groups({name: moments.moment_bytes(layer) for name, layer in layers.items()},
                                                 calibration.memory)),
@@ -289,7 +290,10 @@ def calibrated(model: str, method: str, options: dict, device: str, folder: Path
             "prune_peak_bytes": peak, "units": done.total, "taken": done.taken}
 
 
+# Part -> its steps, each with the share of the time after which it starts no further row.
 PARTS = ("checks", "sizes", "calibration")
+STEPS = (("checks", 0.3), ("sizes, eager", 0.5), ("calibration of units", 0.7), ("sizes, compiled", 0.85),
+         ("calibration of weights", 1.0))
 
 
 def main(argv: Optional[list] = None) -> None:
@@ -297,49 +301,49 @@ def main(argv: Optional[list] = None) -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("--parts", nargs="+", type=cli.one_of("part", PARTS), default=list(PARTS), help="what to run")
     parser.add_argument("--seconds", type=cli.positive, default=460, help="start no row later than this")
+    parser.add_argument("--jobs", type=cli.positive, default=4, help="checks at once")
     parser.add_argument("--memory", type=float, default=24.0, help="GiB of moments on the GPU in one pass")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "benchmarks", help="where the JSON file goes")
     args = parser.parse_args(argv)
-    until, device = time.monotonic() + args.seconds, pipelines.pick_device("cuda")
+    started, device = time.monotonic(), pipelines.pick_device("cuda")
     header = {"machine": provenance.machine(device), "versions": provenance.package_versions()}
     label = re.sub(r"[^a-z0-9]+", "-", header["machine"]["device"].lower()).strip("-")
     path = args.output_dir / f"gpu_{label}.json"
     data: Dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    data = {**data, **header, "unmeasured": []}
+    data.update(header, **{part: [] for part in args.parts})
+    unmeasured: Dict[str, List[str]] = data.setdefault("unmeasured", {})
+    unmeasured.update({part: [] for part in args.parts})
 
-    def keeper(part: str) -> Callable[[dict], None]:
-        rows = data[part] = []
+    def keep(part: str, row: dict) -> None:
+        data[part].append(row)
+        write_json(data, path)
+        print(json.dumps({name: round(value, 4) if isinstance(value, float) else value
+                          for name, value in row.items() if name != "stderr"}), flush=True)
 
-        def keep(row: dict) -> None:
-            rows.append(row)
-            write_json(data, path)
-            print(json.dumps({name: round(value, 4) if isinstance(value, float) else value
-                              for name, value in row.items() if name != "stderr"}), flush=True)
-        return keep
-
-    if "checks" in args.parts:
-        keep_check = keeper("checks")
-        for name in CHECKS:
-            keep_check(check(name)) if time.monotonic() < until else data["unmeasured"].append(name)
-    if "sizes" in args.parts:
-        keep_size = keeper("sizes")
-        for size in SIZES:
-            data["unmeasured"] += sizes(size, device, False, until, keep_size)
-    if "calibration" in args.parts:
-        keep_calibration = keeper("calibration")
-        for model, method, options in CALIBRATED:
-            if time.monotonic() > until:
-                data["unmeasured"].append(f"{method} of {model}")
-                continue
-            with tempfile.TemporaryDirectory() as folder:
-                keep_calibration(calibrated(model, method, options, device, Path(folder), args.memory))
-            gc.collect()
-            torch.cuda.empty_cache()
-    if "sizes" in args.parts:
-        for size in SIZES[:6]:
-            data["unmeasured"] += sizes(size, device, True, until, keep_size)
+    for step, share in STEPS:
+        part, until = step.split(",")[0].split()[0], started + share * args.seconds
+        if part not in args.parts:
+            continue
+        if part == "checks":
+            with ThreadPoolExecutor(args.jobs) as pool:
+                for row in pool.map(lambda name, until=until: check(name) if time.monotonic() < until
+                                    else {"check": name, "failed": "no time"}, CHECKS):
+                    keep(part, row)
+        elif part == "sizes":
+            for size in SIZES:
+                unmeasured[part] += sizes(size, device, step.endswith("compiled"), until,
+                                          functools.partial(keep, part))
+        else:
+            for model, method in UNITS if step.endswith("units") else WEIGHTS:
+                if time.monotonic() > until:
+                    unmeasured[part].append(f"{method} of {model}")
+                    continue
+                with tempfile.TemporaryDirectory() as folder:
+                    keep(part, calibrated(model, method, device, Path(folder), args.memory))
+                gc.collect()
+                torch.cuda.empty_cache()
     write_json(data, path)
-    print("not measured:", data["unmeasured"])
+    print("not measured:", unmeasured)
     print(path)
 
 

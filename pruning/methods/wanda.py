@@ -4,7 +4,6 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Optional
 
-import torch
 from torch import Tensor, nn
 
 from pruning.methods import Pruned, moments, weights, zeroing
@@ -41,7 +40,7 @@ def wanda_of(denoiser: nn.Module, gathered: Optional[moments.Moments]) -> zeroin
             squares = squares.repeat_interleave(len(weight) // len(squares), 0)
         return squares.sqrt().reshape(len(squares), *weight.shape[1:])
 
-    return lambda rows, name: wanda(rows, input_rms(name) if gathered else torch.ones(1))
+    return lambda rows, name: wanda(rows, input_rms(name)) if gathered else rows.abs()
 
 
 def wanda(weight: Tensor, input_rms: Tensor) -> Tensor:

@@ -1,0 +1,46 @@
+"""Methods on a GPU. All of this is skipped where there is none."""
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from test_surgery import build, call_of
+from test_units import calibration
+
+from pruning.methods import METHODS, default_options, prune
+from pruning.methods.calibration import answer
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+OPTIONS = {"recovery_steps": 2, "allocation": "guided", "refit": True, "pattern": "2:4"}
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+@pytest.mark.parametrize(("method", "option"), [
+    (method, option) for method in METHODS for option in (None, *OPTIONS) if option is None or option in
+    default_options(method)])
+def test_a_gpu_prunes_as_a_cpu_does(family, method, option):
+    """Rounding may choose another unit or weight, so the counts are equal and the outputs near."""
+    dense = build(family)
+    recorded, outputs, counts = calibration(dense), [], []
+    options = {option: OPTIONS[option]} if option else {}
+    for device in ("cpu", "cuda"):
+        for rate in (0.0, 0.5):
+            model = copy.deepcopy(dense).to(device)
+            done = prune(method, model, rate, calibration=recorded, **options)
+            counts.append((done.total, done.asked, done.taken))
+            with torch.no_grad():
+                outputs.append(answer(model, call_of(dense)).cpu())
+    assert counts[:2] == counts[2:]
+    assert (outputs[0] - outputs[2]).norm() < 1e-2 * outputs[0].norm()
+    assert (outputs[1] - outputs[3]).norm() < 0.3 * outputs[1].norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", METHODS)
+def test_half_precision_prunes_on_a_gpu(method, dtype):
+    dense = build("sd15").to("cuda", dtype)
+    done = prune(method, dense, 0.5, calibration=calibration(dense))
+    assert done.taken == done.asked
+    with torch.no_grad():
+        assert answer(dense, call_of(dense)).isfinite().all()
