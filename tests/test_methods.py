@@ -85,8 +85,8 @@ def test_the_file_of_a_method_takes_exactly_the_options_of_the_table(method):
     ("magnitude", "scope", "globl", "unknown scope 'globl', did you mean 'global'? (one of: row, layer, global)"),
     ("iterative", "scope", "columns", "unknown scope 'columns' (one of: row, layer, global)"),
     ("wanda", "pattern", "2:5", "unknown pattern '2:5', did you mean '2:4'? (one of: 2:4, 4:8)"),
-    ("structured", "round_to", "0", "expected a whole number, 1 or more; got '0'"),
-    ("structured", "round_to", "2.5", "expected a whole number, 1 or more; got '2.5'"),
+    ("structured", "round_to", "-1", "expected a whole number, 0 or more; got '-1'"),
+    ("structured", "round_to", "2.5", "expected a whole number, 0 or more; got '2.5'"),
     ("iterative", "recovery_steps", "-1", "expected a whole number, 0 or more; got '-1'"),
 ])
 def test_a_value_that_an_option_does_not_take_is_one_line_that_names_what_it_takes(method, name, text, message):
@@ -98,7 +98,7 @@ def test_a_value_that_an_option_does_not_take_is_one_line_that_names_what_it_tak
 def test_defaults_come_from_the_table():
     assert default_options("iterative") == {"scope": "layer", "recovery_steps": 60, "calibration_images": 128}
     assert default_options("structured") == {
-        "criterion": "loss", "allocation": "uniform", "refit": True, "mask_only": False, "round_to": 1,
+        "criterion": "loss", "allocation": "uniform", "refit": True, "mask_only": False, "round_to": 0,
         "recovery_steps": 0, "calibration_images": 32}
     with pytest.raises(UserError, match="did you mean 'magnitude'"):
         default_options("magnitud")
@@ -109,7 +109,7 @@ def test_defaults_come_from_the_table():
     ("magnitude", {"scope": "layer"}, "magnitude"),
     ("magnitude", {"scope": "global"}, "magnitude+scope=global"),
     ("structured", {"round_to": 8, "mask_only": True}, "structured+mask_only+round_to=8"),
-    ("structured", {"mask_only": False, "round_to": 1}, "structured"),
+    ("structured", {"mask_only": False, "round_to": 0}, "structured"),
     ("structured", {"refit": False, "criterion": "norm"}, "structured+criterion=norm+refit=off"),
     ("iterative", {"recovery_steps": 0, "scope": "global"}, "iterative+scope=global+recovery_steps=0"),
     ("iterative", {"recovery_steps": 60}, "iterative"),
@@ -177,8 +177,8 @@ def test_a_rate_outside_the_range_is_refused_before_anything_else(rate):
     ("magnitude", {"scop": "layer"}, "unknown option of magnitude 'scop', did you mean 'scope'"),
     ("structured", {"scope": "layer"}, "unknown option of structured 'scope'"),
     ("magnitude", {"scope": "globl"}, "scope: unknown scope 'globl', did you mean 'global'"),
-    ("structured", {"round_to": 0}, "round_to: expected a whole number, 1 or more; got '0'"),
-    ("structured", {"round_to": 2.5}, "round_to: expected a whole number, 1 or more; got '2.5'"),
+    ("structured", {"round_to": -1}, "round_to: expected a whole number, 0 or more; got '-1'"),
+    ("structured", {"round_to": 2.5}, "round_to: expected a whole number, 0 or more; got '2.5'"),
     ("iterative", {"recovery_steps": -1}, "recovery_steps: expected a whole number, 0 or more; got '-1'"),
     ("attention_heads", {"mask_only": "no"}, "mask_only: expected True or False; got 'no'"),
 ])

@@ -123,7 +123,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
 
 BROKEN = {
     "schema_version is missing": lambda d: d.pop("schema_version"),
-    "schema_version is 99, expected 3 to 6": lambda d: d.update(schema_version=99),
+    "schema_version is 99, expected 3 to 7": lambda d: d.update(schema_version=99),
     "model is missing": lambda d: d.pop("model"),
     "model must be text": lambda d: d.update(model=3),
     "method must be a name": lambda d: d.update(method="../../etc"),
@@ -339,6 +339,16 @@ def test_a_version_4_record_is_read_and_says_nothing_of_layers(tmp_path):
     assert [point.metrics for point in record.points] == [point.metrics for point in make_record().points]
 
 
+@pytest.mark.parametrize(("dtype", "name"), [("float32", "structured"), ("bfloat16", "structured+round_to=1")])
+def test_widths_of_a_version_6_record_were_not_rounded(tmp_path, dtype, name):
+    write_record(make_record(), tmp_path / "r.json")
+    data = json.loads((tmp_path / "r.json").read_text())
+    data.update(schema_version=6, method="structured", options={"round_to": 1})
+    data["settings"]["dtype"] = dtype
+    (tmp_path / "r.json").write_text(json.dumps(data))
+    assert read_record(tmp_path / "r.json").variant == name
+
+
 @pytest.mark.parametrize("method", ["structured", "attention_heads", "magnitude"])
 def test_units_of_a_version_5_record_went_by_norm_without_refit(tmp_path, method):
     write_record(make_record(), tmp_path / "r.json")
@@ -354,7 +364,7 @@ def test_a_version_3_record_is_read_with_the_values_it_has(tmp_path):
     data, record = json.loads(VERSION_3.read_text()), read_record(VERSION_3)
     assert data["schema_version"] == 3
     assert (record.method, record.variant) == ("structured", BY_NORM)
-    assert record.options == {"criterion": "norm", "refit": False, "mask_only": False, "round_to": 1}
+    assert record.options == {"criterion": "norm", "refit": False, "mask_only": False, "round_to": 0}
     assert record.settings == {k: v for k, v in data["settings"].items() if k not in ("mask_only", "round_to")}
     assert record.notes == Notes(0, 0, ["1716ea7f4f56"], 2048, {"features": 64})
     assert record.dense.floors == data["notes"]["floors"] != {}

@@ -184,9 +184,10 @@ def test_rate_zero_changes_nothing(family, method):
 def test_half_precision_stays_and_runs(family, method, dtype):
     model = build(family)
     reference = copy.deepcopy(model).to(dtype).float()
+    unrounded = {"round_to": 1} if method == "structured" else {}
     done = prune(method, reference, 0.5)
     model = model.to(dtype)
-    assert prune(method, model, 0.5) == done
+    assert prune(method, model, 0.5, **unrounded) == done
     assert {p.dtype for p in model.parameters()} == {dtype}
     out = run(model, dtype)
     assert out.dtype == dtype
@@ -289,6 +290,13 @@ def test_structured_reaches_the_rate_or_its_limit(family, rate):
 
 
 @FAMILIES
+def test_half_precision_leaves_widths_that_gpus_like(family):
+    half, full = build(family).to(torch.bfloat16), build(family).to(torch.bfloat16).float()
+    assert prune("structured", half, 0.3) == prune("structured", full, 0.3, round_to=8)
+    assert parameters(half) == parameters(full)
+
+
+@FAMILIES
 @pytest.mark.parametrize("round_to", [4, 16])
 def test_widths_are_left_round_where_they_were_and_removed_equals_masked(family, round_to):
     removed = build(family)
@@ -367,7 +375,8 @@ def test_every_sort_of_resnet_block_is_removed_as_masked(options):
     ((3, 24, 5, 4), torch.contiguous_format), ((3, 24, 5, 4), torch.channels_last),
     ((3, 24, 7), torch.contiguous_format)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_pruned_group_norm_is_the_dense_one_with_zeroed_channels(shape, memory_format, dtype):
+@pytest.mark.parametrize("way", ["of_padded", "of_statistics"])
+def test_pruned_group_norm_is_the_dense_one_with_zeroed_channels(shape, memory_format, dtype, way):
     x = (torch.randn(shape, dtype=dtype) * 2 + 5).to(memory_format=memory_format)
     for dense_channels in (24, 48):
         norm = kinds.PrunedGroupNorm(6, 24, dense_channels, 1e-5).to_empty(device="cpu").to(dtype)
@@ -377,7 +386,7 @@ def test_pruned_group_norm_is_the_dense_one_with_zeroed_channels(shape, memory_f
         padded = torch.cat([x.unflatten(1, (6, -1)), padding], 2).flatten(1, 2)
         want = F.group_norm(padded, 6, None, None, 1e-5).unflatten(1, (6, -1))[:, :, :4].flatten(1, 2)
         want = want * norm.weight.view(-1, *(1,) * (len(shape) - 2)) + norm.bias.view(-1, *(1,) * (len(shape) - 2))
-        assert torch.allclose(norm(x), want, atol=1e-5 if dtype == torch.float32 else 1e-11)
+        assert torch.allclose(getattr(norm, way)(x), want, atol=1e-5 if dtype == torch.float32 else 1e-11)
 
 
 def test_pruned_group_norm_has_gradients():

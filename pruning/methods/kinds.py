@@ -19,6 +19,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.sana_transformer import GLUMBConv
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxSingleTransformerBlock
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 # Attention processors that treat heads independently between the layers that KINDS names.
 PROCESSORS = {"AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0", "SlicedAttnProcessor",
@@ -42,6 +43,19 @@ class PrunedGroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize (batch, channels, ...)."""
+        return self.of_padded(x) if x.is_cuda else self.of_statistics(x)
+
+    def of_padded(self, x: Tensor) -> Tensor:
+        """Normalize with zeros in place of the removed channels: four kernels, as a GPU waits for each one."""
+        batch, kept = len(x), self.num_channels // self.num_groups
+        dense = self.dense_channels // self.num_groups
+        padded = F.pad(x.reshape(batch, self.num_groups, kept, -1), (0, 0, 0, dense - kept)).flatten(1, 2)
+        normed = F.group_norm(padded, self.num_groups, eps=self.eps).view(batch, self.num_groups, dense, -1)
+        weight, bias = (each.view(1, self.num_groups, kept, 1) for each in (self.weight, self.bias))
+        return torch.addcmul(bias, normed[:, :, :kept], weight).reshape(x.shape).to(x.dtype)
+
+    def of_statistics(self, x: Tensor) -> Tensor:
+        """Normalize and correct the statistics: most of the work is in the kept channels alone, as a CPU likes it."""
         h = x if x.dtype == torch.float64 else x.float()
         if not (h.device.type == "cpu" and h.dim() == 4 and h.is_contiguous(memory_format=torch.channels_last)):
             h = h.contiguous()

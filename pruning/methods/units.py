@@ -30,6 +30,7 @@ from pruning.methods.moments import Moments, as_rows
 from pruning.methods.surgery import Group, Plan
 
 HEADROOM = 0.3  # a group loses at most rate + HEADROOM · (1 − rate): one call says too little of an emptied attention
+HALF_ROUND_TO = 8  # 16 bytes of half precision: kernels of GPUs take up to twice as long at other widths
 CALLS, LATENTS = 16, 384  # recorded calls, and latents in them at most, that the re-fit in order sends through
 
 
@@ -79,6 +80,7 @@ def prune(method: str, denoiser: nn.Module, rate: float, units: Sequence[str],
         reasons = "".join(f"; {name}: {why}" for name, why in list(skipped.items())[:3])
         raise UserError(f"{type(denoiser).__name__} has no {' or '.join(units)} that {method} can remove{reasons}")
     total = sum(group.units for group in groups)
+    round_to = round_to or (HALF_ROUND_TO if next(denoiser.parameters()).element_size() == 2 else 1)
     kept: Plan = {}
     found, gathered = None, None
     if rate:

@@ -1,4 +1,4 @@
-"""Records of earlier versions, read as version 6. No torch."""
+"""Records of earlier versions, read as version 7. No torch."""
 from __future__ import annotations
 
 import copy
@@ -21,25 +21,35 @@ NOTES = {  # of version 3: name -> its kind, and the value of a note that is abs
 }
 
 
+def from_version_6(data: dict) -> dict:
+    """Return a version 6 object as a version 7 object. Raises ValueError that names a part that version 6 has not.
+
+    Until version 6, widths were not rounded by default, which in float32 they are not today either.
+    """
+    check(data, {"options": OBJECT, "settings": OBJECT}, "")
+    same = data["options"].get("round_to") == 1 and data["settings"].get("dtype") == "float32"
+    return {**data, "options": {**data["options"], "round_to": 0}} if same else data
+
+
 def from_version_5(data: dict) -> dict:
-    """Return a version 5 object as a version 6 object. Raises ValueError that names a part that version 5 has not.
+    """Return a version 5 object as a version 7 object. Raises ValueError that names a part that version 5 has not.
 
     Until version 5, units went by norm and nothing was re-fitted.
     """
     check(data, {"options": OBJECT}, "")
     by_norm = {"criterion": "norm", "refit": False} if data.get("method") in ("structured", "attention_heads") else {}
-    return {**data, "options": {**by_norm, **data["options"]}}
+    return from_version_6({**data, "options": {**by_norm, **data["options"]}})
 
 
 def from_version_4(data: dict) -> dict:
-    """Return a version 4 object as a version 6 object. Raises ValueError that names a part that version 4 has not."""
+    """Return a version 4 object as a version 7 object. Raises ValueError that names a part that version 4 has not."""
     check(data, {"dense": OBJECT, "points": POINTS}, "")
     return from_version_5({**data, "dense": {**LAYERS, **data["dense"]},
                            "points": [{**LAYERS, **point} for point in data["points"]]})
 
 
 def from_version_3(data: dict) -> dict:
-    """Return a version 3 object as a version 6 object. Raises ValueError that names a part that version 3 has not.
+    """Return a version 3 object as a version 7 object. Raises ValueError that names a part that version 3 has not.
 
     Version 3 kept a method's options in settings, and skipped modules, floors and the spread of seeds in notes.
     """

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Dict, List
 
 from pruning import UserError, methods, whole_file
-from pruning.records.earlier import from_version_3, from_version_4, from_version_5
+from pruning.records.earlier import from_version_3, from_version_4, from_version_5, from_version_6
 from pruning.records.schema import SETTINGS, Notes, Point, Record, build, check
 
-SCHEMA_VERSION = 6
-EARLIER = {3: from_version_3, 4: from_version_4, 5: from_version_5}
+SCHEMA_VERSION = 7
+EARLIER = {3: from_version_3, 4: from_version_4, 5: from_version_5, 6: from_version_6}
 
 
 class BrokenRecordError(UserError):
