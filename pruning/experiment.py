@@ -19,6 +19,7 @@ from pruning.records import store
 from pruning.records.record import Notes, Record, protocol_differences
 
 REFERENCE_ROWS = 256  # real images in memory at a time
+SAMPLED, SAMPLED_STEPS = 4, 6  # captions and steps by which methods that ask for final latents judge
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,9 +137,20 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
                   reference_images=len(real),
                   feature_sizes={family: each.features.shape[1] for family, each in reference.items()})
 
+    drawn = [Sample(f"recovery-{i:05d}", caption, None) for i, caption in enumerate(captions)]
+
+    def sample(denoiser):
+        """Return the final latents that a denoiser draws of some training captions, in few steps."""
+        pipelines.set_denoiser(pipeline, denoiser, device, args.offload)
+        settings = {name: sampling[name] for name in ("seed", "guidance_scale", "image_size")}
+        made = generation.final_latents(pipeline, drawn[:SAMPLED], steps=min(SAMPLED_STEPS, sampling["steps"]),
+                                        **settings)
+        if args.offload:
+            release_dense(pipeline, denoiser, args.offload)
+        return made
+
     def record_calls() -> list:
         """Record the dense denoiser's calls while it draws the training captions."""
-        drawn = [Sample(f"recovery-{i:05d}", caption, None) for i, caption in enumerate(captions)]
         size = sampling["batch_size"]
         batches = [drawn[start:start + size] for start in range(0, len(drawn), size)]
         pipelines.set_denoiser(pipeline, dense, device, args.offload)
@@ -159,7 +171,7 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
         calibration=calibration.Calibration(
             record_calls, args.seed, checkpoint=checkpoint_file(path), guidance_scale=sampling["guidance_scale"],
             first_batch=min(sampling["batch_size"], len(captions)), memory=int(args.calibration_memory * GIB),
-            folder=calibration_folder(record, captions)) if captions else None)
+            folder=calibration_folder(record, captions), sample=sample) if captions else None)
 
 
 def training_captions(args, samples: List[Sample]) -> List[str]:

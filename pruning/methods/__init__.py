@@ -16,6 +16,7 @@ SCOPES = ("row", "layer", "global")
 PATTERNS = ("2:4", "4:8")
 ALLOCATIONS = ("uniform", "guided")
 CRITERIA = ("loss", "norm")
+BUDGETS = ("macs", "parameters", "time")
 STEP_WEIGHTS = ("uniform", "early", "late")
 
 
@@ -96,6 +97,8 @@ CRITERION = Option("loss", one_of("criterion", CRITERIA),
                    "of lowest weights")
 ROUND_TO = Option(0, at_least(0), "let widths that are a multiple of this number stay one; 0 for 8 in half precision, "
                                   "whose GPU kernels take up to twice as long at odd widths, and for 1 in float32")
+BUDGET = Option("macs", one_of("budget", BUDGETS),
+                "what the rate is a share of: macs (multiply-accumulates), parameters, or time (of each layer's calls)")
 REMOVING = {"criterion": CRITERION, "allocation": ALLOCATION, "refit": REFIT._replace(default=True),
             "mask_only": MASK_ONLY, "recovery_steps": RECOVERY_STEPS, "calibration_images": CALIBRATION_IMAGES}
 ZEROING = {"pattern": PATTERN, "refit": REFIT, "allocation": ALLOCATION, "recovery_steps": RECOVERY_STEPS,
@@ -131,6 +134,11 @@ METHODS: Dict[str, Method] = {
     "attention_heads": Method("remove whole attention heads, and re-fit the layers behind them", "heads",
                               {**REMOVING, "allocation": ALLOCATION._replace(default="guided")}, removes=True,
                               needs=_removing_needs),
+    "joint": Method(
+        "remove heads, neurons and channels under one budget, where the final latents feel it least, and re-fit",
+        "the budget", {"budget": BUDGET, "mask_only": MASK_ONLY, "round_to": ROUND_TO, "recovery_steps": RECOVERY_STEPS,
+                       "calibration_images": CALIBRATION_IMAGES}, removes=True,
+        needs=lambda options: ("moments", "calls")),
     "reconstruct": Method(
         "zero weights that the guided output feels least, and re-fit the others by least squares", "weights",
         {"pattern": PATTERN, "recovery_steps": RECOVERY_STEPS, "calibration_images": CALIBRATION_IMAGES},

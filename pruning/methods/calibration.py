@@ -21,14 +21,16 @@ class Calibration:
     """Recorded calls of the dense denoiser, a seed, and folders for what methods compute from the calls.
 
     The calls come from images that the dense pipeline makes of captions that are never measured; `record` makes these
-    images and returns the calls. It is called when a method first asks for `calls`, as recording takes minutes and a
+    images and returns the calls, and `sample`, for methods that ask for latents, draws some of them with another
+    denoiser. `record` is called when a method first asks for `calls`, as recording takes minutes and a
     method may need no calls at all. Of several processes, all must ask for calls at the same time.
     """
 
     def __init__(self, record: Callable[[], List[Call]], seed: int, *, checkpoint: Optional[Path] = None,
                  guidance_scale: float = 1.0, first_batch: int = 0, folder: Optional[Path] = None,
-                 memory: int = MEMORY):
+                 memory: int = MEMORY, sample: Optional[Callable[[nn.Module], Tensor]] = None):
         self._record = record
+        self._sample = sample
         self._kept: Dict[str, Dict[str, Tensor]] = {}
         self._scratch = None if folder else tempfile.TemporaryDirectory()  # removed with this object
         self.folder = folder or Path(self._scratch.name)  # of what `keep` writes; other runs may use the same
@@ -58,6 +60,15 @@ class Calibration:
     def guidance(self) -> Optional[float]:
         """The guidance scale if a call's output holds two halves, unconditional and conditional; else None."""
         return self.guidance_scale if len(self.calls[0][1]) == 2 * self.first_batch else None
+
+    def latents(self, denoiser: nn.Module) -> Tensor:
+        """Return the final latents of a few training captions, sampled in a few steps with this denoiser, float32.
+
+        Raises UserError if the calibration was made without a way to sample.
+        """
+        if self._sample is None:
+            raise UserError("this method samples with the pruned denoiser; give a calibration that can (sample=)")
+        return self._sample(denoiser).float()
 
     def keep(self, key: str, compute: Callable[[], Dict[str, Tensor]]) -> Dict[str, Tensor]:
         """Return compute(), tensors by name on the CPU, from memory or from the folder if they were computed before.

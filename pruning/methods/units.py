@@ -80,7 +80,7 @@ def prune(method: str, denoiser: nn.Module, rate: float, units: Sequence[str],
         reasons = "".join(f"; {name}: {why}" for name, why in list(skipped.items())[:3])
         raise UserError(f"{type(denoiser).__name__} has no {' or '.join(units)} that {method} can remove{reasons}")
     total = sum(group.units for group in groups)
-    round_to = round_to or (HALF_ROUND_TO if next(denoiser.parameters()).element_size() == 2 else 1)
+    round_to = rounding(denoiser, round_to)
     kept: Plan = {}
     found, gathered = None, None
     if rate:
@@ -107,6 +107,11 @@ def prune(method: str, denoiser: nn.Module, rate: float, units: Sequence[str],
     return Pruned(METHODS[method].unit, total, round(rate * total), sum(gone.values()), skipped, layers)
 
 
+def rounding(denoiser: nn.Module, round_to: int) -> int:
+    """Return the number that widths stay multiples of: round_to, or if it is 0 what suits the denoiser's dtype."""
+    return round_to or (HALF_ROUND_TO if next(denoiser.parameters()).element_size() == 2 else 1)
+
+
 def column_layers(groups: List[Group]) -> Dict[str, nn.Module]:
     """Return the layers behind the units of these groups, by the name of the weight."""
     return {name: layer for group in groups for name, layer in group.column_layers().items()}
@@ -119,7 +124,7 @@ def orders(denoiser: nn.Module, groups: List[Group], gathered: Moments, calibrat
     guided: the layers behind a group's units count by how much the guided output depends on them; otherwise alike.
     """
     def compute():
-        alike = {group.name: greedy.order(_columns(group, gathered), group.units, group.norm_groups)
+        alike = {group.name: greedy.order(columns_of(group, gathered), group.units, group.norm_groups)
                  for group in tqdm(groups, desc="order of units", unit="group", leave=False)}
         weights = sensitivities(denoiser, groups, alike, gathered, calibration) if guided else {}
         found = {}
@@ -127,7 +132,7 @@ def orders(denoiser: nn.Module, groups: List[Group], gathered: Moments, calibrat
             own = [weights.get(name, 1.0) for name in group.column_layers()]
             taken, losses = alike[group.name]
             if guided and len(own) > 1:  # with one layer, its weight decides nothing
-                taken, losses = greedy.order(_columns(group, gathered), group.units, group.norm_groups, own)
+                taken, losses = greedy.order(columns_of(group, gathered), group.units, group.norm_groups, own)
             losses = torch.tensor(losses, dtype=torch.float64)
             found[f"{group.name} order"], found[f"{group.name} losses"] = torch.tensor(taken), losses.mean(1)
             found[f"{group.name} costs"] = losses @ torch.tensor(own, dtype=torch.float64)
@@ -147,7 +152,7 @@ def sensitivities(denoiser: nn.Module, groups: List[Group], alike: Dict[str, Tup
     """
     changes, losses, layers = {}, {}, {}
     for group in groups:
-        columns, (taken, lost) = _columns(group, gathered), alike[group.name]
+        columns, (taken, lost) = columns_of(group, gathered), alike[group.name]
         half = max(1, group.units // 2)
         for index, (name, layer) in enumerate(group.column_layers().items()):
             change = greedy.change_without(columns[index], taken[:half]).reshape(layer.weight.shape)
@@ -157,7 +162,7 @@ def sensitivities(denoiser: nn.Module, groups: List[Group], alike: Dict[str, Tup
     return {name: value / max(losses[name], 1e-12) for name, value in found.items()}
 
 
-def _columns(group: Group, gathered: Moments) -> List[greedy.Columns]:
+def columns_of(group: Group, gathered: Moments) -> List[greedy.Columns]:
     """Return the layers behind a group's units with their moments."""
     first, inner = group.span()
     found = []

@@ -32,14 +32,30 @@ def count_macs(denoiser, call: dict) -> int:
 
     Matrix products, convolutions and attention count. Multiplications by zero count too, as dense kernels compute them.
     """
+    counter, latents = _counted(denoiser.forward, call)  # forward: compiled calls would not be counted
+    return counter.get_total_flops() // 2 // latents
+
+
+def module_macs(denoiser, call: dict) -> Dict[str, float]:
+    """Return the multiply-accumulates of each module in a call for one latent, by its name; "" is the denoiser.
+
+    A module without any is left out.
+    """
+    counter, latents = _counted(denoiser, call)
+    root = type(denoiser).__name__
+    return {name[len(root) + 1:]: sum(flops.values()) / 2 / latents
+            for name, flops in counter.get_flop_counts().items() if name == root or name.startswith(f"{root}.")}
+
+
+def _counted(function: Callable, call: dict):
+    """Return the FlopCounterMode that has watched a call, and the number of latents in it."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     # Older releases of torch do not count fused attention on the CPU.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        latents = _sample(denoiser.forward(**call)).shape[0]  # forward: compiled calls would not be counted
-    return counter.get_total_flops() // 2 // latents
+        return counter, _sample(function(**call)).shape[0]
 
 
 def layer_shares(denoiser, call: dict) -> Dict[str, Dict[str, float]]:

@@ -62,8 +62,13 @@ def generate(pipeline, samples, *, seed: int, steps: int, guidance_scale: float,
                   len(pipeline.scheduler.timesteps))
 
 
-def _call(pipeline, batch, seed: int, steps: int, guidance_scale: float, image_size: int) -> np.ndarray:
-    """Return the images of a batch in [0, 1], float (n, height, width, 3)."""
+def final_latents(pipeline, samples, *, seed: int, steps: int, guidance_scale: float, image_size: int):
+    """Return the final latents of some samples, drawn together, as the pipeline has them before it decodes them."""
+    return _call(pipeline, samples, seed, steps, guidance_scale, image_size, output_type="latent")
+
+
+def _call(pipeline, batch, seed: int, steps: int, guidance_scale: float, image_size: int, output_type: str = "np"):
+    """Return the images of a batch in [0, 1], float (n, height, width, 3), or its latents."""
     # Resolution binning would sample another size than the one asked for. Not every pipeline has these arguments.
     options = {"guidance_scale": guidance_scale, "use_resolution_binning": False}
     takes = inspect.signature(type(pipeline).__call__).parameters
@@ -71,7 +76,7 @@ def _call(pipeline, batch, seed: int, steps: int, guidance_scale: float, image_s
     try:
         return pipeline(
             prompt=[sample.caption for sample in batch], num_inference_steps=steps, height=image_size,
-            width=image_size, output_type="np", generator=[noise_generator(sample, seed) for sample in batch],
+            width=image_size, output_type=output_type, generator=[noise_generator(sample, seed) for sample in batch],
             **options).images
     except ValueError as error:  # pipelines refuse their arguments so, above all an image size
         raise UserError(f"{type(pipeline).__name__} cannot make these images: {first_line(error)}") from error
