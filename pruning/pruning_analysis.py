@@ -149,14 +149,16 @@ def main(argv=None) -> None:
     parser = cli.Parser(__doc__)
     cli.add_measuring_flags(parser)
     parser.add_argument("--num_images", type=cli.positive, default=32, help="images a rate")
-    parser.add_argument("--rates", nargs="+", type=cli.rate, default=list(RATES), help="rates to measure")
+    parser.add_argument("--rates", nargs="+", type=cli.rate,
+                        help=f"rates to measure (default: {' '.join(map(str, RATES))})")
     parser.add_argument("--results_dir", type=Path, default=ROOT / "results", help="where records and graphs go")
     parser.add_argument("--shard", type=cli.shard, metavar="i/n",
                         help="measure every n-th rate from the i-th on, as a part for merge_results.py")
     parser.add_argument("--sensitivity", action="store_true",
                         help="measure only how much the denoiser's output depends on each layer, without images")
     args = parser.parse_args(argv)
-    args.rates = sorted(set(args.rates))
+    args.rates_by_default = args.rates is None
+    args.rates = sorted(set(args.rates or RATES))
     if args.sensitivity:
         path, found = sweep.measure_sensitivity(args)
         print(sensitivity_summary(found))

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from pruning import UserError, cli, distributed, methods
 from pruning.data import DATASETS
-from pruning.experiment import Dense, Experiment, checkpoint_file, prepare
+from pruning.experiment import Dense, Experiment, checkpoint_file, prepare, release_dense
 from pruning.methods import variant_name
 from pruning.metrics import costs
 from pruning.models import pipelines, saving
@@ -37,6 +37,7 @@ def sweep(args, run_pruning_experiment: Callable[..., Optional[Point]]) -> Tuple
     with distributed.main_first():
         earlier = None if args.overwrite else earlier_record(path)
     experiment = prepare(args, path, earlier)
+    args.rates = reachable(experiment, args.rates, args.rates_by_default)
     if not distributed.is_main:
         measure_all(experiment, args, path, {}, run_pruning_experiment)
         return path, None
@@ -58,6 +59,36 @@ def sweep(args, run_pruning_experiment: Callable[..., Optional[Point]]) -> Tuple
     if record and skipped_modules(record):
         print(skipped_modules(record), file=sys.stderr)
     return path, record
+
+
+def reachable(experiment: Experiment, rates: List[float], by_default: bool) -> List[float]:
+    """Return the rates that the method can reach.
+
+    Of the rates of a default sweep, others are left out with a message. Raises UserError if rates that were asked for
+    cannot be reached.
+    """
+    limit = distributed.broadcast(largest_rate(experiment))
+    beyond = [rate for rate in rates if rate > limit]
+    if not beyond:
+        return rates
+    said = (f"{experiment.record.method} reaches rate {limit:.3f} at most on this model, where nothing that it could "
+            "remove is left")
+    if not by_default:
+        raise UserError(f"{said}; leave out {', '.join(f'{rate:g}' for rate in beyond)}")
+    if distributed.is_main:
+        print(f"{said}: {', '.join(f'{rate:g}' for rate in beyond)} are left out", file=sys.stderr)
+    return [rate for rate in rates if rate <= limit]
+
+
+def largest_rate(experiment: Experiment) -> float:
+    """Return the largest rate that the method can reach on the dense denoiser."""
+    if not methods.METHODS[experiment.record.method].removes:
+        return 1.0
+    pipelines.set_denoiser(experiment.pipeline, experiment.dense, experiment.device, experiment.offload)
+    limit = methods.largest_rate(experiment.record.method, experiment.dense, experiment.single_call,
+                                 **experiment.record.options)
+    release_dense(experiment.pipeline, experiment.dense, experiment.offload)
+    return limit
 
 
 def measure_all(experiment: Experiment, args, path: Path, known: Dict[float, Point],

@@ -194,6 +194,13 @@ def check_memory(method: str, denoiser, memory: int, **options) -> None:
         moments.memory_groups({name: moments.moment_bytes(layer) for name, layer in layers.items()}, memory)
 
 
+def largest_rate(method: str, denoiser, call: Dict[str, Any], **options) -> float:
+    """Return the largest rate that the method can reach, if it knows one from a denoiser call's arguments; else 1."""
+    module = importlib.import_module(f"{__name__}.{method}")
+    return module.largest_rate(denoiser, call, **{**default_options(method), **options}) \
+        if hasattr(module, "largest_rate") else 1.0
+
+
 def default_options(method: str) -> Dict[str, Any]:
     """Return the options of a method with their defaults. Raises UserError if METHODS does not have the method."""
     return {name: option.default for name, option in METHODS[check_name("method", method, METHODS)].options.items()}

@@ -1,23 +1,24 @@
 """Remove heads, neurons and channels under one budget: multiply-accumulates, parameters or time of the denoiser.
 
-In each group the units go in the order of greedy. How many go from each group decides the least sum, at the asked saving,
-of the groups' errors after k units,
+In each group the units go in the order of greedy. How many go from each is decided by the least sum, at the saving
+asked for, of the groups' errors after k units:
 
-    E(k) = √(L(k) · C(k) / (1 − k / units))
+    E(k) = √(L(k) · C(k)) / (1 − k / units)^p
 
 L is the error of the final latents of a few real sampling steps: s(k) · loss(k), with loss(k) the lost share of output
 energy along the order, and s measured with a group alone pruned at FRACTIONS of its units, the layers behind re-fitted,
 its logarithm interpolated in between. C is the change of the guided output that probes foresee (units.Order). L alone
 is a noisy guide, and C alone is blind to errors that grow over the steps: without all heads of a cross-attention, a
 UNet's single call is off by 0.003 and its final latents by 0.6. The last factor keeps groups from being emptied, which
-costs more together than each alone.
+costs more together than each alone: of the plans for the powers p in POWERS, the one goes whose final latents are
+nearest to the dense ones.
 """
 from __future__ import annotations
 
 import statistics
 import time
 from contextlib import contextmanager
-from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pruning import UserError
-from pruning.methods import LayerPruned, Pruned, greedy, moments, recovery, surgery, units
+from pruning.methods import LayerPruned, Pruned, greedy, moments, recovery, sequential, surgery, units
 from pruning.methods.allocation import most_of, scores_of, step_of
 from pruning.methods.calibration import Calibration, match
 from pruning.methods.moments import Moments, hooked
@@ -34,6 +35,7 @@ from pruning.metrics import costs
 
 UNITS = ("heads", "neurons", "channels")
 FRACTIONS = (0.5, 1.0)  # of a group's units, in measurements
+POWERS = (0.5, 1.0, 2.0, 4.0)
 SLACK = 0.005  # of the whole: a step that saves more than asked by less than this is taken as the last
 TIMED = 5  # calls for --budget time
 
@@ -43,7 +45,8 @@ class Path(NamedTuple):
 
     step: int  # units that go together
     saved: float  # by a step
-    errors: List[float]  # error of the final latents after 0, 1, ... steps, rising
+    shares: List[float]  # of the units that are gone after 0, 1, ... steps
+    errors: List[float]  # after as many steps, rising
 
 
 def prune(denoiser: nn.Module, rate: float, *, budget: str, mask_only: bool, round_to: int, recovery_steps: int,
@@ -57,25 +60,36 @@ def prune(denoiser: nn.Module, rate: float, *, budget: str, mask_only: bool, rou
     if not groups:
         raise UserError(f"{type(denoiser).__name__} has no {' or '.join(UNITS)} that joint can remove")
     kept: Plan = {}
-    found = units.Order()
+    found, total, prices = units.Order(), 1.0, {}
     unit, scale = BUDGETS[budget]
     if rate:
         gathered = moments.gather(denoiser, calibration, layers=units.column_layers(groups))
         found = order_of(denoiser, groups, gathered, calibration)
-        total, prices = prices_of(denoiser, groups, calibration, budget)
+        arguments = match(calibration.calls[0][0], next(denoiser.parameters()))
+        total, prices = prices_of(denoiser, groups, arguments, budget)
         paths = paths_of(denoiser, groups, found, prices, gathered, calibration, round_to)
-        steps = cheapest(paths, total, rate)
-        kept = {group.name: stays(group, found, steps[group.name] * paths[group.name].step)
-                for group in groups if steps[group.name]}
-        units.take_out_and_refit(denoiser, groups, kept, mask_only, gathered, calibration)
+        aims = units.aims_of(denoiser, groups, calibration)
+        kept = best_plan(denoiser, groups, [plan_of(groups, found, paths, power, total, rate) for power in POWERS],
+                         aims, gathered, calibration)
+        units.take_out_and_refit(denoiser, groups, kept, mask_only, aims, gathered, calibration)
         recovery.recover_at(rate, denoiser, {}, calibration, recovery_steps)
-        saved = sum(steps[name] * path.saved for name, path in paths.items())
-    else:
-        total, saved = 1.0, 0.0
     gone = {group.name: group.units - len(kept.get(group.name, range(group.units))) for group in groups}
+    saved = sum(gone[name] * price for name, price in prices.items())
     layers = {group.name: LayerPruned(gone[group.name] / group.units,
                                       found.loss(group, gone[group.name]) if rate else None) for group in groups}
     return Pruned(unit, round(total * scale), round(rate * total * scale), round(saved * scale), skipped, layers)
+
+
+def largest_rate(denoiser: nn.Module, call: dict, *, budget: str, round_to: int, **_) -> float:
+    """Return the share of the budget that all units together save."""
+    groups, _ = surgery.survey(denoiser, *UNITS)
+    total, prices = prices_of(denoiser, groups, call, budget)
+    return sum(prices[group.name] * most_of(group, step_size(denoiser, group, round_to)) for group in groups) / total
+
+
+def step_size(denoiser: nn.Module, group: Group, round_to: int) -> int:
+    """Return how many units of a group go together."""
+    return 1 if group.kind.unit == "heads" else step_of(group, units.rounding(denoiser, round_to))
 
 
 # Budget -> its unit in records, and how many of these one of prices_of makes.
@@ -100,9 +114,8 @@ def stays(group: Group, found: units.Order, gone: int) -> List[int]:
 
 # ---- what a unit saves
 
-def prices_of(denoiser: nn.Module, groups: List[Group], calibration: Calibration, budget: str
-              ) -> Tuple[float, Dict[str, float]]:
-    """Return the budget's total for the denoiser, and what a unit of each group saves of it: group name -> price.
+def prices_of(denoiser: nn.Module, groups: List[Group], arguments: dict, budget: str) -> Tuple[float, Dict[str, float]]:
+    """Return the budget's total for a denoiser call, and what a unit of each group saves of it: group name -> price.
 
     A unit's rows and columns save their share of their layers, and a head its share of what else its attention does.
     """
@@ -111,7 +124,6 @@ def prices_of(denoiser: nn.Module, groups: List[Group], calibration: Calibration
             group.name: sum((group.by_unit(layer.weight, dim).numel() + (layer.bias.numel() if dim == 0 and getattr(
                 layer, "bias", None) is not None else 0)) / group.units for layer, dim in group.layers())
             for group in groups}
-    arguments = match(calibration.calls[0][0], next(denoiser.parameters()))
     measured = costs.module_macs(denoiser, arguments) if budget == "macs" else module_seconds(denoiser, arguments)
     names = {id(module): name for name, module in denoiser.named_modules()}
     prices = {}
@@ -160,17 +172,17 @@ def paths_of(denoiser: nn.Module, groups: List[Group], found: units.Order, price
              gathered: Moments, calibration: Calibration, round_to: int) -> Dict[str, Path]:
     """Return the path of each group, by its name."""
     factors = latent_factors(denoiser, groups, found, gathered, calibration)
-    round_to = units.rounding(denoiser, round_to)
     paths = {}
     for group in groups:
-        step = step_of(group, round_to) if group.kind.unit != "heads" else 1
+        step = step_size(denoiser, group, round_to)
         counts = np.arange(0, most_of(group, step) + 1, step)
         share = counts / group.units
         factor = np.exp(np.interp(share, FRACTIONS, factors[group.name].clamp_min(1e-12).log().numpy()))
         latents = factor * [found.loss(group, count) for count in counts]
         probed = [0.0, *found[group.name][2][counts[1:] - 1].tolist()]
-        errors = np.sqrt(latents * probed / np.maximum(1 - share, 0.5 / group.units))
-        paths[group.name] = Path(step, prices[group.name] * step, np.maximum.accumulate(errors).tolist())
+        errors = np.sqrt(latents * probed)
+        paths[group.name] = Path(step, prices[group.name] * step, share.tolist(),
+                                 np.maximum.accumulate(errors).tolist())
     return paths
 
 
@@ -198,10 +210,8 @@ def latent_factors(denoiser: nn.Module, groups: List[Group], found: units.Order,
 @contextmanager
 def one_pruned(group: Group, keep: List[int], gathered: Moments) -> Iterator[None]:
     """Inside the block, the units of a group that do not stay are zeroed and the layers behind them re-fitted."""
-    layers = list(dict.fromkeys(layer for layer, _ in group.layers()))
-    before = [(parameter, parameter.detach().clone()) for layer in layers for parameter in layer.parameters()]
     gone = sorted(set(range(group.units)) - set(keep))
-    with torch.no_grad():
+    with restored([layer for layer, _ in group.layers()]), torch.no_grad():
         refitted = []
         for columns, (name, layer) in zip(units.columns_of(group, gathered), group.column_layers().items()):
             change, (_, mean) = greedy.change_without(columns, gone), gathered.of(name, layer.weight.device)
@@ -211,15 +221,52 @@ def one_pruned(group: Group, keep: List[int], gathered: Moments) -> Iterator[Non
             layer.weight.copy_(weight.reshape(layer.weight.shape))
             if layer.bias is not None:
                 layer.bias.sub_(shift)  # the mean output stays
-    try:
         yield
+
+
+@contextmanager
+def restored(layers: List[nn.Module]) -> Iterator[Callable[[], None]]:
+    """Give the layers' parameters back their values when the block ends, or whenever the function in it is called."""
+    parameters = [parameter for layer in layers for parameter in layer.parameters()]
+    before = {parameter: parameter.detach().to("cpu", copy=True) for parameter in parameters}
+
+    @torch.no_grad()
+    def undo():
+        for parameter, values in before.items():
+            parameter.copy_(values)
+    try:
+        yield undo
     finally:
-        with torch.no_grad():
-            for parameter, values in before:
-                parameter.copy_(values)
+        undo()
 
 
 # ---- what goes
+
+def plan_of(groups: List[Group], found: units.Order, paths: Dict[str, Path], power: float, total: float, rate: float
+            ) -> Plan:
+    """Return the plan of the least sum of errors ÷ (1 − share gone)^power that saves at least rate · total."""
+    weighed = {group.name: paths[group.name]._replace(errors=[
+        error / max(1 - share, 0.5 / group.units) ** power
+        for share, error in zip(paths[group.name].shares, paths[group.name].errors)]) for group in groups}
+    steps = cheapest(weighed, total, rate)
+    return {group.name: stays(group, found, steps[group.name] * paths[group.name].step)
+            for group in groups if steps[group.name]}
+
+
+def best_plan(denoiser: nn.Module, groups: List[Group], plans: List[Plan], aims: sequential.Aims, gathered: Moments,
+              calibration: Calibration) -> Plan:
+    """Return the plan whose final latents are nearest to the dense ones. Each is tried with masks, and undone."""
+    plans = [plan for place, plan in enumerate(plans) if plan not in plans[:place]]
+    if len(plans) == 1:
+        return plans[0]
+    dense, errors = calibration.latents(denoiser), []
+    with restored([layer for group in groups for layer, _ in group.layers()]) as undo:
+        for plan in tqdm(plans, desc="plans", unit="plan", leave=False):
+            units.take_out_and_refit(denoiser, groups, plan, True, aims, gathered, calibration)
+            errors.append(float((calibration.latents(denoiser) - dense).square().mean()))
+            undo()
+    return plans[errors.index(min(errors))]
+
 
 def cheapest(paths: Dict[str, Path], total: float, rate: float) -> Dict[str, int]:
     """Return how many steps each group loses: the least sum of errors that saves at least rate · total.

@@ -97,7 +97,8 @@ def prune(method: str, denoiser: nn.Module, rate: float, units: Sequence[str],
                                   round_to)
     gone = {group.name: group.units - len(kept.get(group.name, range(group.units))) for group in groups}
     if refit and kept:
-        take_out_and_refit(denoiser, groups, kept, mask_only, gathered, calibration)
+        aims = aims_of(denoiser, [group for group in groups if group.name in kept], calibration)
+        take_out_and_refit(denoiser, groups, kept, mask_only, aims, gathered, calibration)
     else:
         surgery.carry_out(denoiser, groups, kept, mask_only)
     recovery.recover_at(rate, denoiser, {}, calibration, recovery_steps)
@@ -190,8 +191,15 @@ def kept_columns(groups: List[Group], plan: Plan) -> Dict[str, Tensor]:
             for name, channels in stays.items()}
 
 
-def take_out_and_refit(denoiser: nn.Module, groups: List[Group], plan: Plan, mask_only: bool, gathered: Moments,
-                       calibration: Calibration) -> None:
+def aims_of(denoiser: nn.Module, groups: List[Group], calibration: Calibration) -> sequential.Aims:
+    """Return what the layers behind these units and the norms over them give in the dense denoiser."""
+    norms = {name: norm for group in groups for name, norm in _norms(group).items()}
+    return sequential.dense_outputs(denoiser, column_layers(groups), calibration, norms, residual=True, calls=CALLS,
+                                    latents=LATENTS)
+
+
+def take_out_and_refit(denoiser: nn.Module, groups: List[Group], plan: Plan, mask_only: bool, aims: sequential.Aims,
+                       gathered: Moments, calibration: Calibration) -> None:
     """Carry out a plan, and re-fit the layers behind the units in the order in which they run (sequential).
 
     Each is re-fitted to its dense outputs y from its present inputs x' and, as these are of few calls, from the inputs
@@ -199,33 +207,32 @@ def take_out_and_refit(denoiser: nn.Module, groups: List[Group], plan: Plan, mas
 
         E|w x' + b − y|² + ρ E|w x_K + b − w0 x|² + λ |w − w0_K|²   over w and b, with K the inputs that stay
 
-    Where a stream is known, y makes up for what the stream has lost. Norms between the units and these layers are
-    re-fitted first. All of these numbers are the same whether units are removed or zeroed.
+    aims: of the dense denoiser. Where a stream is known, y makes up for what the stream has lost. Norms between the
+    units and these layers are re-fitted first. All of these numbers are the same whether units are removed or zeroed.
     """
     planned = [group for group in groups if group.name in plan]
     layers = column_layers(planned)
     norms = {name: (group, norm) for group in planned for name, norm in _norms(group).items()}
-    aims = sequential.dense_outputs(denoiser, layers, calibration, {name: norm for name, (_, norm) in norms.items()},
-                                    residual=True, calls=CALLS, latents=LATENTS)
     dense = {name: moments.wide(as_rows(layer).detach()[0].clone()) for name, layer in layers.items()}
-    kept = kept_columns(groups, plan)
     # An attention without heads is still there when its output bias is re-fitted.
     emptied = {name: keep for name, keep in plan.items() if not keep}
-    surgery.carry_out(denoiser, groups, {name: keep for name, keep in plan.items() if keep}, mask_only)
+    first = {name: keep for name, keep in plan.items() if keep}
+    kept = kept_columns(groups, plan)
+    there = {} if mask_only else kept_columns(groups, first)  # the inputs that the layers have while they are re-fitted
+    surgery.carry_out(denoiser, groups, first, mask_only)
     surgery.carry_out(denoiser, groups, emptied, mask_only=True)
     if not mask_only:
-        for name, (group, _) in norms.items():
-            aims.outputs[name] = aims.outputs[name][..., plan[group.name]]
+        aims = aims._replace(outputs={**aims.outputs, **{name: aims.outputs[name][..., plan[group.name]]
+                                                         for name, (group, _) in norms.items()}})
 
     def solve(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
         keep = kept[name].to(x.device)
-        x = x[0] if x.shape[-1] == len(keep) else x[0][:, keep]  # zeroed inputs are left out
+        places = torch.searchsorted(there[name].to(x.device), keep) if name in there else keep
+        x = x[0][:, places]  # zeroed inputs are left out
         matrix, mean = gathered.of(name, x.device)
         weight, bias = refitting.refit_columns(dense[name].to(x.device), keep, x, y[0], matrix[0], mean[0],
                                                layer.bias is not None, sequential.PRIOR)
-        whole = weight
-        if layer.weight[0].numel() != len(keep):
-            whole = weight.new_zeros(len(weight), layer.weight[0].numel()).index_copy_(1, keep, weight)
+        whole = weight.new_zeros(len(weight), layer.weight[0].numel()).index_copy_(1, places, weight)
         layer.weight.copy_(whole.reshape(layer.weight.shape))
         if layer.bias is not None:
             layer.bias.add_(bias)

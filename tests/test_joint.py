@@ -1,0 +1,115 @@
+"""Units of all kinds under one budget, on tiny random models of the real classes."""
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from test_surgery import FAMILIES, assert_equal_outputs, build, call_of
+from test_units import calibration
+
+from pruning import UserError
+from pruning.methods import joint, prune, surgery
+from pruning.methods.calibration import answer
+from pruning.metrics import costs
+
+
+def sampling(dense, change=lambda denoiser: 1.0):
+    """A calibration whose final latents are an answer of the denoiser, times what `change` says of it."""
+    return calibration(dense, sample=lambda denoiser: answer(denoiser, call_of(dense, seed=99)) * change(denoiser))
+
+
+def pruned(dense, rate, known=None, **options):
+    model = copy.deepcopy(dense)
+    return model, prune("joint", model, rate, calibration=known or sampling(dense), **options)
+
+
+def cost(model, budget):
+    return costs.count_macs(model, call_of(model)) if budget == "macs" else costs.count_parameters(model)["parameters"]
+
+
+@FAMILIES
+@pytest.mark.parametrize("budget", ["macs", "parameters"])
+def test_a_budget_is_met_and_never_overspent(family, budget):
+    """What one step of the lumpiest group saves may be too much; with real models that is less than a hundredth."""
+    dense = build(family)
+    groups, _ = surgery.survey(dense, *joint.UNITS)
+    total, prices = joint.prices_of(dense, groups, call_of(dense), budget)
+    assert total == cost(dense, budget)
+    step = max(prices[group.name] * joint.step_size(dense, group, 0) for group in groups)
+    limit = joint.largest_rate(dense, call_of(dense), budget=budget, round_to=0)
+    for share in (0.3, 0.7):
+        rate = share * limit
+        model, done = pruned(dense, rate, budget=budget)
+        saved = total - cost(model, budget)
+        assert saved == pytest.approx(done.taken, abs=1)
+        assert rate * total - 1 <= saved <= rate * total + max(step, joint.SLACK * total) + 1
+
+
+@FAMILIES
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_removed_equals_masked(family, share):
+    dense = build(family)
+    known, rate = sampling(dense), share * joint.largest_rate(dense, call_of(dense), budget="macs", round_to=0)
+    removed, done = pruned(dense, rate, known)
+    masked, zeroed = pruned(dense, rate, known, mask_only=True)
+    assert done == zeroed
+    assert_equal_outputs(removed, masked, dense)
+
+
+def test_measuring_changes_no_weight_and_nothing_but_the_plan_depends_on_it():
+    dense = build("sd15")
+    before = copy.deepcopy(dense.state_dict())
+    groups, _ = surgery.survey(dense, *joint.UNITS)
+    known = sampling(dense)
+    gathered = joint.moments.gather(dense, known, layers=joint.units.column_layers(groups))
+    found = joint.order_of(dense, groups, gathered, known)
+    joint.latent_factors(dense, groups, found, gathered, known)
+    assert all(torch.equal(before[name], value) for name, value in dense.state_dict().items())
+
+
+def test_a_group_that_the_final_latents_feel_more_loses_less():
+    dense = build("sd15")
+    groups, _ = surgery.survey(dense, *joint.UNITS)
+    felt = max((group for group in groups if group.kind.unit == "neurons"), key=lambda group: group.units)
+    layer = next(iter(felt.column_layers().values()))
+    untouched = layer.weight.detach().clone()
+
+    def change(denoiser):
+        own = denoiser.get_submodule(felt.path("net.2")).weight
+        return 1.0 if torch.equal(own, untouched) else 100.0
+
+    rate = 0.5 * joint.largest_rate(dense, call_of(dense), budget="macs", round_to=0)
+    _, alike = pruned(dense, rate)
+    _, weighed = pruned(dense, rate, sampling(dense, change))
+    assert weighed.layers[felt.name].rate < alike.layers[felt.name].rate
+
+
+def test_the_least_sum_of_errors_is_found():
+    """Steps go by what they cost for what they save, dear beginnings included; too large steps are passed over."""
+    paths = {name: joint.Path(1, saved, [], errors) for name, saved, errors in (
+        ("cheap", 10.0, [0, 1, 2, 30]), ("late", 10.0, [0, 8, 8, 8]), ("dear", 10.0, [0, 50, 60, 70]),
+        ("fine", 1.0, [0, 20, 40, 60]))}
+    assert joint.cheapest(paths, 100.0, 0.2) == {"cheap": 2, "late": 0, "dear": 0, "fine": 0}
+    assert joint.cheapest(paths, 100.0, 0.5) == {"cheap": 2, "late": 3, "dear": 0, "fine": 0}
+    assert joint.cheapest(paths, 100.0, 0.52) == {"cheap": 2, "late": 3, "dear": 0, "fine": 2}
+    with pytest.raises(UserError, match=r"0\.930"):
+        joint.cheapest(paths, 100.0, 0.95)
+
+
+def test_time_is_a_budget_by_what_each_layer_takes():
+    dense = build("sd3")
+    model, done = pruned(dense, 0.1, budget="time")
+    assert done.unit == "microseconds"
+    assert done.asked <= done.taken <= done.total
+    assert costs.count_macs(model, call_of(model)) < costs.count_macs(dense, call_of(dense))
+
+
+def test_what_cannot_be_had_is_one_line_and_nothing_is_pruned():
+    dense = build("sd15")
+    before = sum(parameter.numel() for parameter in dense.parameters())
+    with pytest.raises(UserError, match="without any of these units"):
+        prune("joint", dense, 0.99, calibration=sampling(dense))
+    with pytest.raises(UserError, match="can \\(sample=\\)"):
+        prune("joint", dense, 0.3, calibration=calibration(dense))
+    assert sum(parameter.numel() for parameter in dense.parameters()) == before
