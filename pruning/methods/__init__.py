@@ -139,6 +139,10 @@ METHODS: Dict[str, Method] = {
         "the budget", {"budget": BUDGET, "mask_only": MASK_ONLY, "round_to": ROUND_TO, "recovery_steps": RECOVERY_STEPS,
                        "calibration_images": CALIBRATION_IMAGES}, removes=True,
         needs=lambda options: ("moments", "calls")),
+    "modulation": Method(
+        "give the AdaLN layers of a transformer a low rank, in the directions that carry their outputs", "ranks",
+        {"mask_only": MASK_ONLY, "recovery_steps": RECOVERY_STEPS, "calibration_images": CALIBRATION_IMAGES},
+        removes=True, needs=lambda options: ("calls",)),
     "reconstruct": Method(
         "zero weights that the guided output feels least, and re-fit the others by least squares", "weights",
         {"pattern": PATTERN, "recovery_steps": RECOVERY_STEPS, "calibration_images": CALIBRATION_IMAGES},

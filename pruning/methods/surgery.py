@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning import UserError
-from pruning.methods import kinds
+from pruning.methods import kinds, ranks
 
 Plan = Dict[str, List[int]]  # {group name: indices of the units kept, ascending}
 
@@ -208,7 +208,9 @@ def apply(denoiser: nn.Module, plan: Plan, mask_only: bool = False) -> None:
     Raises UserError, before anything changes, if the denoiser has no group of a name in the plan, or if indices are not
     ascending, out of range, none where a unit must stay, or not equally many in each norm group.
     """
-    if plan:
+    if any(name.endswith(".ranks") for name in plan):
+        ranks.replay(denoiser, plan)
+    elif plan:
         units = {name.rpartition(".")[2] for name in plan}
         carry_out(denoiser, find_groups(denoiser, units)[0], plan, mask_only)
 

@@ -1,0 +1,135 @@
+"""Give the AdaLN layers of a transformer a low rank: their inputs, silu of an embedding, live in few directions.
+
+With W the weights of all layers that read the same input z, stacked, μ and C the mean and the covariance of z over the
+calibration calls, the layers keep the r directions that carry most of their outputs' variance:
+
+    W z + b ≈ W R Q_r [Q_rᵀ R⁻¹ (z − μ)] + W μ + b,   R = C^½,   Q the eigenvectors of R (Wᵀ W) R
+
+Each layer's rows count in inverse proportion to the variance of their outputs. The bracket is computed once and shared.
+"""
+from __future__ import annotations
+
+from typing import Dict, List, NamedTuple, Optional
+
+import torch
+from torch import Tensor, nn
+
+from pruning import UserError
+from pruning.methods import LayerPruned, Pruned, moments, ranks, recovery
+from pruning.methods.calibration import Calibration, answer
+
+DAMPING = 1e-4  # of the mean of C's diagonal: directions that calibration has hardly seen
+
+
+class Basis(NamedTuple):
+    """Layers that read the same input, and what they read of it, direction by direction."""
+
+    names: List[str]
+    read: Tensor  # Qᵀ R⁻¹, (d, d), the most important direction first
+    write: Tensor  # R Q, (d, d)
+    mean: Tensor  # μ, (d,)
+    lost: Tensor  # share of the outputs' variance that is lost if k directions stay, (d + 1,), k = 0, 1, ...
+
+
+def prune(denoiser: nn.Module, rate: float, *, mask_only: bool, recovery_steps: int,
+          calibration: Optional[Calibration] = None) -> Pruned:
+    """Remove, or with mask_only project away, round(rate * n) of all n ranks of the AdaLN layers, in place.
+
+    At least one rank of each input stays. Raises UserError if the denoiser has no AdaLN layers.
+    """
+    layers = ranks.modulation_layers(denoiser)
+    if not layers:
+        raise UserError(f"{type(denoiser).__name__} has no AdaLN layers that modulation could give a low rank; UNets "
+                        "take the time embedding through their ResNets, which structured narrows")
+    known = {basis.names[0]: basis for basis in bases(denoiser, calibration)} if rate else {}
+    widths = {name: len(basis.mean) for name, basis in known.items()}
+    total = sum(widths.values()) if rate else sum(layer.in_features for layer in list(layers.values())[:1])
+    asked = round(rate * total)
+    stay = kept_ranks(known, total - asked)
+    found = {}
+    for name, basis in known.items():
+        if stay[name] < widths[name]:
+            take(denoiser, basis, stay[name], mask_only)
+        found.update({f"{each}.weight": LayerPruned(1 - stay[name] / widths[name], float(basis.lost[stay[name]]))
+                      for each in basis.names})
+    recovery.recover_at(rate, denoiser, {}, calibration, recovery_steps)
+    layers = found or {f"{name}.weight": LayerPruned(0.0) for name in layers}
+    return Pruned("ranks", total, asked, total - sum(stay.values()) if rate else 0, {}, layers)
+
+
+def bases(denoiser: nn.Module, calibration: Calibration) -> List[Basis]:
+    """Return the bases of the denoiser's AdaLN layers, computed once for all rates."""
+    layers = ranks.modulation_layers(denoiser)
+    sets = same_inputs(denoiser, layers, calibration)
+    gathered = moments.gather(denoiser, calibration, layers={f"{names[0]}.weight": layers[names[0]] for names in sets})
+    return [basis_of(names, [layers[name].weight.detach() for name in names],
+                     *gathered.of(f"{names[0]}.weight", layers[names[0]].weight.device)) for names in sets]
+
+
+def same_inputs(denoiser: nn.Module, layers: Dict[str, nn.Linear], calibration: Calibration) -> List[List[str]]:
+    """Return the names of the layers in sets whose inputs are equal in a recorded call."""
+    seen: List[tuple] = []
+
+    def note(name, _layer, x):
+        for known, names in seen:
+            if known.shape == x.shape and torch.equal(known, x):
+                names.append(name)
+                return
+        seen.append((x.detach().clone(), [name]))
+
+    with torch.no_grad(), moments.watched(layers, note):
+        answer(denoiser, calibration.calls[0][0])
+    return [names for _, names in seen]
+
+
+@torch.no_grad()
+def basis_of(names: List[str], weights: List[Tensor], matrix: Tensor, mean: Tensor) -> Basis:
+    """Return the basis of layers from their weights (rows, d) and the moments of their input."""
+    matrix, mean = matrix[0].double(), mean[0].double()
+    covariance = matrix - torch.outer(mean, mean)
+    covariance.diagonal().add_(DAMPING * covariance.diagonal().mean().clamp_min(1e-30))
+    values, vectors = torch.linalg.eigh(covariance)
+    root = values.clamp_min(1e-30).sqrt()
+    outputs = torch.zeros_like(covariance)
+    for weight in weights:
+        gram = weight.double().T @ weight.double()
+        outputs += gram / (gram * covariance).sum().clamp_min(1e-30)
+    half = vectors * root  # R = half vectorsᵀ
+    power, directions = torch.linalg.eigh(half.T @ outputs @ half)
+    power, directions = power.flip(0).clamp_min(0), directions.flip(1)
+    lost = 1 - torch.cat([power.new_zeros(1), power.cumsum(0)]) / power.sum().clamp_min(1e-30)
+    return Basis(names, (directions.T / root) @ vectors.T, half @ directions, mean, lost.clamp_min(0).cpu())
+
+
+def kept_ranks(known: Dict[str, Basis], stay: int) -> Dict[str, int]:
+    """Return how many ranks of each basis stay, `stay` in all if each can keep one: those of most variance."""
+    gains = sorted((-float(basis.lost[rank] - basis.lost[rank + 1]), rank > 0, name) for name, basis in known.items()
+                   for rank in range(len(basis.mean)))
+    first = {name: 1 for name in known}
+    for _, further, name in gains:
+        if further and sum(first.values()) < stay:
+            first[name] += 1
+    return first
+
+
+@torch.no_grad()
+def take(denoiser: nn.Module, basis: Basis, rank: int, mask_only: bool) -> None:
+    """Give the layers of a basis this rank, in place."""
+    read, layers = basis.read[:rank], {name: denoiser.get_submodule(name) for name in basis.names}
+    shift = -read @ basis.mean
+    dense = {name: (layer.weight.double(), None if layer.bias is None else layer.bias.double())
+             for name, layer in layers.items()}
+    made = dict(layers) if mask_only else dict(zip(basis.names, ranks.replace(denoiser, basis.names, rank)))
+    for name, layer in made.items():
+        weight, bias = dense[name]
+        up, bias = weight @ basis.write[:, :rank], (0 if bias is None else bias) + weight @ basis.mean
+        if mask_only:
+            layer.weight.copy_(up @ read)
+            bias = bias + up @ shift
+        else:
+            layer.reads.weight.copy_(read)
+            layer.reads.bias.copy_(shift)
+            layer.up.weight.copy_(up)
+        own = layer if mask_only else layer.up
+        if own.bias is not None:
+            own.bias.copy_(bias)
