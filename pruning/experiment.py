@@ -19,7 +19,7 @@ from pruning.records import store
 from pruning.records.record import Notes, Record, protocol_differences
 
 REFERENCE_ROWS = 256  # real images in memory at a time
-SAMPLED, SAMPLED_STEPS = 4, 6  # captions and steps by which methods that ask for final latents judge
+SAMPLED_STEPS = 6  # by which methods that ask for final latents judge
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,15 +139,17 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
 
     drawn = [Sample(f"recovery-{i:05d}", caption, None) for i, caption in enumerate(captions)]
 
-    def sample(denoiser):
-        """Return the final latents that a denoiser draws of some training captions, in few steps."""
+    def sample(denoiser, count: int):
+        """Return the final latents that a denoiser draws of `count` training captions, in few steps."""
+        import torch  # here, because the commands import this file before they need torch
         pipelines.set_denoiser(pipeline, denoiser, device, args.offload)
         settings = {name: sampling[name] for name in ("seed", "guidance_scale", "image_size")}
-        made = generation.final_latents(pipeline, drawn[:SAMPLED], steps=min(SAMPLED_STEPS, sampling["steps"]),
-                                        **settings)
+        made = [generation.final_latents(pipeline, drawn[start:min(start + sampling["batch_size"], count)],
+                                         steps=min(SAMPLED_STEPS, sampling["steps"]), **settings)
+                for start in range(0, min(count, len(drawn)), sampling["batch_size"])]
         if args.offload:
             release_dense(pipeline, denoiser, args.offload)
-        return made
+        return torch.cat(made)
 
     def record_calls() -> list:
         """Record the dense denoiser's calls while it draws the training captions."""

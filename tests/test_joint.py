@@ -16,7 +16,7 @@ from pruning.metrics import costs
 
 def sampling(dense, change=lambda denoiser: 1.0):
     """A calibration whose final latents are an answer of the denoiser, times what `change` says of it."""
-    return calibration(dense, sample=lambda denoiser: answer(denoiser, call_of(dense, seed=99)) * change(denoiser))
+    return calibration(dense, sample=lambda denoiser, _: answer(denoiser, call_of(dense, seed=99)) * change(denoiser))
 
 
 def pruned(dense, rate, known=None, **options):

@@ -28,7 +28,7 @@ class Calibration:
 
     def __init__(self, record: Callable[[], List[Call]], seed: int, *, checkpoint: Optional[Path] = None,
                  guidance_scale: float = 1.0, first_batch: int = 0, folder: Optional[Path] = None,
-                 memory: int = MEMORY, sample: Optional[Callable[[nn.Module], Tensor]] = None):
+                 memory: int = MEMORY, sample: Optional[Callable[[nn.Module, int], Tensor]] = None):
         self._record = record
         self._sample = sample
         self._kept: Dict[str, Dict[str, Tensor]] = {}
@@ -61,14 +61,14 @@ class Calibration:
         """The guidance scale if a call's output holds two halves, unconditional and conditional; else None."""
         return self.guidance_scale if len(self.calls[0][1]) == 2 * self.first_batch else None
 
-    def latents(self, denoiser: nn.Module) -> Tensor:
-        """Return the final latents of a few training captions, sampled in a few steps with this denoiser, float32.
+    def latents(self, denoiser: nn.Module, captions: int) -> Tensor:
+        """Return the final latents of some training captions, sampled in a few steps with this denoiser, float32.
 
-        Raises UserError if the calibration was made without a way to sample.
+        There may be fewer captions. Raises UserError if the calibration was made without a way to sample.
         """
         if self._sample is None:
             raise UserError("this method samples with the pruned denoiser; give a calibration that can (sample=)")
-        return self._sample(denoiser).float()
+        return self._sample(denoiser, captions).float()
 
     def keep(self, key: str, compute: Callable[[], Dict[str, Tensor]]) -> Dict[str, Tensor]:
         """Return compute(), tensors by name on the CPU, from memory or from the folder if they were computed before.

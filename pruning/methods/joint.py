@@ -35,6 +35,7 @@ from pruning.metrics import costs
 
 UNITS = ("heads", "neurons", "channels")
 FRACTIONS = (0.5, 1.0)  # of a group's units, in measurements
+FEW, MANY = 4, 12  # captions whose final latents judge a group, and a plan
 POWERS = (0.5, 1.0, 2.0, 4.0)
 SLACK = 0.005  # of the whole: a step that saves more than asked by less than this is taken as the last
 TIMED = 5  # calls for --budget time
@@ -193,14 +194,14 @@ def latent_factors(denoiser: nn.Module, groups: List[Group], found: units.Order,
     Group name -> (fractions,): squared change of the latents ÷ lost share. Measured once for all rates.
     """
     def compute():
-        dense, factors = calibration.latents(denoiser), {}
+        dense, factors = calibration.latents(denoiser, FEW), {}
         for group in tqdm(groups, desc="error of the latents", unit="group", leave=False):
             own = []
             for fraction in FRACTIONS:
                 step = group.norm_groups
                 gone = min(max(round(fraction * group.units / step) * step, step), most_of(group, step))
                 with one_pruned(group, stays(group, found, gone), gathered):
-                    change = (calibration.latents(denoiser) - dense).square().mean() / dense.var()
+                    change = (calibration.latents(denoiser, FEW) - dense).square().mean() / dense.var()
                 own.append(float(change) / max(found.loss(group, gone), 1e-12))
             factors[group.name] = torch.tensor(own, dtype=torch.float64)
         return factors
@@ -259,11 +260,11 @@ def best_plan(denoiser: nn.Module, groups: List[Group], plans: List[Plan], aims:
     plans = [plan for place, plan in enumerate(plans) if plan not in plans[:place]]
     if len(plans) == 1:
         return plans[0]
-    dense, errors = calibration.latents(denoiser), []
+    dense, errors = calibration.latents(denoiser, MANY), []
     with restored([layer for group in groups for layer, _ in group.layers()]) as undo:
         for plan in tqdm(plans, desc="plans", unit="plan", leave=False):
             units.take_out_and_refit(denoiser, groups, plan, True, aims, gathered, calibration)
-            errors.append(float((calibration.latents(denoiser) - dense).square().mean()))
+            errors.append(float((calibration.latents(denoiser, MANY) - dense).square().mean()))
             undo()
     return plans[errors.index(min(errors))]
 
