@@ -36,7 +36,7 @@ from pruning.metrics import costs
 UNITS = ("heads", "neurons", "channels")
 FRACTIONS = (0.5, 1.0)  # of a group's units, in measurements
 FEW, MANY = 4, 12  # captions whose final latents judge a group, and a plan
-POWERS = (0.5, 1.0, 2.0, 4.0)
+POWERS = (1.0, 2.0, 4.0, 8.0)
 SLACK = 0.005  # of the whole: a step that saves more than asked by less than this is taken as the last
 TIMED = 5  # calls for --budget time
 
