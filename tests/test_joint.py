@@ -9,7 +9,7 @@ from test_surgery import FAMILIES, assert_equal_outputs, build, call_of
 from test_units import calibration
 
 from pruning import UserError
-from pruning.methods import joint, prune, surgery
+from pruning.methods import budgets, joint, losses, moments, prune, ranks, surgery, units
 from pruning.methods.calibration import answer
 from pruning.metrics import costs
 
@@ -34,15 +34,17 @@ def test_a_budget_is_met_and_never_overspent(family, budget):
     """What one step of the lumpiest group saves may be too much; with real models that is less than a hundredth."""
     dense = build(family)
     groups, _ = surgery.survey(dense, *joint.UNITS)
-    total, prices = joint.prices_of(dense, groups, call_of(dense), budget)
+    total, prices = budgets.prices(dense, groups, call_of(dense), budget)
     assert total == cost(dense, budget)
-    step = max(prices[group.name] * joint.step_size(dense, group, 0) for group in groups)
+    step = max(prices[group.name] * losses.step_size(dense, group, 0) for group in groups)
+    with_ranks = budget == "parameters" and bool(ranks.modulation_layers(dense))
     limit = joint.largest_rate(dense, call_of(dense), budget=budget, round_to=0)
     for share in (0.3, 0.7):
         rate = share * limit
         model, done = pruned(dense, rate, budget=budget)
         saved = total - cost(model, budget)
         assert saved == pytest.approx(done.taken, abs=1)
+        assert any(isinstance(module, ranks.LowRank) for module in model.modules()) <= with_ranks
         assert rate * total - 1 <= saved <= rate * total + max(step, joint.SLACK * total) + 1
 
 
@@ -62,9 +64,9 @@ def test_measuring_changes_no_weight_and_nothing_but_the_plan_depends_on_it():
     before = copy.deepcopy(dense.state_dict())
     groups, _ = surgery.survey(dense, *joint.UNITS)
     known = sampling(dense)
-    gathered = joint.moments.gather(dense, known, layers=joint.units.column_layers(groups))
-    found = joint.order_of(dense, groups, gathered, known)
-    joint.latent_factors(dense, groups, found, gathered, known)
+    gathered = moments.gather(dense, known, layers=units.column_layers(groups))
+    found = losses.order_of(dense, groups, gathered, known)
+    losses.latent_factors(dense, groups, found, gathered, known)
     assert all(torch.equal(before[name], value) for name, value in dense.state_dict().items())
 
 
@@ -87,7 +89,7 @@ def test_a_group_that_the_final_latents_feel_more_loses_less():
 
 def test_the_least_sum_of_errors_is_found():
     """Steps go by what they cost for what they save, dear beginnings included; too large steps are passed over."""
-    paths = {name: joint.Path(1, saved, [], errors) for name, saved, errors in (
+    paths = {name: losses.Path(1, [saved * k for k in range(4)], [], errors) for name, saved, errors in (
         ("cheap", 10.0, [0, 1, 2, 30]), ("late", 10.0, [0, 8, 8, 8]), ("dear", 10.0, [0, 50, 60, 70]),
         ("fine", 1.0, [0, 20, 40, 60]))}
     assert joint.cheapest(paths, 100.0, 0.2) == {"cheap": 2, "late": 0, "dear": 0, "fine": 0}
@@ -95,6 +97,16 @@ def test_the_least_sum_of_errors_is_found():
     assert joint.cheapest(paths, 100.0, 0.52) == {"cheap": 2, "late": 3, "dear": 0, "fine": 2}
     with pytest.raises(UserError, match=r"0\.930"):
         joint.cheapest(paths, 100.0, 0.95)
+
+
+def test_a_budget_of_parameters_takes_ranks_where_a_transformer_hardly_needs_them():
+    dense = build("sd3")
+    model, done = pruned(dense, 0.3, budget="parameters")
+    assert any(isinstance(module, ranks.LowRank) for module in model.modules())
+    masked, zeroed = pruned(dense, 0.3, budget="parameters", mask_only=True)
+    assert done == zeroed
+    assert_equal_outputs(model, masked, dense)
+    assert not any(isinstance(module, ranks.LowRank) for module in pruned(dense, 0.3)[0].modules())
 
 
 def test_time_is_a_budget_by_what_each_layer_takes():
