@@ -48,6 +48,7 @@ from pruning.records.record import read_record
 SIZE = 32  # pixels a side: a latent of 8 x 8, as a VAE of three levels shrinks images to a quarter
 LEVELS = (8, 8, 8)  # channels of the levels of a VAE
 TEXT = 24  # width of a caption's tokens in the denoisers of tests/test_surgery.py
+RATE = {"joint": 0.2}  # tiny models hold little that units could save
 POOLED = 16  # width of their pooled captions
 
 
@@ -136,6 +137,7 @@ FAMILIES = {
 }
 NEEDS_TORCH_25 = ("flux", "sana")  # on the CPU
 OLD_TORCH = release("torch") < (2, 5)
+WITHOUT = {("sd15", "modulation"), ("sdxl", "modulation")}  # UNets have no AdaLN
 QUICK = ("sd3", "structured")  # the only pair of a family and a method that is not slow
 
 
@@ -164,7 +166,7 @@ def folder_of(tmp_path_factory):
 @pytest.fixture(scope="module", params=[
     pytest.param((family, method), id=f"{family}-{method}",
                  marks=marks(family) + ([] if (family, method) == QUICK else [pytest.mark.slow]))
-    for family in FAMILIES for method in METHODS])
+    for family in FAMILIES for method in METHODS if (family, method) not in WITHOUT])
 def measured(request, folder_of, tmp_path_factory):
     """The record that the command wrote, a function that loads its images, and the folder of the pruned pipeline."""
     family, method = request.param
@@ -172,9 +174,9 @@ def measured(request, folder_of, tmp_path_factory):
     quick = ["--recovery_steps", "1"] if "recovery_steps" in METHODS[method].options else []
     quick += ["--calibration_images", "4"] if "calibration_images" in METHODS[method].options else []
     test_single_rate.main([
-        "--model", str(folder_of(family)), "--method", method, "--rate", "0.5", "--dataset", "shapes",
-        "--num_images", "2", "--steps", "2", "--batch_size", "2", "--image_size", str(SIZE), "--device", "cpu",
-        "--results_dir", str(folder), "--save_pruned", str(folder / "pruned"), *quick])
+        "--model", str(folder_of(family)), "--method", method, "--rate", str(RATE.get(method, 0.5)),
+        "--dataset", "shapes", "--num_images", "2", "--steps", "2", "--batch_size", "2", "--image_size", str(SIZE),
+        "--device", "cpu", "--results_dir", str(folder), "--save_pruned", str(folder / "pruned"), *quick])
     path, = (folder / family / "shapes").glob("*.json")
     record = read_record(path)
     assert (record.model, record.method) == (family, method)
@@ -196,9 +198,13 @@ def scenes(count=2):
 
 def test_every_method_prunes_every_family_to_the_rate_asked_for(measured):
     record, _, _ = measured
-    assert [point.rate for point in record.points] == [0.5]
-    point = record.points[0]
-    assert point.units_taken == point.units_asked == round(0.5 * point.units_total) > 0
+    point, = record.points
+    assert point.rate == RATE.get(record.method, 0.5)
+    assert point.units_asked == round(point.rate * point.units_total) > 0
+    if record.method == "joint":  # in tiny models a step saves much
+        assert point.units_asked <= point.units_taken <= 1.3 * point.units_asked
+    else:
+        assert point.units_taken == point.units_asked
     assert point.sparsity == point.units_taken / point.units_total
     assert record.dense.sparsity == 0
 
@@ -228,8 +234,8 @@ def test_every_metric_is_finite_and_pruning_changes_the_images(measured):
 
 
 def test_the_images_have_the_size_asked_for_and_differ_from_each_other(measured):
-    _, load_images, _ = measured
-    dense, pruned = load_images(0), load_images(0.5)
+    record, load_images, _ = measured
+    dense, pruned = load_images(0), load_images(record.points[0].rate)
     assert dense.shape == pruned.shape == (2, SIZE, SIZE, 3)
     for images in (dense, pruned):
         assert images.std() > 5  # images of a single colour would be equal for every model
@@ -237,11 +243,11 @@ def test_the_images_have_the_size_asked_for_and_differ_from_each_other(measured)
 
 
 def test_the_saved_pipeline_makes_the_same_images(measured):
-    _, load_images, saved = measured
+    record, load_images, saved = measured
     pipeline = pipelines.load_pipeline(str(saved))
     sampling = {**pipelines.sampling_settings(pipeline, str(saved)), "seed": 0, "batch_size": 2}
     made = generation.generate(pipeline, scenes(), **sampling).pixels
-    assert np.array_equal(made, load_images(0.5))
+    assert np.array_equal(made, load_images(record.points[0].rate))
 
 
 @pytest.mark.slow
