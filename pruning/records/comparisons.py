@@ -52,20 +52,38 @@ from pruning.records.summaries import compile_note, protocol, units
 from pruning.records.words import counted
 
 LONGEST_LABEL = 18  # letters of a name beside a panel
+FRONTIER = (0.6, 1.03)  # of the dense QUALITY: what the first panels show, as nobody wants less
+# What is saved -> its share of the dense model's.
+SAVED = {
+    "share of multiply-accumulates saved": lambda point, dense: 1 - point.macs / dense.macs if dense.macs else 0.0,
+    "share of parameters removed or zeroed": saved_share,
+}
 
 
 @rc_context(STYLE)
 def draw_comparison(records: Sequence[Record], path: Path, warning: str = "") -> Path:
-    """Draw all variants in one panel for each metric, and QUALITY over the share of parameters saved.
+    """Draw QUALITY over what is saved, as the first panels, and all variants in one panel for each metric.
 
     warning: how the records were measured differently, if they were.
     """
     records = in_order(records)
     lines, metrics = variant_lines(records), metrics_of(*records)
     direct = max(map(len, lines)) <= LONGEST_LABEL  # whether names stand at the ends of lines, or in a legend
-    figure, all_axes = panels(len(metrics) + (QUALITY in metrics), width=5)
+    frontiers = SAVED if QUALITY in metrics else {}
+    figure, all_axes = panels(len(metrics) + len(frontiers), width=5)
     labelled = []
-    for axes, name in zip(all_axes, metrics):
+    for axes, (what, share) in zip(all_axes, frontiers.items()):
+        curves = {record.variant: ([share(point, record.dense) for point in all_points(record)],
+                                   relative_curve(record, QUALITY)) for record in records}
+        labelled.append((axes, _plot_all(axes, curves, lines)))
+        axes.set_title(f"{QUALITY} ÷ dense  ↑ over what is saved")
+        axes.set_xlabel(what)
+        axes.set_xlim(-0.02, max(0.3, *(x for xs, _ in curves.values() for x in xs)) + 0.02)
+        axes.set_ylim(*FRONTIER)
+        for line in axes.lines:
+            line.set_clip_on(True)  # what is lower leaves the panel
+        level(axes, 1)
+    for axes, name in zip(all_axes[len(frontiers):], metrics):
         pale = any(unreliable(record, name) for record in records)
         styles = {variant: faded(line) for variant, line in lines.items()} if pale else lines
         curves = {record.variant: (_rates(record), values_of(record, name)) for record in records}
@@ -81,15 +99,6 @@ def draw_comparison(records: Sequence[Record], path: Path, warning: str = "") ->
         metric_axis(axes, name, drawn)
         draw_noise_levels(axes, records[0], name)
         axes.set_xlabel("pruning rate", labelpad=-9)
-    if QUALITY in metrics:
-        axes = all_axes[-1]
-        curves = {record.variant: ([saved_share(point, record.dense) for point in all_points(record)],
-                                   values_of(record, QUALITY)) for record in records}
-        labelled.append((axes, _plot_all(axes, curves, lines)))
-        metric_axis(axes, QUALITY, np.concatenate([values for _, values in curves.values()]))
-        axes.set_title(f"{QUALITY}  ↑ over what is saved")
-        axes.set_xlabel("share of parameters removed or zeroed")
-        axes.set_xlim(left=-0.02)
     figure.suptitle(f"Pruning methods on {records[0].model}" + ("\nWARNING: measured differently" if warning else ""),
                     color="#BB0000" if warning else "black")
     caption(figure, records[0], metrics, units(records),
