@@ -81,8 +81,11 @@ def reachable(experiment: Experiment, rates: List[float], by_default: bool) -> L
 
 
 def largest_rate(experiment: Experiment) -> float:
-    """Return the largest rate that the method can reach on the dense denoiser."""
-    if not methods.METHODS[experiment.record.method].removes:
+    """Return the largest rate that the method can reach on the dense denoiser.
+
+    Raises UserError if the denoiser has nothing that a limited method prunes.
+    """
+    if not methods.METHODS[experiment.record.method].limited:
         return 1.0
     pipelines.set_denoiser(experiment.pipeline, experiment.dense, experiment.device, experiment.offload)
     limit = methods.largest_rate(experiment.record.method, experiment.dense, experiment.single_call,

@@ -408,3 +408,11 @@ def test_no_shipped_record_stands_in_the_way_of_the_first_command():
     shipped = subprocess.run(["git", "ls-files", "results"], cwd=str(ROOT), capture_output=True, text=True).stdout
     folders = ("results/bundled/", "results/calibrated/", "results/units/")
     assert all(path.startswith(folders) for path in shipped.split())
+
+
+@pytest.mark.parametrize(("method", "words"), [("joint", "leave out 0.9"), ("modulation", "no AdaLN layers")])
+def test_what_a_method_cannot_reach_is_said_before_any_image_is_made(tmp_path, capsys, method, words):
+    said = fails(capsys, pruning_analysis.main, "--method", method, "--rates", "0.3", "0.9", "--num_images", "2",
+                 "--steps", "2", "--device", "cpu", "--results_dir", tmp_path, *FEW_CALLS)
+    assert words in said
+    assert not list(tmp_path.rglob("*.png"))

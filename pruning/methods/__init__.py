@@ -16,7 +16,8 @@ SCOPES = ("row", "layer", "global")
 PATTERNS = ("2:4", "4:8")
 ALLOCATIONS = ("uniform", "guided")
 CRITERIA = ("loss", "norm")
-BUDGETS = ("macs", "parameters", "time")
+# Budget -> its unit in records, and how many of these make what budgets.prices counts in.
+BUDGETS = {"macs": ("multiply-accumulates", 1), "parameters": ("parameters", 1), "time": ("microseconds", 1e6)}
 STEP_WEIGHTS = ("uniform", "early", "late")
 
 
@@ -38,6 +39,7 @@ class Method(NamedTuple):
     # Options -> what of the calibration they need: "calls" of the dense denoiser, "moments" of its layers' inputs.
     # Nothing: prune() gets no calibration. Such a method has the option "calibration_images".
     needs: Callable[[Dict[str, Any]], Tuple[str, ...]] = lambda options: ()
+    limited: bool = False  # whether its file has largest_rate(denoiser, call, **options), as not every rate is in reach
 
 
 class LayerPruned(NamedTuple):
@@ -125,8 +127,7 @@ METHODS: Dict[str, Method] = {
     "structured": Method(
         "remove feed-forward neurons and ResNet inner channels, and re-fit the layers behind them",
         "neurons and channels",
-        {**REMOVING,
-         "round_to": ROUND_TO}, removes=True, needs=_removing_needs),
+        {**REMOVING, "round_to": ROUND_TO}, removes=True, needs=_removing_needs),
     "iterative": Method(
         "magnitude in steps, with self-distillation after each", "weights",
         {"scope": SCOPE, "recovery_steps": RECOVERY_STEPS._replace(default=60),
@@ -138,11 +139,11 @@ METHODS: Dict[str, Method] = {
         "remove heads, neurons and channels under one budget, where the final latents feel it least, and re-fit",
         "the budget", {"budget": BUDGET, "mask_only": MASK_ONLY, "round_to": ROUND_TO, "recovery_steps": RECOVERY_STEPS,
                        "calibration_images": CALIBRATION_IMAGES}, removes=True,
-        needs=lambda options: ("moments", "calls")),
+        needs=lambda options: ("moments", "calls"), limited=True),
     "modulation": Method(
         "give the AdaLN layers of a transformer a low rank, in the directions that carry their outputs", "ranks",
         {"mask_only": MASK_ONLY, "recovery_steps": RECOVERY_STEPS, "calibration_images": CALIBRATION_IMAGES},
-        removes=True, needs=lambda options: ("calls",)),
+        removes=True, needs=lambda options: ("calls",), limited=True),
     "reconstruct": Method(
         "zero weights that the guided output feels least, and re-fit the others by least squares", "weights",
         {"pattern": PATTERN, "recovery_steps": RECOVERY_STEPS, "calibration_images": CALIBRATION_IMAGES},
@@ -199,10 +200,9 @@ def check_memory(method: str, denoiser, memory: int, **options) -> None:
 
 
 def largest_rate(method: str, denoiser, call: Dict[str, Any], **options) -> float:
-    """Return the largest rate that the method can reach, if it knows one from a denoiser call's arguments; else 1."""
+    """Return the largest rate that a limited method can reach. call: the keyword arguments of a denoiser call."""
     module = importlib.import_module(f"{__name__}.{method}")
-    return module.largest_rate(denoiser, call, **{**default_options(method), **options}) \
-        if hasattr(module, "largest_rate") else 1.0
+    return module.largest_rate(denoiser, call, **{**default_options(method), **options})
 
 
 def default_options(method: str) -> Dict[str, Any]:

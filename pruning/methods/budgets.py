@@ -12,8 +12,6 @@ from pruning.methods.moments import hooked
 from pruning.methods.surgery import Group
 from pruning.metrics import costs
 
-# Budget -> its unit in records, and how many of these one of `prices` makes.
-BUDGETS = {"macs": ("multiply-accumulates", 1), "parameters": ("parameters", 1), "time": ("microseconds", 1e6)}
 TIMED = 5  # calls for the budget "time"
 
 

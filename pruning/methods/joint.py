@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from pruning import UserError
 from pruning.methods import (
+    BUDGETS,
     LayerPruned,
     Pruned,
     budgets,
@@ -67,13 +68,13 @@ def prune(denoiser: nn.Module, rate: float, *, budget: str, mask_only: bool, rou
           calibration: Optional[Calibration] = None) -> Pruned:
     """Remove, or with mask_only zero, units until at least `rate` of the budget is saved, in place.
 
-    budget: one of budgets.BUDGETS. Raises UserError if the denoiser has no such units, if all of them together save
+    budget: one of BUDGETS. Raises UserError if the denoiser has no such units, if all of them together save
     less than asked, or if the calibration cannot sample.
     """
     groups, skipped = surgery.survey(denoiser, *UNITS)
     if not groups:
         raise UserError(f"{type(denoiser).__name__} has no {' or '.join(UNITS)} that joint can remove")
-    unit, scale = budgets.BUDGETS[budget]
+    unit, scale = BUDGETS[budget]
     if rate == 0:
         return Pruned(unit, 1, 0, 0, skipped, {group.name: LayerPruned(0.0) for group in groups})
     total, case = case_of(denoiser, groups, calibration, budget, round_to)

@@ -37,10 +37,7 @@ def prune(denoiser: nn.Module, rate: float, *, mask_only: bool, recovery_steps: 
 
     At least one rank of each input stays. Raises UserError if the denoiser has no AdaLN layers.
     """
-    layers = ranks.modulation_layers(denoiser)
-    if not layers:
-        raise UserError(f"{type(denoiser).__name__} has no AdaLN layers that modulation could give a low rank; UNets "
-                        "take the time embedding through their ResNets, which structured narrows")
+    layers = adaln_layers(denoiser)
     known = {basis.names[0]: basis for basis in bases(denoiser, calibration)} if rate else {}
     widths = {name: len(basis.mean) for name, basis in known.items()}
     total = sum(widths.values()) if rate else sum(layer.in_features for layer in list(layers.values())[:1])
@@ -55,6 +52,20 @@ def prune(denoiser: nn.Module, rate: float, *, mask_only: bool, recovery_steps: 
     recovery.recover_at(rate, denoiser, {}, calibration, recovery_steps)
     layers = found or {f"{name}.weight": LayerPruned(0.0) for name in layers}
     return Pruned("ranks", total, asked, total - sum(stay.values()) if rate else 0, {}, layers)
+
+
+def adaln_layers(denoiser: nn.Module) -> Dict[str, nn.Linear]:
+    """Return the denoiser's AdaLN layers, by name. Raises UserError if it has none."""
+    layers = ranks.modulation_layers(denoiser)
+    if not layers:
+        raise UserError(f"{type(denoiser).__name__} has no AdaLN layers that modulation could give a low rank; UNets "
+                        "take the time embedding through their ResNets, which structured narrows")
+    return layers
+
+
+def largest_rate(denoiser: nn.Module, call: dict, **_) -> float:
+    """Return the largest rate at which every layer keeps a rank. Raises UserError if there are no AdaLN layers."""
+    return 1 - 1 / max(layer.in_features for layer in adaln_layers(denoiser).values())
 
 
 def bases(denoiser: nn.Module, calibration: Calibration) -> List[Basis]:
