@@ -38,20 +38,21 @@ def prune(denoiser: nn.Module, rate: float, *, mask_only: bool, recovery_steps: 
     At least one rank of each input stays. Raises UserError if the denoiser has no AdaLN layers.
     """
     layers = adaln_layers(denoiser)
-    known = {basis.names[0]: basis for basis in bases(denoiser, calibration)} if rate else {}
-    widths = {name: len(basis.mean) for name, basis in known.items()}
-    total = sum(widths.values()) if rate else sum(layer.in_features for layer in list(layers.values())[:1])
+    if rate == 0:
+        return Pruned("ranks", next(iter(layers.values())).in_features, 0, 0, {},
+                      {f"{name}.weight": LayerPruned(0.0) for name in layers})
+    known = {basis.names[0]: basis for basis in bases(denoiser, calibration)}
+    total = sum(len(basis.mean) for basis in known.values())
     asked = round(rate * total)
-    stay = kept_ranks(known, total - asked)
-    found = {}
+    stay, found = kept_ranks(known, total - asked), {}
     for name, basis in known.items():
-        if stay[name] < widths[name]:
+        width = len(basis.mean)
+        if stay[name] < width:
             take(denoiser, basis, stay[name], mask_only)
-        found.update({f"{each}.weight": LayerPruned(1 - stay[name] / widths[name], float(basis.lost[stay[name]]))
+        found.update({f"{each}.weight": LayerPruned(1 - stay[name] / width, float(basis.lost[stay[name]]))
                       for each in basis.names})
     recovery.recover_at(rate, denoiser, {}, calibration, recovery_steps)
-    layers = found or {f"{name}.weight": LayerPruned(0.0) for name in layers}
-    return Pruned("ranks", total, asked, total - sum(stay.values()) if rate else 0, {}, layers)
+    return Pruned("ranks", total, asked, total - sum(stay.values()), {}, found)
 
 
 def adaln_layers(denoiser: nn.Module) -> Dict[str, nn.Linear]:
@@ -114,12 +115,11 @@ def basis_of(names: List[str], weights: List[Tensor], matrix: Tensor, mean: Tens
 
 def kept_ranks(known: Dict[str, Basis], stay: int) -> Dict[str, int]:
     """Return how many ranks of each basis stay, `stay` in all if each can keep one: those of most variance."""
-    gains = sorted((-float(basis.lost[rank] - basis.lost[rank + 1]), rank > 0, name) for name, basis in known.items()
-                   for rank in range(len(basis.mean)))
-    first = {name: 1 for name in known}
-    for _, further, name in gains:
-        if further and sum(first.values()) < stay:
-            first[name] += 1
+    gains = sorted((float(basis.lost[rank + 1] - basis.lost[rank]), name) for name, basis in known.items()
+                   for rank in range(1, len(basis.mean)))
+    first = dict.fromkeys(known, 1)
+    for _, name in gains[:max(stay - len(known), 0)]:
+        first[name] += 1
     return first
 
 

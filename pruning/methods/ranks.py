@@ -4,6 +4,7 @@ y = U (V x + c) + b in place of y = W x + b. V and c are held by the first layer
 """
 from __future__ import annotations
 
+from collections import Counter
 from typing import Dict, List, Optional, Sequence
 
 import torch
@@ -42,10 +43,9 @@ def modulation_layers(denoiser: nn.Module) -> Dict[str, nn.Linear]:
     """Return the Linear layers of the MODULATED modules, by the name of the layer; shared weights are left out."""
     found = {f"{name}.linear".lstrip("."): module.linear for name, module in denoiser.named_modules()
              if type(module) in MODULATED and type(getattr(module, "linear", None)) is nn.Linear}
-    owners = [id(parameter) for layer in denoiser.modules() for parameter in layer._parameters.values()
-              if parameter is not None]
+    owners = Counter(id(parameter) for layer in denoiser.modules() for parameter in layer._parameters.values())
     return {name: layer for name, layer in found.items()
-            if all(owners.count(id(parameter)) == 1 for parameter in layer.parameters())}
+            if all(owners[id(parameter)] == 1 for parameter in layer.parameters())}
 
 
 @torch.no_grad()
