@@ -40,6 +40,7 @@ EXPECTED = {
     "iterative": Curve(0.70, 16, "a guess: recovery moves the knee of magnitude"),
     "reconstruct": Curve(0.85, 20, "a guess: re-fitted weights move the knee further"),
     "attention_heads": Curve(0.35, 10, "a guess: between magnitude and structured"),
+    "blocks": Curve(0.25, 18, "a guess: published transformers hold without a fifth of their blocks"),
     "joint": Curve(0.68, 22, "a guess: what the final latents feel least goes, wherever it is"),
     "modulation": Curve(0.94, 40, "a guess: the embedding of the time lives in few directions"),
     "wanda": Curve(0.55, 16, "a guess: knowing the inputs moves the knee of magnitude a little"),

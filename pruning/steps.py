@@ -178,4 +178,4 @@ def save_pruned(experiment: Experiment, denoiser, folder: Path, point: Point) ->
     sampling = {name: experiment.sampling[name] for name in ("steps", "guidance_scale", "image_size")}
     measured = {name: value for name, value in asdict(point).items() if name not in ("per_image", "seconds")}
     saving.save(experiment.pipeline, pipelines.denoiser_name(experiment.pipeline), folder, sampling,
-                pruned_origin(experiment.record, point.rate), measured)
+                pruned_origin(experiment.record, point.rate), measured, experiment.single_call)

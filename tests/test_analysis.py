@@ -52,7 +52,7 @@ def measurements(record):
     return numbers
 
 
-@pytest.fixture(scope="module", params=[name for name in METHODS if name not in ("joint", "modulation")])
+@pytest.fixture(scope="module", params=[name for name in METHODS if name not in ("blocks", "joint", "modulation")])
 def measured(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     flags = ["--recovery_steps", "1"] if request.param == "iterative" else []

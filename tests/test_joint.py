@@ -9,14 +9,17 @@ from test_surgery import FAMILIES, assert_equal_outputs, build, call_of
 from test_units import calibration
 
 from pruning import UserError
-from pruning.methods import budgets, joint, losses, moments, prune, ranks, surgery, units
+from pruning.methods import budgets, bypass, joint, losses, moments, prune, ranks, surgery, units
 from pruning.methods.calibration import answer
 from pruning.metrics import costs
 
 
 def sampling(dense, change=lambda denoiser: 1.0):
     """A calibration whose final latents are an answer of the denoiser, times what `change` says of it."""
-    return calibration(dense, sample=lambda denoiser, _: answer(denoiser, call_of(dense, seed=99)) * change(denoiser))
+    @torch.no_grad()
+    def sample(denoiser, _):
+        return answer(denoiser, call_of(dense, seed=99)) * change(denoiser)
+    return calibration(dense, sample=sample)
 
 
 def pruned(dense, rate, known=None, **options):
@@ -59,6 +62,33 @@ def test_removed_equals_masked(family, share):
     assert_equal_outputs(removed, masked, dense)
 
 
+def test_blocks_go_where_the_final_latents_hardly_feel_it_and_the_budget_holds():
+    """The last attention is next to an identity: without it more is left for the other units."""
+    dense = build("sd15")
+    with torch.no_grad():
+        for parameter in dense.up_blocks[1].attentions[1].proj_out.parameters():
+            parameter.mul_(1e-3)
+    rate = 0.5 * joint.largest_rate(dense, call_of(dense), budget="macs", round_to=0)
+    total = cost(dense, "macs")
+    model, done = pruned(dense, rate)
+    gone = [name for name, module in model.named_modules() if isinstance(module, bypass.Bypass)]
+    assert "up_blocks.1.attentions.1" in gone
+    assert total - cost(model, "macs") == pytest.approx(done.taken, abs=1)
+    assert done.asked <= done.taken
+    assert done.layers["up_blocks.1.attentions.1.transformer_blocks.0.ff.neurons"].rate == 1.0
+
+
+def test_no_block_goes_if_the_final_latents_come_no_nearer():
+    dense = build("sd15")
+
+    def change(denoiser):
+        return 1.0 if not any(isinstance(module, bypass.Bypass) for module in denoiser.modules()) else 100.0
+
+    rate = 0.5 * joint.largest_rate(dense, call_of(dense), budget="macs", round_to=0)
+    model, _ = pruned(dense, rate, sampling(dense, change))
+    assert not any(isinstance(module, bypass.Bypass) for module in model.modules())
+
+
 def test_measuring_changes_no_weight_and_nothing_but_the_plan_depends_on_it():
     dense = build("sd15")
     before = copy.deepcopy(dense.state_dict())
@@ -78,8 +108,8 @@ def test_a_group_that_the_final_latents_feel_more_loses_less():
     untouched = layer.weight.detach().clone()
 
     def change(denoiser):
-        own = denoiser.get_submodule(felt.path("net.2")).weight
-        return 1.0 if torch.equal(own, untouched) else 100.0
+        own = dict(denoiser.named_parameters()).get(felt.path("net.2.weight"))  # none if its block is bypassed
+        return 1.0 if own is not None and torch.equal(own, untouched) else 100.0
 
     rate = 0.5 * joint.largest_rate(dense, call_of(dense), budget="macs", round_to=0)
     _, alike = pruned(dense, rate)

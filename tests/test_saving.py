@@ -13,8 +13,8 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from pruning import UserError, data, methods, pruning_analysis, test_single_rate
-from pruning.methods import zeroing
-from pruning.methods.calibration import Calibration
+from pruning.methods import bypass, zeroing
+from pruning.methods.calibration import Calibration, answer
 from pruning.models import generation, pipelines, saving
 from pruning.records.record import read_record
 
@@ -37,6 +37,31 @@ def prune_and_save(folder, method="structured", rate=0.5, dtype="float32", model
 def images(pipeline):
     samples = data.load_samples("shapes", 2)[0]
     return generation.generate(pipeline, samples, seed=0, batch_size=2, **SAMPLING).pixels
+
+
+def test_a_transformer_without_some_blocks_loads_in_diffusers_alone(tmp_path):
+    """In a process that cannot import this project, from a folder whose config says fewer layers."""
+    pipeline = pipelines.load_pipeline("shapes-mmdit")
+    call = generation.first_call(pipeline, data.load_samples("shapes", 1)[0], seed=0, batch_size=1, **SAMPLING)
+    bypass.take_out(pipeline.transformer, {"transformer_blocks.2": ["encoder_hidden_states", "hidden_states"]})
+    saving.save(pipeline, "transformer", tmp_path / "pruned", SAMPLING, {"method": "blocks"}, {}, call)
+    assert isinstance(pipeline.transformer.transformer_blocks[2], bypass.Bypass)  # the pipeline is as before
+    expected = images(pipeline)
+    assert np.array_equal(images(pipelines.load_pipeline(str(tmp_path / "pruned"))), expected)
+    program = f"""if True:
+        import sys, torch, numpy as np
+        from diffusers import SD3Transformer2DModel
+        model = SD3Transformer2DModel.from_pretrained({str(tmp_path / "pruned" / "transformer")!r}).eval()
+        call = torch.load({str(tmp_path / "call.pt")!r})
+        with torch.no_grad():
+            torch.save(model(**call).sample, {str(tmp_path / "answer.pt")!r})
+        print(len(model.transformer_blocks), any(name.startswith("pruning") for name in sys.modules))
+    """
+    torch.save({name: value for name, value in call.items() if name != "joint_attention_kwargs"}, tmp_path / "call.pt")
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["5", "False"]
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "answer.pt"), answer(pipeline.transformer, call))
 
 
 @pytest.fixture(scope="module")

@@ -135,8 +135,12 @@ METHODS: Dict[str, Method] = {
     "attention_heads": Method("remove whole attention heads, and re-fit the layers behind them", "heads",
                               {**REMOVING, "allocation": ALLOCATION._replace(default="guided")}, removes=True,
                               needs=_removing_needs),
+    "blocks": Method(
+        "bypass whole blocks, in an order by the error of the final latents, and re-fit the others", "blocks",
+        {"refit": REFIT._replace(default=True), "mask_only": MASK_ONLY, "recovery_steps": RECOVERY_STEPS,
+         "calibration_images": CALIBRATION_IMAGES}, removes=True, needs=lambda options: ("calls",)),
     "joint": Method(
-        "remove heads, neurons and channels under one budget, where the final latents feel it least, and re-fit",
+        "remove blocks and units under one budget, where the final latents feel it least, and re-fit the others",
         "the budget", {"budget": BUDGET, "mask_only": MASK_ONLY, "round_to": ROUND_TO, "recovery_steps": RECOVERY_STEPS,
                        "calibration_images": CALIBRATION_IMAGES}, removes=True,
         needs=lambda options: ("moments", "calls"), limited=True),

@@ -1,4 +1,4 @@
-"""Remove heads, neurons, channels and ranks under one budget: multiply-accumulates, parameters or time of a call.
+"""Remove blocks, heads, neurons, channels and ranks under one budget: multiply-accumulates, parameters or call time.
 
 In each group the units go in the order of greedy. How many go from each is decided by the least sum, at the saving
 asked for, of the groups' errors after k units:
@@ -13,6 +13,9 @@ changes a call by 0.002 and the final latents by 0.94, the other by 0.035 and 0.
 being emptied, which costs more together than each alone: of the plans for the powers p in POWERS, the one goes whose
 final latents are nearest to the dense ones.
 
+Then the same plan is tried with some whole blocks bypassed (blocks) and less taken from the others: with shares
+BYPASSED of the blocks, as long as the final latents come nearer to the dense ones.
+
 Ranks of AdaLN layers (modulation) hold many of a transformer's parameters and next to none of its multiply-accumulates,
 so only the budget of parameters takes them. Their C is measured like L.
 """
@@ -20,7 +23,7 @@ from __future__ import annotations
 
 from typing import Dict, List, NamedTuple, Optional, Tuple
 
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from pruning import UserError
@@ -28,7 +31,9 @@ from pruning.methods import (
     BUDGETS,
     LayerPruned,
     Pruned,
+    blocks,
     budgets,
+    bypass,
     losses,
     modulation,
     moments,
@@ -47,12 +52,14 @@ from pruning.methods.surgery import Group
 UNITS = ("heads", "neurons", "channels")
 MANY = 12  # captions whose final latents judge a plan
 POWERS = (1.0, 2.0, 4.0, 8.0)
+BYPASSED = (0.1, 0.2)  # of the blocks
+BYPASSED_ERROR = 0.25  # of the final latents without these blocks, not re-fitted; more has never come right again
 SLACK = 0.005  # of the whole: a step that saves more than asked by less than this is taken as the last
 Steps = Dict[str, int]  # name of a path -> steps taken of it
 
 
 class Case(NamedTuple):
-    """A dense denoiser and all that was computed for it."""
+    """A denoiser, dense or without some blocks, and all that was computed for it."""
 
     denoiser: nn.Module
     groups: List[Group]
@@ -62,11 +69,22 @@ class Case(NamedTuple):
     aims: sequential.Aims
     gathered: Moments
     calibration: Calibration
+    dense_latents: Tensor  # of MANY captions
+    saved: float = 0.0  # of the budget, by blocks
+
+
+class Plan(NamedTuple):
+    """What goes, and the squared error of the final latents that follows."""
+
+    bypassed: Dict[str, bypass.Streams]
+    power: float
+    steps: Steps
+    error: float
 
 
 def prune(denoiser: nn.Module, rate: float, *, budget: str, mask_only: bool, round_to: int, recovery_steps: int,
           calibration: Optional[Calibration] = None) -> Pruned:
-    """Remove, or with mask_only zero, units until at least `rate` of the budget is saved, in place.
+    """Remove, or with mask_only zero, blocks and units until at least `rate` of the budget is saved, in place.
 
     budget: one of BUDGETS. Raises UserError if the denoiser has no such units, if all of them together save
     less than asked, or if the calibration cannot sample.
@@ -77,13 +95,20 @@ def prune(denoiser: nn.Module, rate: float, *, budget: str, mask_only: bool, rou
     unit, scale = BUDGETS[budget]
     if rate == 0:
         return Pruned(unit, 1, 0, 0, skipped, {group.name: LayerPruned(0.0) for group in groups})
-    total, case = case_of(denoiser, groups, calibration, budget, round_to)
-    steps = best(case, [cheapest(weighed(case.paths, power), total, rate) for power in POWERS])
-    carry_out(case, steps, mask_only)
+    total, dense = case_of(denoiser, groups, calibration, budget, round_to)
+    aims = blocks.aims_of(denoiser, calibration)
+    plan = with_blocks(dense, best(dense, total, rate), aims, budget, total, rate)
+    case = dense
+    if plan.bypassed:
+        case = without(dense, plan.bypassed, budget, total)
+        blocks.take_out(denoiser, plan.bypassed, aims, mask_only, calibration)
+    carry_out(case, plan.steps, mask_only)
     recovery.recover_at(rate, denoiser, {}, calibration, recovery_steps)
-    saved = sum(path.saved[steps[name]] for name, path in case.paths.items())
+    saved = case.saved + sum(path.saved[plan.steps[name]] for name, path in case.paths.items())
+    emptied = {group.name: LayerPruned(1.0) for group in groups if group.name not in case.paths}
+    layers = {**layers_of(case, plan.steps), **emptied}
     return Pruned(unit, round(total * scale), round(rate * total * scale), round(saved * scale), skipped,
-                  layers_of(case, steps))
+                  {**{group.name: layers.pop(group.name) for group in groups}, **layers})
 
 
 def case_of(denoiser: nn.Module, groups: List[Group], calibration: Calibration, budget: str, round_to: int
@@ -91,15 +116,39 @@ def case_of(denoiser: nn.Module, groups: List[Group], calibration: Calibration, 
     """Return the budget's total and all that is computed for a dense denoiser."""
     gathered = moments.gather(denoiser, calibration, layers=units.column_layers(groups))
     found = losses.order_of(denoiser, groups, gathered, calibration)
-    arguments = match(calibration.calls[0][0], next(denoiser.parameters()))
-    total, prices = budgets.prices(denoiser, groups, arguments, budget)
+    total, prices = budgets.prices(denoiser, groups, call_of(denoiser, calibration), budget)
     with_ranks = budget == "parameters" and ranks.modulation_layers(denoiser)
     bases = modulation.bases(denoiser, calibration) if with_ranks else []
     known = {f"{basis.names[0]}.ranks": basis for basis in bases}
     paths = {**losses.unit_paths(denoiser, groups, found, prices, gathered, calibration, round_to),
-                   **losses.rank_paths(denoiser, known, calibration)}
+             **losses.rank_paths(denoiser, known, calibration)}
     aims = units.aims_of(denoiser, groups, calibration)
-    return total, Case(denoiser, groups, found, known, paths, aims, gathered, calibration)
+    return total, Case(denoiser, groups, found, known, paths, aims, gathered, calibration,
+                       calibration.latents(denoiser, MANY))
+
+
+def without(dense: Case, bypassed: Dict[str, bypass.Streams], budget: str, total: float) -> Case:
+    """Return the case of the denoiser when these blocks are gone. total: the budget's, of the dense denoiser."""
+    def stays(name: str) -> bool:
+        return not any(name.startswith(f"{block}.") for block in bypassed)
+
+    denoiser, known = dense.denoiser, {}
+    groups = [group for group in dense.groups if stays(group.name)]
+    with bypass.bypassed(denoiser, bypassed):  # where masks stand for blocks, these still cost
+        left, prices = budgets.prices(denoiser, groups, call_of(denoiser, dense.calibration), budget)
+    paths = {group.name: dense.paths[group.name].priced(prices[group.name]) for group in groups}
+    for name, basis in dense.known.items():
+        names = [each for each in basis.names if stays(each)]
+        if names:
+            known[name] = basis._replace(names=names)
+            shapes = [denoiser.get_submodule(each).weight.shape for each in names]
+            paths[name] = dense.paths[name]._replace(saved=losses.rank_savings(shapes))
+    return dense._replace(groups=groups, known=known, paths=paths, saved=total - left)
+
+
+def call_of(denoiser: nn.Module, calibration: Calibration) -> dict:
+    """Return the keyword arguments of a recorded call as the denoiser takes them."""
+    return match(calibration.calls[0][0], next(denoiser.parameters()))
 
 
 def largest_rate(denoiser: nn.Module, call: dict, *, budget: str, round_to: int, **_) -> float:
@@ -162,20 +211,45 @@ def _slope(path: losses.Path, a: int, b: int) -> float:
     return (path.errors[b] - path.errors[a]) / (path.saved[b] - path.saved[a])
 
 
-def best(case: Case, choices: List[Steps]) -> Steps:
-    """Return the steps whose final latents are nearest to the dense ones. Each is tried with masks, and undone."""
-    choices = [steps for place, steps in enumerate(choices) if steps not in choices[:place]]
-    if len(choices) == 1:
-        return choices[0]
-    dense, errors = case.calibration.latents(case.denoiser, MANY), []
+def best(case: Case, total: float, rate: float) -> Plan:
+    """Return the plan without blocks whose final latents are nearest to the dense ones."""
+    plans: List[Plan] = []
+    for power in tqdm(POWERS, desc="plans", unit="plan", leave=False):
+        steps = cheapest(weighed(case.paths, power), total, rate)
+        if steps not in [plan.steps for plan in plans]:
+            plans.append(Plan({}, power, steps, tried(case, steps)))
+    return min(plans, key=lambda plan: plan.error)
+
+
+def with_blocks(dense: Case, plan: Plan, aims: sequential.Aims, budget: str, total: float, rate: float) -> Plan:
+    """Return a plan that bypasses blocks too, if its final latents are nearer to the dense ones; else `plan`."""
+    denoiser, calibration = dense.denoiser, dense.calibration
+    found = bypass.find(denoiser, calibration.calls[0][0])
+    if not found:
+        return plan
+    order = blocks.order_of(denoiser, found, calibration)
+    for count in sorted({round(share * len(found)) for share in BYPASSED} - {0}):
+        bypassed = {name: found[name] for name in order.names[:count]}
+        case = without(dense, bypassed, budget, total)
+        if order.errors[count - 1] > BYPASSED_ERROR or case.saved > (rate + SLACK) * total:
+            break
+        with losses.restored(list(moments.prunable_layers(denoiser).values())), bypass.bypassed(denoiser, bypassed):
+            blocks.refit(denoiser, bypassed, aims, calibration)
+            steps = cheapest(weighed(case.paths, plan.power), total, rate - case.saved / total)
+            error = tried(case, steps)
+        if error >= plan.error:
+            break
+        plan = Plan(bypassed, plan.power, steps, error)
+    return plan
+
+
+def tried(case: Case, steps: Steps) -> float:
+    """Return the squared error of the final latents after these steps, which are taken with masks and undone."""
     layers = [layer for group in case.groups for layer, _ in group.layers()]
     layers += [case.denoiser.get_submodule(name) for basis in case.known.values() for name in basis.names]
-    with losses.restored(layers) as undo:
-        for steps in tqdm(choices, desc="plans", unit="plan", leave=False):
-            carry_out(case, steps, mask_only=True)
-            errors.append(float((case.calibration.latents(case.denoiser, MANY) - dense).square().mean()))
-            undo()
-    return choices[errors.index(min(errors))]
+    with losses.restored(layers):
+        carry_out(case, steps, mask_only=True)
+        return float((case.calibration.latents(case.denoiser, MANY) - case.dense_latents).square().mean())
 
 
 def carry_out(case: Case, steps: Steps, mask_only: bool) -> None:

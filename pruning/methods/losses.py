@@ -32,6 +32,10 @@ class Path(NamedTuple):
     shares: List[float]  # of the units that are gone
     errors: List[float]  # rising
 
+    def priced(self, price: float) -> Path:
+        """Return the path if each unit saves `price` of the budget."""
+        return self._replace(saved=[price * self.step * k for k in range(len(self.errors))])
+
 
 def step_size(denoiser: nn.Module, group: Group, round_to: int) -> int:
     """Return how many units of a group go together."""
@@ -125,9 +129,14 @@ def rank_paths(denoiser: nn.Module, known: Dict[str, Basis], calibration: Calibr
         errors = lost * np.sqrt(interpolated(share, RANK_FRACTIONS, factors[f"{name} latents"])
                                 * interpolated(share, RANK_FRACTIONS, factors[f"{name} changes"]))
         errors[0] = 0.0
-        saved = [0.0, *(rank_parameters(shapes, 0) - rank_parameters(shapes, width - k) for k in range(1, width))]
-        paths[name] = Path(1, saved, share.tolist(), np.maximum.accumulate(errors).tolist())
+        paths[name] = Path(1, rank_savings(shapes), share.tolist(), np.maximum.accumulate(errors).tolist())
     return paths
+
+
+def rank_savings(shapes: list) -> List[float]:
+    """Return the parameters that layers, (rows, inputs), save after each rank that goes, but for the last."""
+    width = shapes[0][1]
+    return [0.0, *(rank_parameters(shapes, 0) - rank_parameters(shapes, width - k) for k in range(1, width))]
 
 
 def rank_parameters(shapes: list, rank: int) -> float:

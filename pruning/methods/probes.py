@@ -54,7 +54,8 @@ def row_energies(denoiser: nn.Module, calls: Sequence[Call], guidance: Optional[
                 output.register_hook(note)
         return layer.register_forward_hook(hook)
 
-    with _gradients(denoiser, layers), hooked(watch(name, layer) for name, layer in layers.items()):
+    with _gradients(denoiser, layers), hooked(watch(name, layer) for name, layer in layers.items()), \
+            hooked(layer.weight.register_post_accumulate_grad_hook(_forget) for layer in layers.values()):
         _run_probes(denoiser, calls, guidance, seed)
     return energies
 
@@ -70,12 +71,17 @@ def sensitivities(denoiser: nn.Module, calls: Sequence[Call], guidance: Optional
     def watch(name, layer):
         def note(weight):
             found[name].append(float((weight.grad.float() * changes[name].to(weight.device).float()).sum()) ** 2)
-            weight.grad = None  # so that the gradients of all layers are never in memory together
+            _forget(weight)
         return layer.weight.register_post_accumulate_grad_hook(note)
 
     with _gradients(denoiser, layers), hooked(watch(name, layer) for name, layer in layers.items()):
         backwards = _run_probes(denoiser, calls, guidance, seed)
     return {name: sum(each) / backwards for name, each in found.items()}
+
+
+def _forget(weight: Tensor) -> None:
+    """Drop a weight's gradient, so that those of all layers are never in memory together."""
+    weight.grad = None
 
 
 @contextmanager

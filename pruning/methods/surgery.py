@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning import UserError
-from pruning.methods import kinds, ranks
+from pruning.methods import bypass, kinds, ranks
 
 Plan = Dict[str, List[int]]  # {group name: indices of the units kept, ascending}
 
@@ -210,6 +210,8 @@ def apply(denoiser: nn.Module, plan: Plan, mask_only: bool = False) -> None:
     """
     if any(name.endswith(".ranks") for name in plan):
         ranks.replay(denoiser, plan)
+    elif any(name.endswith(f".{bypass.UNIT}") for name in plan):
+        bypass.replay(denoiser, plan)
     elif plan:
         units = {name.rpartition(".")[2] for name in plan}
         carry_out(denoiser, find_groups(denoiser, units)[0], plan, mask_only)

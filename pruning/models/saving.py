@@ -3,6 +3,9 @@
 diffusers refuses weights whose shapes differ from the config. So the manifest holds the config of the dense denoiser
 and the units that were kept. Loading builds the dense denoiser on the meta device, removes the same units again, and
 loads the weights strictly. Nothing in the folder is pickled, and nothing in it is trusted.
+
+If the class's own config can say what is left, fewer layers say, that config is written and nothing is left to remove:
+diffusers loads such a folder without this project.
 """
 from __future__ import annotations
 
@@ -21,16 +24,21 @@ FIELDS = {"component": str, "base_class": str, "config": dict, "removals": list,
 
 
 def save(pipeline, component: str, folder: Path, sampling: Dict[str, Any], pruning: Dict[str, Any],
-         point: Dict[str, Any]) -> None:
+         point: Dict[str, Any], call: Optional[Dict[str, Any]] = None) -> None:
     """Write the pipeline with its pruned denoiser as a folder, whole or not at all.
 
     sampling: the settings that the model is meant for. pruning: all that decides its weights. point: what was measured.
+    call: keyword arguments of a denoiser call, on which a denoiser that says its missing blocks in its config must
+    answer alike; None: no such denoiser is tried.
     Weights are stored in half precision if no weight changes by that. Raises UserError if `folder` exists or cannot be
     written.
     """
     if folder.exists():
         raise UserError(f"{folder} exists already; name another folder to save to")
-    denoiser = getattr(pipeline, component)
+    denoiser = pruned = getattr(pipeline, component)
+    if call is not None:
+        denoiser = _plain(pruned, call)
+        setattr(pipeline, component, denoiser)
     config = {name: value for name, value in denoiser.config.items() if name != "_name_or_path"}
     part = folder.with_name(f".{folder.name}.part")
     try:
@@ -47,7 +55,22 @@ def save(pipeline, component: str, folder: Path, sampling: Dict[str, Any], pruni
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
     finally:
+        setattr(pipeline, component, pruned)
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _plain(denoiser, call: Dict[str, Any]):
+    """Return a denoiser that answers alike and says the blocks that are gone in its config; itself if none does."""
+    import torch
+
+    from pruning.methods import bypass, calibration
+
+    plain = bypass.plain(denoiser)
+    if plain is None:
+        return denoiser
+    with torch.no_grad():
+        alike = torch.equal(calibration.answer(plain, call), calibration.answer(denoiser, call))
+    return plain if alike else denoiser
 
 
 def narrow(file: Path) -> None:

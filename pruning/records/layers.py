@@ -33,12 +33,16 @@ def draw_layers(record: Record, path: Path) -> Optional[Path]:
     if any(point.layer_errors for point in points):
         errors = np.array([[point.layer_errors.get(name, np.nan) for name in names] for point in points])
         maps.append(("output error", errors.clip(FLOOR), LogNorm(FLOOR, 1)))
-    shares = {"parameters": record.dense.layer_parameters, "multiply-accumulates": record.dense.layer_macs}
+    shares = {what: {name: _share(name, each) for name in names} for what, each in (
+        ("parameters", record.dense.layer_parameters), ("multiply-accumulates", record.dense.layer_macs)) if each}
+    errors = "of this layer alone, squared, relative to its dense output"
+    if record.method == "blocks":
+        errors = "of the final latents without this block alone, squared, relative to their variance"
     notes = [f"{record.model}, {protocol(record)}. Each column is a layer or a group of units, as the denoiser "
              "lists them; its name begins as the label below says.",
              "Share lost: of the layer's weights or units." + (
-                 " Output error: of this layer alone, squared, relative to its dense output, before the re-fit in "
-                 "order and before recovery." if len(maps) > 1 else "")]
+                 f" Output error: {errors}, before the re-fit in order and before recovery." if len(maps) > 1 else "")
+             + " Below: the share of the layer, or of the module that holds the units."]
     return _draw(f"What {record.variant} pruning took from each layer of {record.model}", names, rates,
                  "pruning rate", maps, shares, notes, path)
 
@@ -99,6 +103,15 @@ def _draw(title: str, names: List[str], rates: Sequence[float], rate_label: str,
     figure.suptitle(title)
     small_print(figure, notes)
     return save(figure, path)
+
+
+def _share(name: str, shares: Dict[str, float]) -> float:
+    """Return the share of a layer, of a module, or of the module whose units a name such as "attn1.heads" means."""
+    if name in shares:
+        return shares[name]
+    inside = [each for each in shares if each.startswith(f"{name}.")]
+    module = name.rpartition(".")[0]
+    return sum(shares[each] for each in inside or [each for each in shares if each.startswith(f"{module}.")])
 
 
 def _blocks(names: List[str]) -> Dict[str, int]:
