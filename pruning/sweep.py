@@ -168,6 +168,9 @@ def measure_sensitivity(args) -> Tuple[Path, dict]:
     """
     if distributed.world_size > 1:
         raise UserError("--sensitivity runs in one process; start it without a launcher")
+    if getattr(args, "pattern", None):
+        raise UserError(f"--sensitivity measures layers at several rates, and --pattern {args.pattern} has one; leave "
+                        "out --pattern")
     args.metrics, path = [], own_path(args)
     experiment = prepare(args, path, None)
     denoiser = copy.deepcopy(experiment.dense).to("cpu" if experiment.offload else experiment.device)

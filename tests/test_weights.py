@@ -426,6 +426,14 @@ def test_the_command_writes_the_sensitivity_of_each_layer_and_no_image(tmp_path,
     assert out.strip().endswith(f"{name}.json")
 
 
+def test_the_sensitivity_under_a_pattern_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: pruning_analysis.main([*QUICK, "--results_dir", str(tmp_path), "--pattern", "2:4"]))
+    assert stop.value.code == 2
+    assert "leave out --pattern" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("method", ["structured", "iterative"])
 def test_the_sensitivity_of_a_method_that_does_not_prune_layer_by_layer_is_refused(method, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
