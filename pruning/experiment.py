@@ -106,6 +106,7 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
     sampling["batch_size"] = (args.batch_size or (earlier and earlier.settings.get("batch_size"))
                               or choose_batch_size(pipeline, dense, samples[0], device, args.offload, sampling))
 
+    originals = data.load_originals(samples, sampling["image_size"])
     weights = {family: provenance.fingerprint(network.model if isinstance(network, backbones.Clip) else network)
                for family, network in networks.items()}
     described = {family: f"{BACKBONES[kind][family]}, {weights[family]}" for family in weights}
@@ -116,6 +117,8 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
         settings={**sampling, "seeds": args.seeds, "resize": data.RESIZE_RULE, "metrics": chosen,
                   "metric_backbones": kind, "denoiser": provenance.fingerprint(dense),
                   "pipeline": provenance.fingerprint_rest(pipeline, pipelines.denoiser_name(pipeline)),
+                  "configs": provenance.fingerprint_configs(pipeline),
+                  "originals": provenance.content_hash(originals),
                   "dtype": dtype, "compile": args.compile, "offload": args.offload,
                   **distributed.broadcast(provenance.machine(device))},
         backbones={name: described[family] for name, family in families.items() if family in described},
@@ -123,7 +126,6 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
     if earlier:
         check_continues(earlier, record, path)
 
-    originals = data.load_originals(samples, sampling["image_size"])
     embeddings, truncated = backbones.embed_captions(networks["clip"], [sample.caption for sample in repeated]) \
         if "clip" in networks else (None, 0)
     sets = sorted({METRICS[name].backbone for name in chosen if METRICS[name].against == "reference"} & set(networks))
@@ -187,7 +189,8 @@ def training_captions(args, samples: List[Sample]) -> List[str]:
 def calibration_folder(record: Record, captions: List[str]) -> Path:
     """Return the folder of what is computed from the recorded calls, which all records share that make equal calls."""
     sampled = {name: record.settings[name] for name in (
-        "seed", "batch_size", "steps", "guidance_scale", "image_size", "dtype", "device", "pipeline", "denoiser")}
+        "seed", "batch_size", "steps", "guidance_scale", "image_size", "dtype", "device", "pipeline", "configs",
+        "denoiser")}
     packages = {name: record.versions[name] for name in ("torch", "diffusers", "transformers")}
     return cache_folder() / "calibration" / provenance.provenance_hash(
         **sampled, **packages, captions=captions, code=provenance.folder_hash(Path(methods.__file__).parent))

@@ -164,6 +164,7 @@ def main(argv=None) -> None:
         print(sensitivity_summary(found))
         print(path)
         return
+    args.all_rates = args.rates
     if args.shard:
         part, count = args.shard
         if count > len(args.rates):

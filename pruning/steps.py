@@ -106,6 +106,11 @@ def make_images(experiment: Experiment, rate: float, on_batch: Optional[Callable
     for number, batch in enumerate(batches):
         if number % distributed.world_size:  # another process has made it; if not, it is made here
             make(batch)
+    return whole_images(experiment, rate)
+
+
+def whole_images(experiment: Experiment, rate: float) -> generation.Images:
+    """Return the images of a point from disk. Raises UserError if one is missing."""
     images = load_images(experiment, rate)
     if images is None:
         raise UserError(f"images in {image_file(experiment, rate, 0).parent} vanished: give the same command again")
@@ -135,7 +140,8 @@ def image_provenance(experiment: Experiment, rate: float, index: int) -> str:
     """Return the hash of all that decides the pixels of an image."""
     settings, versions, sample = experiment.record.settings, experiment.record.versions, experiment.samples[index]
     sampled = {name: settings[name] for name in (
-        "steps", "guidance_scale", "image_size", "dtype", "compile", "offload", "device", "pipeline", "denoiser")}
+        "steps", "guidance_scale", "image_size", "dtype", "compile", "offload", "device", "pipeline", "configs",
+        "denoiser")}
     packages = {name: versions[name] for name in ("torch", "diffusers", "transformers")}
     return provenance.provenance_hash(
         **sampled, **packages, pruned=pruned_origin(experiment.record, rate) if rate else {}, sample=sample.id,

@@ -24,7 +24,7 @@ from pruning.records import report, store
 from pruning.records.plots import ROWS
 from pruning.records.record import BrokenRecordError, Point, Record, read_record, record_path, write_record
 from pruning.records.summaries import skipped_modules
-from pruning.steps import image_file, load_images, prune_copy, pruned_origin, save_pruned
+from pruning.steps import image_file, load_images, prune_copy, pruned_origin, save_pruned, whole_images
 
 
 def sweep(args, run_pruning_experiment: Callable[..., Optional[Point]]) -> Tuple[Path, Optional[Record]]:
@@ -37,13 +37,16 @@ def sweep(args, run_pruning_experiment: Callable[..., Optional[Point]]) -> Tuple
     with distributed.main_first():
         earlier = None if args.overwrite else earlier_record(path)
     experiment = prepare(args, path, earlier)
-    args.rates = reachable(experiment, args.rates, args.rates_by_default)
+    asked, args.rates = args.rates, reachable(experiment, args.rates, args.rates_by_default)
+    experiment = noting_rates(experiment, set(args.all_rates or asked) - (set(asked) - set(args.rates)), earlier)
     if not distributed.is_main:
         measure_all(experiment, args, path, {}, run_pruning_experiment)
         return path, None
     known = {point.rate: point for point in (earlier.dense, *earlier.points)} if earlier else {}
     with store.only_writer(path):
         if args.overwrite:
+            if not args.shard:
+                store.check_no_shard_is_written(path)
             delete_images(experiment, args)
         elif earlier_record(path) != earlier:
             raise UserError(f"another process has written {path} meanwhile: give the same command again")
@@ -59,6 +62,13 @@ def sweep(args, run_pruning_experiment: Callable[..., Optional[Point]]) -> Tuple
     if record and skipped_modules(record):
         print(skipped_modules(record), file=sys.stderr)
     return path, record
+
+
+def noting_rates(experiment: Experiment, rates: set, earlier: Optional[Record]) -> Experiment:
+    """Return the experiment with the rates of the sweep, of all its shards, in the notes of its record."""
+    rates = rates | set(earlier.notes.rates if earlier else ())
+    notes = replace(experiment.record.notes, rates=sorted(rate for rate in rates if rate))
+    return replace(experiment, record=replace(experiment.record, notes=notes))
 
 
 def reachable(experiment: Experiment, rates: List[float], by_default: bool) -> List[float]:
@@ -109,7 +119,7 @@ def measure_all(experiment: Experiment, args, path: Path, known: Dict[float, Poi
     def measure(rate: float, again: bool) -> None:
         nonlocal dense
         if rate and dense is None and distributed.is_main:
-            dense = Dense(load_images(experiment, 0.0).pixels, known[0.0].per_image)
+            dense = Dense(whole_images(experiment, 0.0).pixels, known[0.0].per_image)
         bar.set_description(f"{experiment.record.variant} {rate:g}" if rate else "dense")
         save_to = folders[rate] if rate in unsaved else None
         known[rate] = run_pruning_experiment(experiment, rate, dense, known.get(rate) if again else None, save_to,

@@ -6,6 +6,7 @@ example:
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -17,6 +18,7 @@ from pruning.pruning_analysis import run_pruning_experiment
 from pruning.records.summaries import answer
 from pruning.records.tables import single_rate_table
 
+OWN = ROOT / "results" / "single_rate"
 __test__ = False  # pytest takes the file's name for a test's
 
 
@@ -26,12 +28,16 @@ def main(argv=None) -> None:
     parser.add_argument("--rate", type=cli.rate, required=True, help="the share to prune, in [0, 1)")
     cli.add_measuring_flags(parser)
     parser.add_argument("--num_images", type=cli.positive, default=10, help="images to make")
-    parser.add_argument("--results_dir", type=Path, default=ROOT / "results" / "single_rate",
-                        help="where the record and its images go")
+    parser.add_argument("--results_dir", type=Path, default=OWN,
+                        help="where the record and its images go; a record that is there and was measured alike gets "
+                             "the rate as well")
     args = parser.parse_args(argv)
-    args.rates, args.overwrite = [args.rate], True  # a quick look replaces the last one
+    args.rates = [args.rate]
+    if args.results_dir == OWN:  # a quick look replaces the last one, and never what another command made
+        args.overwrite = True
     path, record = sweep.sweep(args, run_pruning_experiment)
     if distributed.is_main:
+        record = replace(record, points=[point for point in record.points if point.rate == args.rate])
         print(single_rate_table(record))
         print(path)
         print(answer(record, args.tolerance))

@@ -610,13 +610,15 @@ def test_bad_input_is_one_line_and_draws_nothing(results, arguments, words):
 def test_no_record_at_all_is_one_line(tmp_path):
     with pytest.raises(UserError, match="no record to draw"):
         visualize_results.main(["--results_dir", str(tmp_path)])
-    with pytest.raises(UserError, match="no record in .* has several shards"):
+    with pytest.raises(UserError, match="no record in .* has shards"):
         merge_results.main(["--results_dir", str(tmp_path)])
 
 
 def test_two_records_of_the_same_rate_are_refused(results):
     first = record_path(results, "shapes-unet", "coco", "magnitude")
-    (first.parent / "copy.json").write_bytes(first.read_bytes())
+    other = read_record(first)
+    other.points[0].seconds["generate"] = 7.5  # measured again
+    write_record(other, first.parent / "copy.json")
     with pytest.raises(UserError, match="both hold rate 0.1 of magnitude"):
         visualize_results.main(["--results_dir", str(results)])
 
@@ -626,7 +628,8 @@ def write_shards(record, folder):
     for shard, rates in (((1, 2), (0.1, 0.3)), ((2, 2), (0.2,))):
         points = [point for point in record.points if point.rate in rates]
         path = record_path(folder, record.model, record.dataset, record.variant, shard)
-        write_record(dataclasses.replace(record, points=points), path)
+        write_record(dataclasses.replace(record, points=points, notes=dataclasses.replace(
+            record.notes, rates=[0.1, 0.2, 0.3])), path)
 
 
 def test_shards_of_a_sweep_are_drawn_and_merged_as_one_record_for_each_variant(
@@ -647,8 +650,36 @@ def test_shards_of_a_sweep_are_drawn_and_merged_as_one_record_for_each_variant(
 
 
 def written_alone(record, folder):
-    write_record(record, folder / "r.json")
+    notes = dataclasses.replace(record.notes, rates=[point.rate for point in record.points])
+    write_record(dataclasses.replace(record, notes=notes), folder / "r.json")
     return folder / "r.json"
+
+
+def test_shards_that_lack_rates_are_merged_only_on_demand_and_stay(texts_only, tmp_path, capsys):
+    record = keep_metrics(make_record(rates=(0.1, 0.2, 0.3)), "clip_score")
+    write_shards(record, tmp_path)
+    path = record_path(tmp_path, record.model, record.dataset, record.variant)
+    other = path.with_name("magnitude.2of2.json")
+    content = other.read_bytes()
+    other.unlink()
+    with pytest.raises(UserError, match=r"lack the rates 0\.2; measure these, or give --partial"):
+        merge_results.main(["--results_dir", str(tmp_path)])
+    assert [each.name for each in path.parent.iterdir()] == ["magnitude.1of2.json"]
+    merge_results.main(["--results_dir", str(tmp_path), "--partial"])
+    assert [point.rate for point in read_record(path).points] == [0.1, 0.3]
+    assert path.with_name("magnitude.1of2.json").exists()
+    other.write_bytes(content)  # the missing shard comes later: what two files hold alike counts once
+    merge_results.main(["--results_dir", str(tmp_path)])
+    assert [point.rate for point in read_record(path).points] == [0.1, 0.2, 0.3]
+    assert sorted(each.name for each in path.parent.glob("*.json")) == ["magnitude.json"]
+
+
+def test_a_lone_shard_is_merged(texts_only, tmp_path):
+    record = keep_metrics(make_record(rates=(0.1, 0.2, 0.3)), "clip_score")
+    path = record_path(tmp_path, record.model, record.dataset, record.variant, (1, 1))
+    write_record(record, path)
+    merge_results.main(["--results_dir", str(tmp_path)])
+    assert [each.name for each in path.parent.glob("*.json")] == ["magnitude.json"]
 
 
 def test_shards_that_were_measured_differently_are_not_merged(tmp_path):

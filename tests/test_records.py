@@ -123,7 +123,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
 
 BROKEN = {
     "schema_version is missing": lambda d: d.pop("schema_version"),
-    "schema_version is 99, expected 3 to 7": lambda d: d.update(schema_version=99),
+    "schema_version is 99, expected 3 to 8": lambda d: d.update(schema_version=99),
     "model is missing": lambda d: d.pop("model"),
     "model must be text": lambda d: d.update(model=3),
     "method must be a name": lambda d: d.update(method="../../etc"),
@@ -487,10 +487,10 @@ def test_features_are_computed_once_for_a_key_and_the_content_of_images(tmp_path
     other[0, 0, 0, 0] ^= 1
     assert count(other, "a") == 3
     assert count(images.reshape(4, 4, 16, 3), "a") == 4
-    for file in tmp_path.rglob("*.npy"):
+    for file in tmp_path.rglob("*.npz"):
         file.write_bytes(file.read_bytes()[:-5])
     assert [count(images, "a"), count(images, "a")] == [5, 5]
-    monkeypatch.setenv("PRUNING_CACHE", str(next(tmp_path.rglob("*.npy"))))  # no folder can be made there
+    monkeypatch.setenv("PRUNING_CACHE", str(next(tmp_path.rglob("*.npz"))))  # no folder can be made there
     assert [count(images, "a"), count(images, "a")] == [6, 7]
 
 

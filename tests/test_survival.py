@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pruning import UserError, pruning_analysis, sweep
+from pruning import UserError, pruning_analysis, sweep, test_single_rate
 from pruning.models import generation
 from pruning.records import plots, store
 from pruning.records.record import read_record
@@ -156,6 +156,44 @@ def test_a_shard_started_afresh_leaves_the_images_of_other_shards(tmp_path):
         assert (path.stat().st_mtime_ns == written) == (path.parent.name != "0.8"), path
 
 
+def test_a_sweep_started_afresh_waits_for_shards_that_run(tmp_path):
+    path = tmp_path / "shapes-unet" / "shapes" / "magnitude.json"
+    measure(tmp_path, *CHEAP)
+    before = sorted(tmp_path.rglob("*.png"))
+    with store.only_writer(path.with_name("magnitude.1of2.json")), pytest.raises(UserError, match=r"1of2\.json"):
+        measure(tmp_path, *CHEAP, "--overwrite")
+    assert sorted(tmp_path.rglob("*.png")) == before
+
+
+def test_images_that_vanish_while_a_sweep_runs_end_it_in_one_line(tmp_path, monkeypatch):
+    run = pruning_analysis.run_pruning_experiment
+
+    def deleting(experiment, rate, *rest):
+        point = run(experiment, rate, *rest)
+        if rate == 0:
+            shutil.rmtree(experiment.images_folder)
+        return point
+
+    monkeypatch.setattr(pruning_analysis, "run_pruning_experiment", deleting)
+    with pytest.raises(UserError, match="vanished: give the same command again"):
+        measure(tmp_path, *CHEAP)
+    monkeypatch.undo()
+    assert len(measure(tmp_path, *CHEAP).points) == 2
+
+
+def test_a_single_rate_joins_the_sweep_in_its_folder_and_deletes_nothing(tmp_path, capsys):
+    sweep_ = measure(tmp_path, *CHEAP)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.png") if "images" in path.parts}
+    single = [*QUICK[:QUICK.index("--rates")], *CHEAP, "--results_dir", str(tmp_path)]
+    test_single_rate.main([*single, "--rate", "0.65"])
+    joined = read_record(tmp_path / "shapes-unet" / "shapes" / "magnitude.json")
+    assert [point.rate for point in joined.points] == sorted([*(point.rate for point in sweep_.points), 0.65])
+    assert all(path.read_bytes() == content for path, content in before.items())
+    with pytest.raises(UserError, match="seed: 0 and 5"):
+        test_single_rate.main([*single, "--rate", "0.65", "--seed", "5"])
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
 def test_a_second_process_on_the_same_record_is_refused(tmp_path):
     path = tmp_path / "shapes-unet" / "shapes" / "magnitude.json"
     with store.only_writer(path):
@@ -228,10 +266,10 @@ def test_features_of_real_images_are_computed_once_and_again_if_anything_differs
     other = images.copy()
     other[0, 0, 0, 0] ^= 1
     assert count_after("a", other) == 3
-    for file in tmp_path.rglob("*.npy"):
+    for file in tmp_path.rglob("*.npz"):
         file.write_bytes(file.read_bytes()[:-5])
     assert [count_after("a"), count_after("a")] == [4, 4]
-    monkeypatch.setenv("PRUNING_CACHE", str(next(tmp_path.rglob("*.npy"))))  # a file: no folder can be made there
+    monkeypatch.setenv("PRUNING_CACHE", str(next(tmp_path.rglob("*.npz"))))  # a file: no folder can be made there
     assert [count_after("a"), count_after("a")] == [5, 6]
 
 

@@ -12,7 +12,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Dict, Tuple
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parents[2]
+# Names in configs that say where a component came from, and not what it does.
+PASSING = {"name_or_path", "transformers_version", "torch_dtype", "dtype"}
 PACKAGES = ("torch", "diffusers", "transformers", "torchmetrics", "lpips", "numpy", "pillow")
 
 
@@ -42,6 +46,53 @@ def fingerprint_rest(pipeline, denoiser: str) -> str:
     parts = sorted((name, fingerprint(part)) for name, part in pipeline.components.items()
                    if isinstance(part, torch.nn.Module) and name != denoiser)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
+
+def fingerprint_configs(pipeline) -> str:
+    """Return a hash of all that decides a pipeline's pixels beside weights: classes and configs of its components.
+
+    It covers the config of the pipeline itself, and all that tokenizers know. Where files lie and which versions wrote
+    them does not count: records hold the versions.
+    """
+    own = {name: value for name, value in pipeline.config.items() if name not in pipeline.components}
+    parts = {name: None if part is None else (type(part).__name__, _config_of(part))
+             for name, part in pipeline.components.items()}
+    return provenance_hash(pipeline=type(pipeline).__name__, own=_settled(own), parts=parts)[:12]
+
+
+def _config_of(part) -> Any:
+    """Return the config of a component, or what a tokenizer knows."""
+    if hasattr(part, "get_vocab"):
+        return [_rules_of(part), sorted(part.get_vocab().items()), part.special_tokens_map, part.model_max_length,
+                part.padding_side, part.truncation_side]
+    config = getattr(part, "config", part)  # processors of images are their own config
+    return _settled(config.to_dict() if hasattr(config, "to_dict") else dict(config))
+
+
+def _rules_of(tokenizer) -> Any:
+    """Return how a tokenizer splits text, for those written in Rust, by SentencePiece, and in Python."""
+    if getattr(tokenizer, "backend_tokenizer", None) is not None:
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        return {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")}  # set by each call
+    if hasattr(tokenizer, "sp_model"):
+        return hashlib.sha256(tokenizer.sp_model.serialized_model_proto()).hexdigest()
+    return sorted(getattr(tokenizer, "bpe_ranks", {}).items())
+
+
+def _settled(config) -> Any:
+    """Return a config without private names, paths, versions and dtypes, which say how it came here."""
+    if isinstance(config, dict):
+        return {name: _settled(value) for name, value in config.items()
+                if not str(name).startswith("_") and name not in PASSING}
+    return [_settled(value) for value in config] if isinstance(config, (list, tuple)) else config
+
+
+def content_hash(*arrays) -> str:
+    """Return a hash of the shapes and values of numpy arrays, 12 hex digits."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype} {array.shape} ".encode() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:12]
 
 
 def source_hash(module) -> str:

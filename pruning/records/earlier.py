@@ -1,4 +1,4 @@
-"""Records of earlier versions, read as version 7. No torch."""
+"""Records of earlier versions, read as version 8. No torch."""
 from __future__ import annotations
 
 import copy
@@ -21,18 +21,27 @@ NOTES = {  # of version 3: name -> its kind, and the value of a note that is abs
 }
 
 
+def from_version_7(data: dict) -> dict:
+    """Return a version 7 object as a version 8 object. Raises ValueError that names a part that version 7 has not.
+
+    Until version 7, a record did not say which rates were asked for.
+    """
+    check(data, {"notes": OBJECT}, "")
+    return {**data, "notes": {"rates": [], **data["notes"]}}
+
+
 def from_version_6(data: dict) -> dict:
-    """Return a version 6 object as a version 7 object. Raises ValueError that names a part that version 6 has not.
+    """Return a version 6 object as a version 8 object. Raises ValueError that names a part that version 6 has not.
 
     Until version 6, widths were not rounded by default, which in float32 they are not today either.
     """
     check(data, {"options": OBJECT, "settings": OBJECT}, "")
     same = data["options"].get("round_to") == 1 and data["settings"].get("dtype") == "float32"
-    return {**data, "options": {**data["options"], "round_to": 0}} if same else data
+    return from_version_7({**data, "options": {**data["options"], "round_to": 0}} if same else data)
 
 
 def from_version_5(data: dict) -> dict:
-    """Return a version 5 object as a version 7 object. Raises ValueError that names a part that version 5 has not.
+    """Return a version 5 object as a version 8 object. Raises ValueError that names a part that version 5 has not.
 
     Until version 5, units went by norm and nothing was re-fitted.
     """
@@ -42,14 +51,14 @@ def from_version_5(data: dict) -> dict:
 
 
 def from_version_4(data: dict) -> dict:
-    """Return a version 4 object as a version 7 object. Raises ValueError that names a part that version 4 has not."""
+    """Return a version 4 object as a version 8 object. Raises ValueError that names a part that version 4 has not."""
     check(data, {"dense": OBJECT, "points": POINTS}, "")
     return from_version_5({**data, "dense": {**LAYERS, **data["dense"]},
                            "points": [{**LAYERS, **point} for point in data["points"]]})
 
 
 def from_version_3(data: dict) -> dict:
-    """Return a version 3 object as a version 7 object. Raises ValueError that names a part that version 3 has not.
+    """Return a version 3 object as a version 8 object. Raises ValueError that names a part that version 3 has not.
 
     Version 3 kept a method's options in settings, and skipped modules, floors and the spread of seeds in notes.
     """

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Dict, List
 
 from pruning import UserError, methods, whole_file
-from pruning.records.earlier import from_version_3, from_version_4, from_version_5, from_version_6
+from pruning.records import earlier
 from pruning.records.schema import SETTINGS, Notes, Point, Record, build, check
 
-SCHEMA_VERSION = 7
-EARLIER = {3: from_version_3, 4: from_version_4, 5: from_version_5, 6: from_version_6}
+SCHEMA_VERSION = 8
+EARLIER = {3: earlier.from_version_3, 4: earlier.from_version_4, 5: earlier.from_version_5, 6: earlier.from_version_6,
+           7: earlier.from_version_7}
 
 
 class BrokenRecordError(UserError):
@@ -164,7 +165,8 @@ def record_path(results_dir, model: str, dataset: str, variant: str, shard=None)
 def merge(found: Dict[Path, Record]) -> Record:
     """Merge the shards of one record, given by path, into one. The first gives dense and the settings.
 
-    Raises UserError if two shards were measured differently or hold the same rate.
+    A rate that two shards hold alike counts once. Raises UserError if two shards were measured differently, or hold the
+    same rate with other values.
     """
     (first, merged), *others = found.items()
     merged = dataclasses.replace(merged, points=list(merged.points))
@@ -174,6 +176,8 @@ def merge(found: Dict[Path, Record]) -> Record:
         if differences:
             raise UserError(f"{first} and {path} were measured differently: {'; '.join(differences)}")
         for point in record.points:
+            if point in merged.points:
+                continue
             if point.rate in path_of:
                 raise UserError(f"{path_of[point.rate]} and {path} both hold rate {point.rate:g} of {record.variant} "
                                 f"on {record.model}; move one away, or choose one with --results_file")
@@ -182,6 +186,8 @@ def merge(found: Dict[Path, Record]) -> Record:
         if set(record.dense.metrics) != set(merged.dense.metrics):
             raise UserError(f"{first} and {path} hold different metrics; measure the missing ones first")
     merged.points.sort(key=lambda point: point.rate)
+    merged.notes = dataclasses.replace(merged.notes, rates=sorted(
+        {rate for record in found.values() for rate in record.notes.rates}))
     return merged
 
 

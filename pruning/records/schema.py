@@ -59,6 +59,7 @@ RATE = Kind("a number in [0, 1)", lambda value: _is_number(value) and 0 <= value
 SHARE = Kind("a number in [0, 1]", lambda value: _is_number(value) and 0 <= value <= 1)
 SECONDS = Kind("a number above 0", lambda value: _is_number(value) and value > 0)
 COUNT = Kind("a whole number of 0 or more", lambda value: _is_whole(value) and value >= 0)
+RATES = Kind("a list of numbers in [0, 1)", _is_list(RATE.fits))
 TEXT = Kind("text", _is_text)
 TEXTS = Kind("a list of texts", _is_list(_is_text))
 FILE_NAME = Kind("a name of letters, digits, '_', '.' and '-'",
@@ -124,6 +125,7 @@ class Notes:
     code: List[str] = field(TEXTS, list)  # commits of this program that measured
     reference_images: int = field(COUNT, 0)  # real images that sets of images are compared with
     feature_sizes: Dict[str, int] = field(COUNTS, dict)  # family of backbones -> number of features
+    rates: List[float] = field(RATES, list)  # that were asked for, of all shards, but for those that are out of reach
 
 
 @dataclass

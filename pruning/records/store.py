@@ -1,10 +1,12 @@
 """What lies on disk beside a record: images with their provenance, cached features and a lock. No torch."""
 from __future__ import annotations
 
+import glob
 import hashlib
 import math
 import os
 import re
+import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -40,7 +42,8 @@ def save_image(made: Made, path: Path, provenance: str) -> None:
     """Write an image as PNG with its provenance, whole or not at all. Raises UserError if that fails."""
     text = PngImagePlugin.PngInfo()
     for name, value in (("provenance", provenance), ("finite", str(int(made.finite))),
-                        ("seconds", repr(float(made.seconds))), ("calls", str(int(made.calls)))):
+                        ("seconds", repr(float(made.seconds))), ("calls", str(int(made.calls))),
+                        ("pixels", _content(made.pixels))):
         text.add_text(name, value)
     # Without sync: if a power cut leaves half a file, load_image sets that aside and the image is generated again.
     with whole_file(path, sync=False) as part:
@@ -54,12 +57,14 @@ def load_image(path: Path, provenance: str) -> Optional[Made]:
     """
     try:
         with Image.open(path) as image:
-            if image.info.get("provenance") != provenance or "calls" not in image.info:
+            if image.info.get("provenance") != provenance or "pixels" not in image.info:
                 return None
             made = Made(np.asarray(image.convert("RGB")), image.info["finite"] == "1", float(image.info["seconds"]),
                         int(image.info["calls"]))
             if not (math.isfinite(made.seconds) and made.seconds > 0):
                 raise ValueError(f"its time is {made.seconds}")
+            if image.info["pixels"] != _content(made.pixels):
+                raise ValueError("its pixels are not those that were written")
             return made
     except FileNotFoundError:
         return None
@@ -72,17 +77,23 @@ def cached_features(compute, images: np.ndarray, key: str) -> np.ndarray:
     """Return compute(images), from the cache if an earlier call with this key stored it for the same images.
 
     key: names all that decides the result but the images, in letters that a file name may have. A cache that cannot
-    be read or written is not used.
+    be read or written, or that does not hold what was written, is not used.
     """
-    images = np.ascontiguousarray(images)
-    content = hashlib.sha256(f"{images.dtype} {images.shape} ".encode() + images.tobytes()).hexdigest()[:32]
-    path = cache_folder() / "features" / f"{key}-{content}.npy"
-    with suppress(OSError, ValueError, EOFError):
-        return np.load(path, allow_pickle=False)
+    path = cache_folder() / "features" / f"{key}-{_content(images)}.npz"
+    with suppress(OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile), \
+            np.load(path, allow_pickle=False) as file:
+        if str(file["content"]) == _content(file["features"]):
+            return file["features"]
     features = compute(images)
     with suppress(UserError), whole_file(path, sync=False) as part, open(part, "wb") as file:
-        np.save(file, features)
+        np.savez(file, features=features, content=_content(features))
     return features
+
+
+def _content(array: np.ndarray) -> str:
+    """Return a hash of an array's type, shape and values, 32 hex digits."""
+    array = np.ascontiguousarray(array)
+    return hashlib.sha256(f"{array.dtype} {array.shape} ".encode() + array.tobytes()).hexdigest()[:32]
 
 
 def set_aside(path: Path) -> str:
@@ -123,6 +134,17 @@ def only_writer(path: Path):
         with suppress(OSError):
             os.unlink(lock.lock_file)  # before the release, or it could be another process's
         lock.release()
+
+
+def check_no_shard_is_written(path: Path) -> None:
+    """Raise UserError if another process writes a shard of the record at `path`, whose images it needs."""
+    for lock in path.parent.glob(f".{glob.escape(path.stem)}.*of*.lock"):
+        try:
+            with filelock.FileLock(str(lock), timeout=0):
+                pass
+        except filelock.Timeout:
+            raise UserError(f"another process is writing the shard {path.parent / lock.name[1:-5]}.json of this "
+                            "record; wait for it, or leave out --overwrite") from None
 
 
 def _half_written(path: Path):
