@@ -53,7 +53,7 @@ UNITS = ("heads", "neurons", "channels")
 MANY = 12  # captions whose final latents judge a plan
 POWERS = (1.0, 2.0, 4.0, 8.0)
 BYPASSED = (0.1, 0.2)  # of the blocks
-BYPASSED_ERROR = 0.25  # of the final latents without these blocks, not re-fitted; more has never come right again
+BYPASSED_ERROR = 0.25  # of the final latents without these blocks, not re-fitted: beyond it, units keep more
 SLACK = 0.005  # of the whole: a step that saves more than asked by less than this is taken as the last
 Steps = Dict[str, int]  # name of a path -> steps taken of it
 
