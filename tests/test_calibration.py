@@ -100,7 +100,7 @@ def test_a_method_that_does_not_calibrate_asks_for_no_captions():
 
 def test_the_folder_of_what_is_kept_depends_on_all_that_decides_the_calls_and_on_nothing_else():
     settings = {"seed": 0, "batch_size": 8, "steps": 4, "guidance_scale": 4.0, "image_size": 64, "dtype": "float32",
-                "device": "cpu", "pipeline": "a", "denoiser": "b"}
+                "device": "cpu", "pipeline": "a", "configs": "c", "denoiser": "b"}
     versions = {"torch": "2", "diffusers": "1", "transformers": "4"}
 
     def folder(captions=("one",), **changes):
