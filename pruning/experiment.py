@@ -118,7 +118,7 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
                   "metric_backbones": kind, "denoiser": provenance.fingerprint(dense),
                   "pipeline": provenance.fingerprint_rest(pipeline, pipelines.denoiser_name(pipeline)),
                   "configs": provenance.fingerprint_configs(pipeline),
-                  "originals": provenance.content_hash(originals),
+                  "originals": store.content_hash(originals),
                   "dtype": dtype, "compile": args.compile, "offload": args.offload,
                   **distributed.broadcast(provenance.machine(device))},
         backbones={name: described[family] for name, family in families.items() if family in described},

@@ -119,7 +119,7 @@ def refit(denoiser: nn.Module, blocks: Dict[str, bypass.Streams], aims: sequenti
             layer.bias.add_(bias)
 
     layers = {name: layer for name, layer in refitted_layers(denoiser).items()
-              if not any(name.startswith(f"{block}.") for block in blocks)}
+              if not bypass.inside(name, blocks)}
     sequential.in_order(denoiser, layers, aims, solve, calibration)
 
 

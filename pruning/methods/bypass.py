@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterable, Iterator, List, Optional
 
 import torch
 from accelerate import init_empty_weights
@@ -36,7 +36,7 @@ class Bypass(nn.Module):
 
     def forward(self, *args, **kwargs):
         """Take the arguments of the block."""
-        given = {**dict(zip(self.names, args)), **kwargs}
+        given = _given(self.names, args, kwargs)
         outputs = tuple(None if name is None else given[name] for name in self.streams)
         return outputs if len(outputs) > 1 else outputs[0]
 
@@ -46,8 +46,7 @@ class TransformerBypass(Bypass):
 
     def forward(self, *args, **kwargs):
         """Take the arguments of Transformer2DModel."""
-        given = {**dict(zip(self.names, args)), **kwargs}
-        return (given["hidden_states"],)
+        return (super().forward(*args, **kwargs),)
 
 
 class ResnetBypass(Bypass):
@@ -80,7 +79,7 @@ def find(denoiser: nn.Module, call: Dict[str, Any]) -> Dict[str, Streams]:
 
     def watch(name):
         def note(block, args, kwargs, output):
-            streams = _streams(block, {**dict(zip(_arguments(block), args)), **kwargs}, output)
+            streams = _streams(block, _given(_arguments(block), args, kwargs), output)
             if streams:
                 found[name] = streams
         return note
@@ -108,6 +107,15 @@ def _streams(block: nn.Module, given: Dict[str, Any], output: Any) -> Optional[S
     return streams if any(streams) else None
 
 
+def inside(name: str, blocks: Iterable[str]) -> bool:
+    """Return whether what has this name lies in one of the blocks."""
+    return any(name.startswith(f"{block}.") for block in blocks)
+
+
+def _given(names: List[str], args: tuple, kwargs: Dict[str, Any]) -> Dict[str, Any]:
+    return {**dict(zip(names, args)), **kwargs}
+
+
 def _arguments(block: nn.Module) -> List[str]:
     return list(inspect.signature(type(block).forward).parameters)[1:]
 
@@ -121,9 +129,12 @@ def replace(denoiser: nn.Module, blocks: Dict[str, Streams]) -> None:
     """Bypass blocks, in place. Works on the meta device too."""
     for name, streams in blocks.items():
         block = denoiser.get_submodule(name)
-        made = bypass_of(block, streams).train(block.training)
-        parent, _, own = name.rpartition(".")
-        denoiser.get_submodule(parent)[int(own)] = made
+        _put(denoiser, name, bypass_of(block, streams).train(block.training))
+
+
+def _put(denoiser: nn.Module, name: str, block: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    denoiser.get_submodule(parent)[int(own)] = block
 
 
 def take_out(denoiser: nn.Module, blocks: Dict[str, Streams]) -> None:
@@ -157,8 +168,7 @@ def bypassed(denoiser: nn.Module, blocks: Dict[str, Streams]) -> Iterator[None]:
         yield
     finally:
         for name, block in before.items():
-            parent, _, own = name.rpartition(".")
-            denoiser.get_submodule(parent)[int(own)] = block
+            _put(denoiser, name, block)
 
 
 # ---- the same denoiser without stand-ins

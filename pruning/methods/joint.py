@@ -80,6 +80,7 @@ class Plan(NamedTuple):
     power: float
     steps: Steps
     error: float
+    aims: Optional[sequential.Aims] = None  # of the layers that are re-fitted if blocks go
 
 
 def prune(denoiser: nn.Module, rate: float, *, budget: str, mask_only: bool, round_to: int, recovery_steps: int,
@@ -96,12 +97,11 @@ def prune(denoiser: nn.Module, rate: float, *, budget: str, mask_only: bool, rou
     if rate == 0:
         return Pruned(unit, 1, 0, 0, skipped, {group.name: LayerPruned(0.0) for group in groups})
     total, dense = case_of(denoiser, groups, calibration, budget, round_to)
-    aims = blocks.aims_of(denoiser, calibration)
-    plan = with_blocks(dense, best(dense, total, rate), aims, budget, total, rate)
+    plan = with_blocks(dense, best(dense, total, rate), budget, total, rate)
     case = dense
     if plan.bypassed:
         case = without(dense, plan.bypassed, budget, total)
-        blocks.take_out(denoiser, plan.bypassed, aims, mask_only, calibration)
+        blocks.take_out(denoiser, plan.bypassed, plan.aims, mask_only, calibration)
     carry_out(case, plan.steps, mask_only)
     recovery.recover_at(rate, denoiser, {}, calibration, recovery_steps)
     saved = case.saved + sum(path.saved[plan.steps[name]] for name, path in case.paths.items())
@@ -129,16 +129,13 @@ def case_of(denoiser: nn.Module, groups: List[Group], calibration: Calibration, 
 
 def without(dense: Case, bypassed: Dict[str, bypass.Streams], budget: str, total: float) -> Case:
     """Return the case of the denoiser when these blocks are gone. total: the budget's, of the dense denoiser."""
-    def stays(name: str) -> bool:
-        return not any(name.startswith(f"{block}.") for block in bypassed)
-
     denoiser, known = dense.denoiser, {}
-    groups = [group for group in dense.groups if stays(group.name)]
+    groups = [group for group in dense.groups if not bypass.inside(group.name, bypassed)]
     with bypass.bypassed(denoiser, bypassed):  # where masks stand for blocks, these still cost
         left, prices = budgets.prices(denoiser, groups, call_of(denoiser, dense.calibration), budget)
     paths = {group.name: dense.paths[group.name].priced(prices[group.name]) for group in groups}
     for name, basis in dense.known.items():
-        names = [each for each in basis.names if stays(each)]
+        names = [each for each in basis.names if not bypass.inside(each, bypassed)]
         if names:
             known[name] = basis._replace(names=names)
             shapes = [denoiser.get_submodule(each).weight.shape for each in names]
@@ -221,7 +218,7 @@ def best(case: Case, total: float, rate: float) -> Plan:
     return min(plans, key=lambda plan: plan.error)
 
 
-def with_blocks(dense: Case, plan: Plan, aims: sequential.Aims, budget: str, total: float, rate: float) -> Plan:
+def with_blocks(dense: Case, plan: Plan, budget: str, total: float, rate: float) -> Plan:
     """Return a plan that bypasses blocks too, if its final latents are nearer to the dense ones; else `plan`."""
     denoiser, calibration = dense.denoiser, dense.calibration
     found = bypass.find(denoiser, calibration.calls[0][0])
@@ -233,13 +230,14 @@ def with_blocks(dense: Case, plan: Plan, aims: sequential.Aims, budget: str, tot
         case = without(dense, bypassed, budget, total)
         if order.errors[count - 1] > BYPASSED_ERROR or case.saved > (rate + SLACK) * total:
             break
+        aims = plan.aims or blocks.aims_of(denoiser, calibration)
         with losses.restored(list(moments.prunable_layers(denoiser).values())), bypass.bypassed(denoiser, bypassed):
             blocks.refit(denoiser, bypassed, aims, calibration)
             steps = cheapest(weighed(case.paths, plan.power), total, rate - case.saved / total)
             error = tried(case, steps)
         if error >= plan.error:
             break
-        plan = Plan(bypassed, plan.power, steps, error)
+        plan = Plan(bypassed, plan.power, steps, error, aims)
     return plan
 
 

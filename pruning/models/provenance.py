@@ -12,8 +12,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Dict, Tuple
 
-import numpy as np
-
 ROOT = Path(__file__).resolve().parents[2]
 # Names in configs that say where a component came from, and not what it does.
 PASSING = {"name_or_path", "transformers_version", "torch_dtype", "dtype"}
@@ -85,14 +83,6 @@ def _settled(config) -> Any:
         return {name: _settled(value) for name, value in config.items()
                 if not str(name).startswith("_") and name not in PASSING}
     return [_settled(value) for value in config] if isinstance(config, (list, tuple)) else config
-
-
-def content_hash(*arrays) -> str:
-    """Return a hash of the shapes and values of numpy arrays, 12 hex digits."""
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(f"{array.dtype} {array.shape} ".encode() + np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()[:12]
 
 
 def source_hash(module) -> str:

@@ -43,7 +43,7 @@ def save_image(made: Made, path: Path, provenance: str) -> None:
     text = PngImagePlugin.PngInfo()
     for name, value in (("provenance", provenance), ("finite", str(int(made.finite))),
                         ("seconds", repr(float(made.seconds))), ("calls", str(int(made.calls))),
-                        ("pixels", _content(made.pixels))):
+                        ("pixels", content_hash(made.pixels))):
         text.add_text(name, value)
     # Without sync: if a power cut leaves half a file, load_image sets that aside and the image is generated again.
     with whole_file(path, sync=False) as part:
@@ -63,7 +63,7 @@ def load_image(path: Path, provenance: str) -> Optional[Made]:
                         int(image.info["calls"]))
             if not (math.isfinite(made.seconds) and made.seconds > 0):
                 raise ValueError(f"its time is {made.seconds}")
-            if image.info["pixels"] != _content(made.pixels):
+            if image.info["pixels"] != content_hash(made.pixels):
                 raise ValueError("its pixels are not those that were written")
             return made
     except FileNotFoundError:
@@ -79,18 +79,18 @@ def cached_features(compute, images: np.ndarray, key: str) -> np.ndarray:
     key: names all that decides the result but the images, in letters that a file name may have. A cache that cannot
     be read or written, or that does not hold what was written, is not used.
     """
-    path = cache_folder() / "features" / f"{key}-{_content(images)}.npz"
+    path = cache_folder() / "features" / f"{key}-{content_hash(images)}.npz"
     with suppress(OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile), \
             np.load(path, allow_pickle=False) as file:
-        if str(file["content"]) == _content(file["features"]):
+        if str(file["content"]) == content_hash(file["features"]):
             return file["features"]
     features = compute(images)
     with suppress(UserError), whole_file(path, sync=False) as part, open(part, "wb") as file:
-        np.savez(file, features=features, content=_content(features))
+        np.savez(file, features=features, content=content_hash(features))
     return features
 
 
-def _content(array: np.ndarray) -> str:
+def content_hash(array: np.ndarray) -> str:
     """Return a hash of an array's type, shape and values, 32 hex digits."""
     array = np.ascontiguousarray(array)
     return hashlib.sha256(f"{array.dtype} {array.shape} ".encode() + array.tobytes()).hexdigest()[:32]
