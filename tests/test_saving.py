@@ -223,7 +223,7 @@ def test_weights_of_another_model_are_an_error(tmp_path, saved):
 
 
 def test_nothing_is_pickled_and_nothing_half_written(tmp_path, saved):
-    assert {file.suffix for file in saved.rglob("*") if file.is_file()} <= {".json", ".safetensors", ".txt"}
+    assert {file.suffix for file in saved.rglob("*") if file.is_file()} <= {".json", ".safetensors", ".txt", ".py"}
     pipeline = pipelines.load_pipeline(str(saved))
     before = {file: file.read_bytes() for file in saved.rglob("*") if file.is_file()}
     with pytest.raises(UserError, match="exists already"):

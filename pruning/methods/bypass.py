@@ -36,7 +36,7 @@ class Bypass(nn.Module):
 
     def forward(self, *args, **kwargs):
         """Take the arguments of the block."""
-        given = _given(self.names, args, kwargs)
+        given = {**dict(zip(self.names, args)), **kwargs}
         outputs = tuple(None if name is None else given[name] for name in self.streams)
         return outputs if len(outputs) > 1 else outputs[0]
 

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import List, NamedTuple, Optional
 
 from pruning import UserError, check_name
-from pruning.models import saving
+from pruning.models import portable, saving
 from pruning.models.provenance import release
 
 
@@ -59,8 +60,9 @@ def load_pipeline(model: str, device: str = "cpu", dtype: str = "float32"):
         unchecked = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in config else {}
         # diffusers demands every component unless it is named as None: Stable Diffusion 3 without its T5, say.
         absent = {name: None for name, value in config.items() if value == [None, None]}
-        pipeline = DiffusionPipeline.from_pretrained(
-            source, use_safetensors=True, **{DTYPE: getattr(torch, dtype)}, **{**absent, **unchecked, **pruned})
+        with portable.imported(*pruned.values()) if pruned else nullcontext():
+            pipeline = DiffusionPipeline.from_pretrained(
+                source, use_safetensors=True, **{DTYPE: getattr(torch, dtype)}, **{**absent, **unchecked, **pruned})
     except UserError:
         raise
     except Exception as error:  # the hub, the disk and file formats each raise exceptions of their own

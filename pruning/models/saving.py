@@ -4,8 +4,8 @@ diffusers refuses weights whose shapes differ from the config. So the manifest h
 and the units that were kept. Loading builds the dense denoiser on the meta device, removes the same units again, and
 loads the weights strictly. Nothing in the folder is pickled, and nothing in it is trusted.
 
-If the class's own config can say what is left, fewer layers say, that config is written and nothing is left to remove:
-diffusers loads such a folder without this project.
+If the class's own config can say what is left, fewer layers say, that config is written and nothing is left to remove.
+Otherwise the folder also holds a Python file by which diffusers loads it without this project (portable).
 """
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Dict, Optional
 
 from pruning import UserError
+from pruning.models import portable
 from pruning.records.record import write_json
 
 MANIFEST, FORMAT_VERSION = "pruning.json", 1
@@ -45,6 +46,8 @@ def save(pipeline, component: str, folder: Path, sampling: Dict[str, Any], pruni
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         pipeline.save_pretrained(part, safe_serialization=True)
+        if getattr(denoiser, "removals", []):
+            portable.write(denoiser, component, part)
         for file in sorted(part.rglob("*.safetensors")):
             narrow(file)
             file.chmod((part / "model_index.json").stat().st_mode)  # safetensors lets only the owner read
