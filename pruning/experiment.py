@@ -2,15 +2,18 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 from tqdm import tqdm
 
 from pruning import UserError, cache_folder, cli, data, distributed, methods
 from pruning.data import DATASETS, Sample
+from pruning.data.faults import Faults, note, sentences
 from pruning.methods import calibration
 from pruning.methods.calibration import GIB, Calibration
 from pruning.metrics import BACKBONES, METRICS, backbones, costs, scores
@@ -86,7 +89,8 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
     if args.offload and device == "cpu":
         raise UserError(f"--offload {args.offload} needs a GPU; on the CPU there is nothing to offload")
     with distributed.main_first():
-        samples, skipped = data.load_samples(args.dataset, args.num_images, args.seed, args.data_dir)
+        samples, faults = data.load_samples(args.dataset, args.num_images, args.seed, args.data_dir)
+    tell(faults)
     captions = training_captions(args, samples)
     dtype = args.dtype or ("float32" if device == "cpu" else "bfloat16")
     model = args.model or DATASETS[args.dataset].default_model
@@ -124,20 +128,28 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
         backbones={name: described[family] for name, family in families.items() if family in described},
         notes=None, versions=provenance.package_versions(), dense=None, points=[])
     if earlier:
-        check_continues(earlier, record, path)
+        check_continues(earlier, record, path)  # before the real images are read
 
-    embeddings, truncated = backbones.embed_captions(networks["clip"], [sample.caption for sample in repeated]) \
-        if "clip" in networks else (None, 0)
+    embeddings, cut = backbones.embed_captions(networks["clip"], [sample.caption for sample in samples]) \
+        if "clip" in networks else (None, [])
     sets = sorted({METRICS[name].backbone for name in chosen if METRICS[name].against == "reference"} & set(networks))
     real = data.reference_samples(args.dataset, samples, args.data_dir) if sets else []
-    others = data.other_samples(args.dataset, samples, args.seed, args.data_dir) if sets else []
-    describe = functools.partial(describe_originals, networks, described, record.versions, device,
-                                 sampling["image_size"])
-    reference = {family: scores.Reference(describe(family, real)) for family in sets}
+    others, found = data.other_samples(args.dataset, samples, args.seed, args.data_dir) if sets else ([], {})
+    for index in cut:
+        note(found, "Captions cut where CLIP stops reading", samples[index].id)
+    tell(found)
+    describe = functools.partial(describe_originals, {family: networks[family] for family in sets}, described,
+                                 record.versions, device, sampling["image_size"])
+    reference, reference_hash = describe(real)
+    floors, others_hash = describe(others)
+    if sets:
+        record = replace(record, settings={**record.settings, "reference_originals": reference_hash,
+                                           "other_originals": others_hash})
+    if earlier:
+        check_continues(earlier, record, path)
     code = [*(earlier.notes.code if earlier else []), provenance.code_version()]
-    notes = Notes(captions_skipped=skipped, captions_truncated=truncated, code=list(dict.fromkeys(code)),
-                  reference_images=len(real),
-                  feature_sizes={family: each.features.shape[1] for family, each in reference.items()})
+    notes = Notes(faults={**faults, **found}, code=list(dict.fromkeys(code)), reference_images=len(real),
+                  feature_sizes={family: features.shape[1] for family, features in reference.items()})
 
     drawn = [Sample(f"recovery-{i:05d}", caption, None) for i, caption in enumerate(captions)]
 
@@ -170,8 +182,9 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
     return Experiment(
         record=replace(record, notes=notes), images_folder=path.parent / "images", pipeline=pipeline, dense=dense,
         device=device, offload=args.offload, sampling=sampling, samples=repeated,
-        originals=np.tile(originals, (args.seeds, 1, 1, 1)), networks=networks, caption_embeddings=embeddings,
-        reference=reference, floor_features={family: describe(family, others) for family in sets if others},
+        originals=np.tile(originals, (args.seeds, 1, 1, 1)), networks=networks,
+        caption_embeddings=None if embeddings is None else np.tile(embeddings, (args.seeds, 1)),
+        reference={family: scores.Reference(features) for family, features in reference.items()}, floor_features=floors,
         calibration=calibration.Calibration(
             record_calls, args.seed, checkpoint=checkpoint_file(path), guidance_scale=sampling["guidance_scale"],
             first_batch=min(sampling["batch_size"], len(captions)), memory=int(args.calibration_memory * GIB),
@@ -217,16 +230,32 @@ def choose_batch_size(pipeline, dense, sample: Sample, device: str, offload: Opt
     return distributed.broadcast(size)
 
 
-def describe_originals(networks, described, versions, device: str, size: int, family: str, samples) -> np.ndarray:
-    """Return the features (n, d) of the samples' originals, some images at a time, from the cache if they are there."""
-    key = provenance.provenance_hash(backbone=described[family], versions=versions, device=device,
-                                     code=provenance.source_hash(backbones))
-    rows = []
+def tell(faults: Faults) -> None:
+    """Print what was skipped or changed in the data, in one of several processes."""
+    for sentence in sentences(faults) if distributed.is_main else ():
+        print(sentence, file=sys.stderr)
+
+
+def describe_originals(networks: Dict[str, Any], described, versions, device: str, size: int,
+                       samples: Sequence[Sample]) -> Tuple[Dict[str, np.ndarray], str]:
+    """Return the features (n, d) of the samples' originals by each network, and a hash of the originals' pixels.
+
+    The originals are read some at a time, and features come from the cache if they are there. Without samples there are
+    no features, and the hash is "none".
+    """
+    if not samples:
+        return {}, "none"
+    keys = {family: provenance.provenance_hash(backbone=described[family], versions=versions, device=device,
+                                               code=provenance.source_hash(backbones)) for family in networks}
+    rows: Dict[str, List[np.ndarray]] = {family: [] for family in networks}
+    pixels = hashlib.sha256()
     for start in tqdm(range(0, len(samples), REFERENCE_ROWS), desc="real images", delay=2, leave=False):
         originals = data.load_originals(samples[start:start + REFERENCE_ROWS], size)
-        rows.append(store.cached_features(functools.partial(backbones.describe, family, networks[family]),
-                                          originals, key))
-    return np.concatenate(rows)
+        pixels.update(store.content_hash(originals).encode())
+        for family, network in networks.items():
+            rows[family].append(store.cached_features(functools.partial(backbones.describe, family, network),
+                                                      originals, keys[family]))
+    return {family: np.concatenate(each) for family, each in rows.items()}, pixels.hexdigest()[:32]
 
 
 def release_dense(pipeline, dense, offload: Optional[str]) -> None:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from pruning import cli, data
 from pruning.data import DATASETS
+from pruning.data.faults import sentences
 from pruning.metrics import BACKBONES, METRICS, backbones
 from pruning.models import pipelines
 
@@ -34,9 +35,11 @@ def fetch(args) -> Dict[str, List[Path]]:
     Raises UserError if a part is unknown or cannot be fetched.
     """
     found = {}
-    samples, _ = data.load_samples(args.dataset, args.num_images, args.seed, args.data_dir)
+    samples, faults = data.load_samples(args.dataset, args.num_images, args.seed, args.data_dir)
     reference = data.reference_samples(args.dataset, samples, args.data_dir)
-    others = data.other_samples(args.dataset, samples, args.seed, args.data_dir)
+    others, left_out = data.other_samples(args.dataset, samples, args.seed, args.data_dir)
+    for sentence in sentences({**faults, **left_out}):
+        print(sentence, file=sys.stderr)
     images = {sample.file for sample in (*samples, *reference, *others)} - {None}
     found[f"{args.dataset}, {len(images) or args.num_images} images"] = sorted(images)
     model = args.model or DATASETS[args.dataset].default_model

@@ -32,6 +32,7 @@ from pruning.data import (
     reference_samples,
     training_captions,
 )
+from pruning.data.faults import note, sentences
 from pruning.shapes import scenes
 
 
@@ -104,14 +105,15 @@ def add_data_set(monkeypatch, read):
 
 def test_a_new_data_set_is_one_entry_and_one_function(monkeypatch):
     add_data_set(monkeypatch, read_numbers)
-    samples, skipped = load_samples("numbers", 4, seed=5)
+    samples, faults = load_samples("numbers", 4, seed=5)
     assert len(set(ids(samples))) == 4
-    assert skipped == 0
+    assert faults == {}
     assert load_originals(samples, 8)[:, 0, 0, 0].tolist() == [10 * int(sample.id) for sample in samples]
     trained = training_captions("numbers", 6, 5, exclude=samples)
     assert sorted([*trained, *(sample.caption for sample in samples)]) == [f"number {n}" for n in NUMBERS]
     assert reference_samples("numbers", samples) == samples
-    others = other_samples("numbers", samples, 5)
+    others, left_out = other_samples("numbers", samples, 5)
+    assert left_out == {}
     assert len(set(ids([*samples, *others]))) == 8
 
 
@@ -132,7 +134,7 @@ def test_a_source_may_have_training_captions_and_a_reference_set_of_its_own(monk
     assert training_captions("numbers", 3, 7, exclude=samples) == ["number x", "number y", "number z"]
     assert asked == [(3, 7), (3 + 5, 7)]  # enough, whichever captions of the samples are among them
     assert ids(reference_samples("numbers", samples)) == NUMBERS[5:]
-    assert other_samples("numbers", samples) == samples  # the reference set has none of them
+    assert other_samples("numbers", samples) == (samples, {})  # the reference set has none of them
 
 
 def test_every_function_reads_the_data_folder_that_it_is_given(tmp_path, monkeypatch):
@@ -148,9 +150,9 @@ def test_every_function_reads_the_data_folder_that_it_is_given(tmp_path, monkeyp
 # ---------------------------------------------------------------- choosing
 
 def test_a_seed_chooses_the_same_samples_on_every_machine_and_release():
-    samples, skipped = load_samples("shapes", 5, seed=0)
+    samples, faults = load_samples("shapes", 5, seed=0)
     assert ids(samples) == ["prompts-00283", "prompts-00100", "prompts-00037", "prompts-00046", "prompts-00374"]
-    assert skipped == 0
+    assert faults == {}
 
 
 def test_fewer_images_are_the_first_of_many_and_another_seed_gives_another_order(tmp_path):
@@ -219,14 +221,18 @@ def test_the_reference_set_is_the_reference_split_of_the_shapes_and_the_samples_
 
 def test_other_samples_exist_and_are_not_in_the_reference_set(tmp_path):
     samples, _ = load_samples("shapes", 3)
-    assert other_samples("shapes", samples) == samples  # the reference split contains none of them
+    assert other_samples("shapes", samples) == (samples, {})  # the reference split contains none of them
     folder = coco_folder(tmp_path)
     photos, _ = load_samples("coco", 5, 0, folder)
-    others = other_samples("coco", photos, 0, folder)
+    others, left_out = other_samples("coco", photos, 0, folder)
+    assert left_out == {}
     assert len({sample.id for sample in others} - {sample.id for sample in photos}) == 5
     (folder / "val2017" / others[0].id).unlink()
-    assert others[0] not in other_samples("coco", photos, 0, folder)
-    assert other_samples("coco", [*photos, *others[1:2]], 0, folder) == []  # six others are needed, five exist
+    fewer, left_out = other_samples("coco", photos, 0, folder)
+    assert len(fewer) == 5
+    assert others[0] not in fewer
+    assert list(left_out.values()) == [{"count": 1, "first": [others[0].id]}]
+    assert other_samples("coco", [*photos, *others[1:2]], 0, folder)[0] == []  # six others are needed, five exist
 
 
 # ---------------------------------------------------------------- training captions
@@ -271,9 +277,9 @@ def test_fewer_captions_left_for_training_than_asked_for_is_an_error_that_gives_
 
 @pytest.mark.parametrize("captions_at", ["annotations/captions_val2017.json", "captions_val2017.json"])
 def test_coco_takes_the_caption_of_lowest_id_and_normalises_its_spaces(tmp_path, capsys, captions_at):
-    samples, skipped = load_samples("coco", 12, 0, coco_folder(tmp_path, captions_at=captions_at))
+    samples, faults = load_samples("coco", 12, 0, coco_folder(tmp_path, captions_at=captions_at))
     assert {s.id: s.caption for s in samples} == {f"{n:012d}.jpg": f"A picture, number {n}." for n in range(1, 13)}
-    assert skipped == 0
+    assert faults == {}
     assert capsys.readouterr().out == ""
 
 
@@ -292,9 +298,12 @@ def test_captions_without_the_plain_name_of_an_image_file_are_skipped_and_counte
     content["annotations"][0]["caption"] = " \n"  # image 1 keeps two captions
     content["annotations"].append({"id": 9000, "image_id": 77, "caption": "an image that is not listed"})
     (tmp_path / coco.CAPTIONS).write_text(json.dumps(content))
-    samples, skipped = load_samples("coco", 3, 0, tmp_path)
+    samples, faults = load_samples("coco", 3, 0, tmp_path)
     assert sorted(ids(samples)) == [f"{n:012d}.jpg" for n in (1, 3, 4)]
-    assert skipped == 3 + 1 + 1
+    assert {what: fault["count"] for what, fault in faults.items()} == {
+        "Captions skipped because their image has no plain name that ends in .jpg or .png": 3,
+        "Captions skipped because they are empty": 1,
+        "Captions skipped because their image_id stands for no image": 1}
 
 
 @pytest.mark.parametrize("content", [
@@ -304,6 +313,7 @@ def test_captions_without_the_plain_name_of_an_image_file_are_skipped_and_counte
     '{"images": [{"id": 1, "file_name": 5}], "annotations": [{"image_id": 1, "id": 1, "caption": "a"}]}',
     '{"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 1, "id": 1, "caption": null}]}',
     '{"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": [1], "id": 1, "caption": "a"}]}',
+    '{"images": [{"id": 1, "file_name": "1.jpg", "id": 2}], "annotations": [{"image_id": 1, "id": 1, "caption": "a"}]}',
 ])
 def test_malformed_captions_of_coco_are_an_error_that_names_the_file(tmp_path, content):
     path = coco_folder(tmp_path) / coco.CAPTIONS
@@ -315,7 +325,7 @@ def test_malformed_captions_of_coco_are_an_error_that_names_the_file(tmp_path, c
 
 
 def test_a_missing_part_of_coco_is_an_error_that_names_the_part(tmp_path):
-    with pytest.raises(UserError, match="no folder .*nowhere"):
+    with pytest.raises(UserError, match="cannot open the folder .*nowhere"):
         load_samples("coco", 1, 0, tmp_path / "nowhere")
     with pytest.raises(UserError, match="expected annotations/captions_val2017.json or captions_val2017.json"):
         load_samples("coco", 1, 0, tmp_path)
@@ -329,15 +339,82 @@ def test_a_missing_part_of_coco_is_an_error_that_names_the_part(tmp_path):
         load_samples("coco", 1, 0, folder)
 
 
+def coco_captions(folder, images, annotations):
+    """{image name: caption} and {what was skipped: where} of a COCO file with these images and annotations."""
+    named = [dict(zip(("id", "file_name"), image)) for image in images]
+    said = [dict(zip(("id", "image_id", "caption"), annotation)) for annotation in annotations]
+    content = {"images": named, "annotations": said}
+    (folder / "val2017").mkdir()
+    (folder / "captions_val2017.json").write_text(json.dumps(content), encoding="utf-8")
+    source = coco.read(folder)
+    return ({sample.id: sample.caption for sample in source.samples},
+            {what: fault["first"] for what, fault in source.faults.items()})
+
+
+def test_annotations_that_share_an_id_keep_their_own_images(tmp_path):
+    captions, faults = coco_captions(tmp_path, [(1, "a.jpg"), (2, "b.jpg")], [(7, 1, "of a"), (7, 2, "of b")])
+    assert captions == {"a.jpg": "of a", "b.jpg": "of b"}
+    assert faults == {}
+
+
+def test_of_annotations_of_one_image_that_share_an_id_one_is_taken_and_the_other_named(tmp_path):
+    for name, order in (("one", 1), ("two", -1)):
+        (tmp_path / name).mkdir()
+        said = [(7, 1, "x"), (7, 1, "y"), (7, 1, "x"), (9, 1, "z"), (9, 1, "w")][::order]
+        captions, faults = coco_captions(tmp_path / name, [(1, "a.jpg")], said)
+        assert captions == {"a.jpg": "x"}  # wherever it stands
+        assert faults == {"Captions skipped because another one of their image has the same number":
+                          ["annotations[1]" if order == 1 else "annotations[3]"]}
+
+
+def test_a_caption_whose_image_id_stands_for_two_images_describes_neither(tmp_path):
+    images = [(1, "a.jpg"), (1, "b.jpg"), (2, "c.jpg"), (2, "c.jpg"), ("2", "d.jpg")]
+    captions, faults = coco_captions(tmp_path, images, [(1, 1, "of a or b"), (2, 2, "of c"), (3, "2", "of d")])
+    assert captions == {"c.jpg": "of c", "d.jpg": "of d"}
+    assert faults == {"Captions skipped because their image_id stands for several images":
+                      ["annotations[0]: image_id 1"]}
+
+
+def test_fields_of_wrong_types_cost_only_their_own_caption(tmp_path):
+    images = [(1, "a.jpg"), ([2], "b.jpg"), (3, None), (True, "c.jpg")]
+    said = [(1, 1, "good"), ("0", 1, "x"), (0, [1], "x"), (0, 1, 5), (False, 1, "x"), (0.5, 1, "x"), (8, 3, "x")]
+    captions, faults = coco_captions(tmp_path, images, said)
+    assert captions == {"a.jpg": "good"}
+    assert faults == {
+        "Images skipped because their id or file_name is missing or of a wrong type":
+            ["images[1]", "images[2]", "images[3]"],
+        "Captions skipped because their id, image_id or caption is missing or of a wrong type":
+            ["annotations[1]", "annotations[2]", "annotations[3]"],
+        "Captions skipped because their image_id stands for no image": ["annotations[6]: image_id 3"]}
+
+
+def test_captions_with_what_is_no_text_are_skipped_and_emoji_stay(tmp_path):
+    farmer = "\U0001f468\u200d\U0001f33e"  # two emoji that a character of no width joins
+    said = [(1, 1, "half \ud83d"), (2, 1, "nul\0"), (3, 1, "\x1b[2J"), (4, 1, f" caf\xe9\u2028{farmer}")]
+    captions, faults = coco_captions(tmp_path, [(1, "a.jpg")], said)
+    assert captions == {"a.jpg": f"caf\xe9 {farmer}"}
+    assert faults == {"Captions skipped because they hold characters that are no text":
+                      [f"annotations[{n}]" for n in range(3)]}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_the_captions_of_coco_may_be_in_any_encoding_of_json(tmp_path, encoding):
+    folder = coco_folder(tmp_path)
+    content = json.dumps({**coco_json(), "annotations": [{"id": 1, "image_id": 1, "caption": "un caf\xe9"}]},
+                         ensure_ascii=False)
+    (folder / coco.CAPTIONS).write_bytes(content.encode(encoding))
+    assert load_samples("coco", 1, 0, folder)[0][0].caption == "un caf\xe9"
+
+
 # ---------------------------------------------------------------- flickr8k
 
 @pytest.mark.parametrize("layout", FLICKR8K_LAYOUTS)
 def test_all_layouts_of_flickr8k_give_the_same_samples(tmp_path, layout):
-    samples, skipped = load_samples("flickr8k", 6, 0, flickr8k_folder(tmp_path, layout))
+    samples, faults = load_samples("flickr8k", 6, 0, flickr8k_folder(tmp_path, layout))
     expected, _ = load_samples("flickr8k", 6, 0, flickr8k_folder(tmp_path / "token"))
     assert {s.id: s.caption for s in samples} == {f"{n}_ab.jpg": f"A dog , number {n}0 ." for n in range(6)}
     assert [s[:2] for s in samples] == [s[:2] for s in expected]
-    assert skipped == 0
+    assert faults == {}
     assert all(s.open_image().size == (24, 16) for s in samples)
 
 
@@ -356,9 +433,32 @@ def test_flickr8k_takes_caption_0_at_any_place_in_the_file(tmp_path):
     ("kaggle", "../../secret.jpg,A dog .\n7.jpg\n7.jpg,A dog , no quotes\n7.jpg,\n,A dog .\n\n", 5),
 ])
 def test_malformed_captions_of_flickr8k_are_skipped_and_counted(tmp_path, layout, extra, count):
-    samples, skipped = load_samples("flickr8k", 6, 0, flickr8k_folder(tmp_path, layout, extra))
+    samples, faults = load_samples("flickr8k", 6, 0, flickr8k_folder(tmp_path, layout, extra))
     assert sorted(ids(samples)) == [f"{n}_ab.jpg" for n in range(6)]
-    assert skipped == count
+    assert sum(fault["count"] for fault in faults.values()) == count
+
+
+def test_a_quote_that_is_not_closed_costs_only_its_own_row(tmp_path):
+    folder = flickr8k_folder(tmp_path, "kaggle")
+    lines = (folder / "captions.txt").read_text().splitlines()
+    lines[1], lines[11] = '0_ab.jpg,"A dog', '2_ab.jpg,"A "dog"'
+    (folder / "captions.txt").write_text("\n".join(lines))
+    samples, faults = load_samples("flickr8k", 6, 0, folder)
+    assert {s.id: s.caption for s in samples} == {
+        f"{n}_ab.jpg": f"A dog , number {n}{1 if n in (0, 2) else 0} ." for n in range(6)}
+    assert sentences(faults) == [
+        "Lines skipped that are no comma-separated values; a quote may not be closed: 2 (line 2; line 12)."]
+
+
+@pytest.mark.parametrize("layout", ["token", "kaggle"])
+def test_a_byte_order_mark_and_line_ends_of_windows_change_nothing(tmp_path, layout):
+    folder = flickr8k_folder(tmp_path, layout)
+    path = folder / FLICKR8K_LAYOUTS[layout][0]
+    expected = [s[:2] for s in load_samples("flickr8k", 6, 0, folder)[0]]
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    samples, faults = load_samples("flickr8k", 6, 0, folder)
+    assert [s[:2] for s in samples] == expected
+    assert faults == {}
 
 
 @pytest.mark.parametrize(("layout", "content"), [
@@ -373,12 +473,13 @@ def test_malformed_caption_files_of_flickr8k_are_errors_that_name_the_file(tmp_p
         load_samples("flickr8k", 1, 0, tmp_path)
     assert str(path) in str(error.value)
     assert "expected" in str(error.value)
+    assert b"\xff" not in content or "in UTF-8" in str(error.value)
 
 
 def test_a_missing_part_of_flickr8k_is_an_error_that_names_the_part(tmp_path):
     with pytest.raises(UserError, match="--data_dir"):
         load_samples("flickr8k", 1)
-    with pytest.raises(UserError, match="no folder .*nowhere"):
+    with pytest.raises(UserError, match="cannot open the folder .*nowhere"):
         load_samples("flickr8k", 1, 0, tmp_path / "nowhere")
     with pytest.raises(UserError, match="Flickr8k.token.txt or .* or captions.txt"):
         load_samples("flickr8k", 1, 0, tmp_path)
@@ -389,6 +490,55 @@ def test_a_missing_part_of_flickr8k_is_an_error_that_names_the_part(tmp_path):
     (folder / "Flicker8k_Dataset").rename(folder / "Pictures")
     with pytest.raises(UserError, match="Flicker8k_Dataset/ or .*Images/"):
         load_samples("flickr8k", 1, 0, folder)
+
+
+# ---------------------------------------------------------------- what is said of what is skipped
+
+def test_faults_are_counted_and_the_first_three_named_on_one_short_line_that_no_terminal_obeys():
+    faults = {}
+    for where in ("line 1", "\x1b[2J\n\ud800", "x" * 1000, "line 4"):
+        note(faults, "Captions skipped because they are empty", where)
+    note(faults, "Lines skipped", "line 9")
+    assert sentences(faults) == [
+        "Captions skipped because they are empty: 4 (line 1; \\x1b[2J\\n\\ud800; " + "x" * 60 + "…; …).",
+        "Lines skipped: 1 (line 9)."]
+
+
+def test_too_few_samples_are_explained_by_what_was_skipped(tmp_path):
+    flickr8k_folder(tmp_path, "kaggle", "7_ab.jpg,\n")
+    with pytest.raises(UserError, match=r"7 images asked for, but flickr8k has 6. Captions skipped .* 1 \(line 32\)."):
+        load_samples("flickr8k", 7, 0, tmp_path)
+    (tmp_path / "captions.txt").write_text("image,caption\n../7_ab.jpg,A dog\n")
+    with pytest.raises(UserError, match=r"no captions in .*captions.txt \(Captions .*: 1 \(line 2: ../7_ab"):
+        load_samples("flickr8k", 1, 0, tmp_path)
+
+
+def test_images_without_a_file_are_counted_and_named(tmp_path):
+    names = [f"{n}_cd.jpg" for n in range(4)] + ["\u4e2d" * 200 + ".jpg"]  # the last is too long for a file
+    folder = flickr8k_folder(tmp_path, "kaggle", "".join(f"{name},A dog\n" for name in names))
+    (folder / "Images" / "0_cd.jpg").symlink_to(folder / "gone.jpg")
+    (folder / "Images" / "1_cd.jpg").mkdir()
+    with pytest.raises(UserError, match=r"Images that have a caption but no file in .*Images: 5 \(.*; .*; .*; …\)"):
+        load_samples("flickr8k", 11, 0, folder)
+
+
+def test_two_names_of_one_file_are_an_error(tmp_path):
+    """As on a disk that does not tell A.jpg from a.jpg."""
+    folder = flickr8k_folder(tmp_path, "kaggle", "0_AB.jpg,Another dog\n")
+    (folder / "Images" / "0_AB.jpg").write_bytes(jpeg(7))
+    assert len(load_samples("flickr8k", 7, 0, folder)[0]) == 7
+    (folder / "Images" / "0_AB.jpg").unlink()
+    (folder / "Images" / "0_AB.jpg").symlink_to(folder / "Images" / "0_ab.jpg")
+    with pytest.raises(UserError, match="are one file on this disk"):
+        load_samples("flickr8k", 7, 0, folder)
+
+
+@pytest.mark.parametrize("kind", ["file", "link to itself"])
+def test_a_data_folder_that_is_none_is_an_error(tmp_path, kind):
+    path = tmp_path / "data"
+    path.write_text("") if kind == "file" else path.symlink_to(path)
+    with pytest.raises(UserError, match=r"cannot open the folder .*data \(.*it should contain the COCO captions"):
+        load_samples("coco", 1, 0, path)
 
 
 # ---------------------------------------------------------------- untrusted files
@@ -476,6 +626,56 @@ def test_every_kind_of_image_is_opened_as_rgb(tmp_path, mode, suffix):
     assert image.mode == "RGB"
     assert image.size == (9, 7)
     assert min(image.getpixel((4, 4))) > 250
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_16_bit_grey_is_scaled_and_not_clamped(tmp_path, turned):
+    values = np.array([[0, 128, 129, 32768, 65407, 65535]], np.uint16)
+    exif = Image.Exif()
+    exif[0x0112] = 3 if turned else 1  # 3: upside down
+    Image.fromarray(values).save(tmp_path / "grey.png", exif=exif)
+    grey = np.asarray(open_rgb(tmp_path / "grey.png"))
+    assert (grey == grey[..., :1]).all()
+    assert grey[0, ::-1 if turned else 1, 0].tolist() == [0, 0, 1, 128, 255, 255]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white_whatever_colour_it_hides(tmp_path, mode):
+    image = Image.new("RGBA", (2, 1), (0, 0, 0, 255))
+    image.putpixel((1, 0), (9, 9, 9, 0))
+    image = image.quantize(2) if mode == "P" else image.convert(mode)
+    image.save(tmp_path / "clear.png")
+    assert np.asarray(open_rgb(tmp_path / "clear.png"))[0].tolist() == [[0, 0, 0], [255, 255, 255]]
+
+
+def test_a_transparent_grey_of_16_bits_is_white(tmp_path):
+    Image.fromarray(np.array([[300, 65535, 40000]], np.uint16)).save(tmp_path / "grey.png", transparency=300)
+    assert np.asarray(open_rgb(tmp_path / "grey.png"))[0, :, 0].tolist() == [255, 255, 156]
+
+
+def frames(path):
+    picture(1).save(path, "GIF", save_all=True, append_images=[picture(9)])
+
+
+@pytest.mark.parametrize(("save", "words"), [
+    (frames, "it has 2 frames"),
+    (lambda path: Image.fromarray(np.ones((4, 4), np.float32)).save(path, "TIFF"), "its mode F does not say"),
+    (lambda path: Image.fromarray(np.ones((4, 4), np.int32)).save(path, "TIFF"), "its mode I does not say"),
+])
+def test_an_image_that_can_be_read_in_two_ways_is_an_error(tmp_path, save, words):
+    save(tmp_path / "odd.png")
+    with pytest.raises(UserError, match=f"odd.png .{words}"):
+        open_rgb(tmp_path / "odd.png")
+
+
+def test_the_preview_that_a_camera_adds_to_a_jpeg_does_no_harm(tmp_path):
+    picture(1).save(tmp_path / "camera.jpg", "MPO", save_all=True, append_images=[picture(9)])
+    assert open_rgb(tmp_path / "camera.jpg").size == (24, 16)
+
+
+def test_an_image_of_one_pixel_is_that_pixel(tmp_path):
+    Image.new("RGB", (1, 1), (10, 20, 30)).save(tmp_path / "dot.png")
+    assert (np.asarray(fit_image(open_rgb(tmp_path / "dot.png"), 8)) == (10, 20, 30)).all()
 
 
 def test_an_image_is_turned_by_its_exif_orientation(tmp_path):

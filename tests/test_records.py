@@ -28,6 +28,7 @@ from pruning.records.report import write_record_files
 from pruning.records.summaries import answer, summary
 
 VERSION_3 = Path(__file__).parent / "data" / "version_3.json"  # bundled structured record, cut to 2 rates, 6 samples
+EMPTY = "Captions skipped because they are empty"
 BY_NORM = "structured+criterion=norm+refit=off"  # what the method did until version 5
 QUIET = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -55,7 +56,8 @@ def make_record(rates=(0.1, 0.2), images=3):
         settings={"seed": 0, "seeds": 1, "steps": 20, "guidance_scale": 4.0, "device": "cpu",
                   "metrics": ["clip_score", "fid"]},
         backbones={"clip_score": "bundled shapes-clip", "fid": "bundled shapes-squeezenet"},
-        notes=Notes(captions_truncated=1, code=["0123456789ab"], reference_images=2048, feature_sizes={"features": 64}),
+        notes=Notes(faults={EMPTY: {"count": 4, "first": ["line 2", "line 5", "line 8"]}}, code=["0123456789ab"],
+                    reference_images=2048, feature_sizes={"features": 64}),
         versions={"python": "3.11.7", "torch": "2.15.0"},
         dense=make_point(0.0, images), points=[make_point(rate, images) for rate in rates])
 
@@ -123,7 +125,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
 
 BROKEN = {
     "schema_version is missing": lambda d: d.pop("schema_version"),
-    "schema_version is 99, expected 3 to 8": lambda d: d.update(schema_version=99),
+    "schema_version is 99, expected 3 to 9": lambda d: d.update(schema_version=99),
     "model is missing": lambda d: d.pop("model"),
     "model must be text": lambda d: d.update(model=3),
     "method must be a name": lambda d: d.update(method="../../etc"),
@@ -135,9 +137,10 @@ BROKEN = {
     "options must be an object of numbers, texts": lambda d: d["options"].update(scope=["layer"]),
     "options must be an object of .* named by": lambda d: d["options"].update({"../etc": 1}),
     "notes must be an object": lambda d: d.update(notes=[]),
-    "notes.captions_skipped is missing": lambda d: d["notes"].pop("captions_skipped"),
-    "notes.captions_skipped must be a whole number of 0 or more": lambda d: d["notes"].update(captions_skipped=-1),
-    "notes.captions_truncated must be a whole number": lambda d: d["notes"].update(captions_truncated="2"),
+    "notes.faults is missing": lambda d: d["notes"].pop("faults"),
+    "notes.faults must be an object of counts": lambda d: d["notes"].update(faults={"Captions skipped": 3}),
+    "notes.faults must be an object of .* the first names": lambda d: d["notes"].update(
+        faults={"Captions skipped": {"count": 1, "first": [2]}}),
     "notes.code must be a list of texts": lambda d: d["notes"].update(code="0123456789ab"),
     "notes.reference_images must be a whole number": lambda d: d["notes"].update(reference_images=None),
     "notes.feature_sizes must be an object of whole": lambda d: d["notes"].update(feature_sizes={"features": "64"}),
@@ -306,6 +309,14 @@ def test_an_option_that_a_method_did_not_have_yet_had_its_default():
     assert protocol_differences(earlier, present, continuing=True) == ["refit: False and True"]
 
 
+def test_real_images_must_be_the_same_if_both_records_compare_with_real_images():
+    one, other, without = make_record(), make_record(), make_record()
+    one.settings["reference_originals"], other.settings["reference_originals"] = "0123", "4567"
+    for continuing in (True, False):
+        assert protocol_differences(one, other, continuing) == ["reference_originals: 0123 and 4567"]
+    assert protocol_differences(one, without, continuing=True) == []  # the other has no metric that compares with them
+
+
 def test_metrics_may_differ_only_if_one_record_continues_the_other():
     other = make_record()
     other.settings["metrics"] = ["fid"]
@@ -326,10 +337,29 @@ def test_a_record_is_named_by_the_options_that_differ_from_the_defaults():
 
 # ---- earlier versions
 
+def earlier_record(path, version):
+    """The JSON of a record of version 4 to 8, as far as versions 8 and 9 differ."""
+    write_record(make_record(), path)
+    data = json.loads(path.read_text())
+    del data["notes"]["faults"]
+    data["notes"].update(captions_skipped=4, captions_truncated=1)
+    return {**data, "schema_version": version}
+
+
+def test_a_version_8_record_tells_how_many_captions_were_skipped_but_not_which(tmp_path):
+    (tmp_path / "r.json").write_text(json.dumps(earlier_record(tmp_path / "r.json", 8)))
+    record = read_record(tmp_path / "r.json")
+    assert "Captions skipped: 4. Captions cut where CLIP stops reading: 1." in " ".join(summary(record).split())
+    assert record.settings["reference_originals"] == record.settings["other_originals"] == "unknown"
+    assert protocol_differences(record, read_record(tmp_path / "r.json"), continuing=True) == []
+    present = make_record()
+    present.settings.update(reference_originals="0123", other_originals="4567")
+    assert protocol_differences(record, present, continuing=True) == [
+        "reference_originals: unknown and 0123", "other_originals: unknown and 4567"]
+
+
 def test_a_version_4_record_is_read_and_says_nothing_of_layers(tmp_path):
-    write_record(make_record(), tmp_path / "r.json")
-    data = json.loads((tmp_path / "r.json").read_text())
-    data["schema_version"] = 4
+    data = earlier_record(tmp_path / "r.json", 4)
     for point in (data["dense"], *data["points"]):
         for name in ("layer_rates", "layer_errors", "layer_parameters", "layer_macs"):
             del point[name]
@@ -341,9 +371,8 @@ def test_a_version_4_record_is_read_and_says_nothing_of_layers(tmp_path):
 
 @pytest.mark.parametrize(("dtype", "name"), [("float32", "structured"), ("bfloat16", "structured+round_to=1")])
 def test_widths_of_a_version_6_record_were_not_rounded(tmp_path, dtype, name):
-    write_record(make_record(), tmp_path / "r.json")
-    data = json.loads((tmp_path / "r.json").read_text())
-    data.update(schema_version=6, method="structured", options={"round_to": 1})
+    data = earlier_record(tmp_path / "r.json", 6)
+    data.update(method="structured", options={"round_to": 1})
     data["settings"]["dtype"] = dtype
     (tmp_path / "r.json").write_text(json.dumps(data))
     assert read_record(tmp_path / "r.json").variant == name
@@ -351,9 +380,7 @@ def test_widths_of_a_version_6_record_were_not_rounded(tmp_path, dtype, name):
 
 @pytest.mark.parametrize("method", ["structured", "attention_heads", "magnitude"])
 def test_units_of_a_version_5_record_went_by_norm_without_refit(tmp_path, method):
-    write_record(make_record(), tmp_path / "r.json")
-    data = json.loads((tmp_path / "r.json").read_text())
-    data["schema_version"] = 5
+    data = earlier_record(tmp_path / "r.json", 5)
     data.update(method=method, options={"mask_only": False} if method != "magnitude" else {})
     (tmp_path / "r.json").write_text(json.dumps(data))
     by_norm = "" if method == "magnitude" else "+criterion=norm+refit=off"
@@ -365,8 +392,9 @@ def test_a_version_3_record_is_read_with_the_values_it_has(tmp_path):
     assert data["schema_version"] == 3
     assert (record.method, record.variant) == ("structured", BY_NORM)
     assert record.options == {"criterion": "norm", "refit": False, "mask_only": False, "round_to": 0}
-    assert record.settings == {k: v for k, v in data["settings"].items() if k not in ("mask_only", "round_to")}
-    assert record.notes == Notes(0, 0, ["1716ea7f4f56"], 2048, {"features": 64})
+    assert record.settings == {**{k: v for k, v in data["settings"].items() if k not in ("mask_only", "round_to")},
+                               "reference_originals": "unknown", "other_originals": "unknown"}
+    assert record.notes == Notes({}, ["1716ea7f4f56"], 2048, {"features": 64})
     assert record.dense.floors == data["notes"]["floors"] != {}
     assert record.samples == data["samples"]
     assert [point.rate for point in record.points] == [0.2, 0.8]
@@ -389,6 +417,7 @@ def test_a_version_3_record_is_drawn_as_before(tmp_path):
         f"How far? {BY_NORM} pruning of shapes-unet stays within 5 % of dense by clip_score up to rate 0.2, which has "
         "99.6 % of dense (95 % interval 97.8")
     assert "0.2 0.200 92.85 ± 2 −31.61 ± 70 0.3271 ± 0.39 1.102 0.1468 ± 0.061" in text
+    assert "skipped" not in text
     assert "It compares 6 images with 2,048 reference images by 64 features; as many real images score 1.23" in text
 
 
@@ -402,7 +431,7 @@ def test_notes_of_version_3_go_to_the_points_they_are_about(tmp_path):
     path.write_bytes(VERSION_3.read_bytes())
     record = read_record(changed(path, change))
     assert record.variant == f"{BY_NORM}+round_to=8"
-    assert record.notes == Notes(0, 0, [], 0, {})
+    assert record.notes == Notes({}, [], 0, {})
     assert [point.skipped_modules for point in (record.dense, *record.points)] == 3 * [
         {"a.attn1": "its class is not known"}]
     assert [point.seed_spread for point in (record.dense, *record.points)] == [{"clip_score": 0.8}, {}, {}]

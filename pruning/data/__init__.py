@@ -6,12 +6,12 @@ from its front and training captions from its back, so neither changes with the 
 """
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import List, Tuple
 
 from pruning import UserError, check_name
 from pruning.data import coco, flickr8k, shapes
+from pruning.data.faults import Faults, note, sentences
 from pruning.data.images import RESIZE_RULE, fit_image, load_originals, open_rgb
 from pruning.data.samples import Dataset, Sample, Source, permutation
 
@@ -26,8 +26,8 @@ DATASETS = {
 }
 
 
-def load_samples(dataset: str, num_images: int, seed: int = 0, data_dir=None) -> Tuple[List[Sample], int]:
-    """Return `num_images` samples chosen by `seed`, and the number of malformed captions that were skipped.
+def load_samples(dataset: str, num_images: int, seed: int = 0, data_dir=None) -> Tuple[List[Sample], Faults]:
+    """Return `num_images` samples chosen by `seed`, and what was skipped while the data set was read.
 
     A smaller number of images gives the first samples of a larger one.
     Raises UserError if the data set has fewer samples, or if its captions or the images of the chosen samples are
@@ -37,10 +37,11 @@ def load_samples(dataset: str, num_images: int, seed: int = 0, data_dir=None) ->
         raise UserError(f"the number of images must be 1 or more, got {num_images}")
     source = _read(dataset, data_dir)
     if num_images > len(source.samples):
-        raise UserError(f"{num_images} images asked for, but {dataset} has {len(source.samples)}")
+        raise UserError(" ".join([f"{num_images} images asked for, but {dataset} has {len(source.samples)}.",
+                                  *sentences(source.faults)]))
     samples = _seeded_order(source.samples, seed)[:num_images]
     source.provide(samples)
-    return samples, source.skipped
+    return samples, source.faults
 
 
 def training_captions(dataset: str, count: int, seed: int = 0, data_dir=None, exclude=()) -> List[str]:
@@ -71,22 +72,34 @@ def reference_samples(dataset: str, samples: List[Sample], data_dir=None) -> Lis
     return samples if source.reference is None else source.reference()
 
 
-def other_samples(dataset: str, samples: List[Sample], seed: int = 0, data_dir=None) -> List[Sample]:
+def other_samples(dataset: str, samples: List[Sample], seed: int = 0, data_dir=None) -> Tuple[List[Sample], Faults]:
     """Return as many samples as `samples` whose originals are not in the reference set, or [] if there are too few.
+
+    Also returns which samples were left out because they have no image.
 
     The distance of these real images to the reference set is the best that generated images can be expected to reach.
     If the data set has a reference split of its own, `samples` themselves are returned.
     """
     source = _read(dataset, data_dir)
     if source.reference is not None:
-        return samples
+        return samples, {}
     chosen = {sample.id for sample in samples}
-    left = (sample for sample in _seeded_order(source.samples, seed) if sample.id not in chosen and source.has(sample))
-    others = list(itertools.islice(left, len(samples)))
+    others: List[Sample] = []
+    faults: Faults = {}
+    for sample in _seeded_order(source.samples, seed):
+        if len(others) == len(samples):
+            break
+        if sample.id in chosen:
+            continue
+        if source.has(sample):
+            others.append(sample)
+        else:
+            note(faults, "Images left out of the floors, which other real images give, because they have no file",
+                 sample.id)
     if len(others) < len(samples):
-        return []
+        return [], faults
     source.provide(others)
-    return others
+    return others, faults
 
 
 def _read(dataset: str, data_dir) -> Source:

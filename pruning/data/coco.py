@@ -2,19 +2,20 @@
 from __future__ import annotations
 
 import contextlib
-import io
+import json
 import os
 import tempfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
-from typing import Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Set
 
 from tqdm import tqdm
 
 from pruning import UserError, cache_folder
-from pruning.data.folders import file_samples, first_in, folder_source, read_captions
+from pruning.data.faults import Faults, note
+from pruning.data.folders import Entry, file_samples, first_in, folder_source, read_captions
 from pruning.data.images import open_rgb
 from pruning.data.samples import Sample, Source
 
@@ -37,21 +38,49 @@ def read(data_dir: Optional[Path]) -> Source:
     folder = _fetch_captions() if data_dir is None else data_dir
     path = first_in(folder, "COCO captions", (CAPTIONS, "captions_val2017.json"))
     images = first_in(folder, "COCO images", (IMAGES + "/",))
-    captions, skipped = read_captions(path, _entries, "the JSON of COCO's captions_val2017.json")
+    captions, faults = read_captions(path, _entries, "the JSON of COCO's captions_val2017.json")
     if data_dir is None:
-        return Source(file_samples(captions, images), skipped, partial(_fetch_images, images))
-    return folder_source(captions, images, skipped)
+        return Source(file_samples(captions, images), faults, partial(_fetch_images, images))
+    return folder_source(captions, images, faults)
 
 
-def _entries(path: Path) -> Iterator[Tuple[str, int, str]]:
-    """Yield (image name, annotation id, caption) for each caption of the file."""
-    from pycocotools.coco import COCO
+def _entries(path: Path, faults: Faults) -> Iterator[Entry]:
+    """Yield (where, image name, annotation id, caption) for each caption whose image is known.
 
-    with contextlib.redirect_stdout(io.StringIO()):  # COCO prints how long the reading took
-        coco = COCO(str(path))
-    for annotation in coco.anns.values():
-        image = coco.imgs.get(annotation["image_id"], {})
-        yield image.get("file_name", ""), annotation["id"], annotation.get("caption", "")
+    pycocotools would keep one of several images, or annotations, that share an id, and say nothing.
+    """
+    content = json.loads(path.read_bytes(), object_pairs_hook=_fields)
+    names: Dict[Any, Set[str]] = {}
+    for number, image in enumerate(content["images"]):
+        if _has(image, id=(int, str), file_name=(str,)):
+            names.setdefault(image["id"], set()).add(image["file_name"])
+        else:
+            note(faults, "Images skipped because their id or file_name is missing or of a wrong type",
+                 f"images[{number}]")
+    for number, annotation in enumerate(content["annotations"]):
+        where = f"annotations[{number}]"
+        if not _has(annotation, id=(int,), image_id=(int, str), caption=(str,)):
+            note(faults, "Captions skipped because their id, image_id or caption is missing or of a wrong type", where)
+            continue
+        own = names.get(annotation["image_id"], ())
+        if len(own) == 1:
+            yield where, *own, annotation["id"], annotation["caption"]
+        else:
+            listed = "several images" if own else "no image"
+            note(faults, f"Captions skipped because their image_id stands for {listed}",
+                 f"{where}: image_id {annotation['image_id']}")
+
+
+def _fields(pairs: list) -> dict:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError(f"an object has one of its fields twice: {', '.join(name for name, _ in pairs)}")
+    return fields
+
+
+def _has(entry, **kinds: tuple) -> bool:
+    """Whether an entry is an object whose fields have these types. A bool is no int."""
+    return isinstance(entry, dict) and all(type(entry.get(name)) in types for name, types in kinds.items())
 
 
 # ---------------------------------------------------------------- fetching

@@ -4,10 +4,11 @@ from __future__ import annotations
 import csv
 import re
 from pathlib import Path
-from typing import Iterator, Optional, Tuple
+from typing import Iterator, Optional
 
 from pruning import UserError
-from pruning.data.folders import first_in, folder_source, read_captions
+from pruning.data.faults import Faults, note
+from pruning.data.folders import Entry, first_in, folder_source, read_captions
 from pruning.data.samples import Source
 
 KAGGLE_CAPTIONS = "captions.txt"
@@ -26,28 +27,42 @@ def read(data_dir: Optional[Path]) -> Source:
     path = first_in(data_dir, "Flickr8k captions", CAPTIONS)
     images = first_in(data_dir, "Flickr8k images", IMAGES)
     if path.name == KAGGLE_CAPTIONS:
-        captions, skipped = read_captions(path, _kaggle_entries,
-                                          "a header image,caption and then rows such as 1.jpg,A dog .")
+        captions, faults = read_captions(path, _kaggle_entries,
+                                         "a header image,caption and then rows such as 1.jpg,A dog .")
     else:
-        captions, skipped = read_captions(path, _token_entries, "lines such as 1.jpg#0<TAB>A dog .")
-    return folder_source(captions, images, skipped)
+        captions, faults = read_captions(path, _token_entries, "lines such as 1.jpg#0<TAB>A dog .")
+    return folder_source(captions, images, faults)
 
 
-def _token_entries(path: Path) -> Iterator[Tuple[str, int, str]]:
-    """Yield (image name, order, caption) for each line `name.jpg#order<TAB>caption`."""
+def _token_entries(path: Path, faults: Faults) -> Iterator[Entry]:
+    """Yield (where, image name, order, caption) for each line `name.jpg#order<TAB>caption`."""
     with open(path, encoding="utf-8-sig") as lines:
-        for line in filter(str.strip, lines):
+        for number, line in enumerate(lines, 1):
             match = re.fullmatch(r"([^\t]+)#(\d{1,9})\t(.*)", line.rstrip("\n"))
-            name, order, caption = match.groups() if match else ("", 0, "")
-            yield name, int(order), caption
+            if match:
+                yield f"line {number}", match[1], int(match[2]), match[3]
+            elif line.strip():
+                note(faults, "Lines skipped that are not an image name, #, a number, a tab and a caption",
+                     f"line {number}")
 
 
-def _kaggle_entries(path: Path) -> Iterator[Tuple[str, int, str]]:
-    """Yield (image name, order, caption) for each row `name.jpg,caption` below the header."""
-    with open(path, encoding="utf-8-sig", newline="") as lines:
-        rows = csv.reader(lines)
-        if next(rows, None) != ["image", "caption"]:
+def _kaggle_entries(path: Path, faults: Faults) -> Iterator[Entry]:
+    """Yield (where, image name, order, caption) for each row `name.jpg,caption` below the header.
+
+    A row is one line, so that a quote that is not closed swallows no other row.
+    """
+    with open(path, encoding="utf-8-sig") as lines:
+        if next(csv.reader(lines), None) != ["image", "caption"]:
             raise ValueError("the first line is not image,caption")
-        for order, row in enumerate(filter(None, rows)):
-            name, caption = row if len(row) == 2 else ("", "")
-            yield name, order, caption
+        for number, line in enumerate(lines, 2):
+            try:
+                row = next(csv.reader([line], strict=True), None)
+            except csv.Error:
+                note(faults, "Lines skipped that are no comma-separated values; a quote may not be closed",
+                     f"line {number}")
+                continue
+            if row and len(row) == 2:
+                yield f"line {number}", row[0], number, row[1]
+            elif row:
+                note(faults, "Lines skipped that are not an image name, a comma and a caption, quoted if it has commas",
+                     f"line {number}")

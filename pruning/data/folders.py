@@ -1,55 +1,77 @@
 """Data sets that lie in a folder: one file of captions and one folder of images."""
 from __future__ import annotations
 
-import csv
+import os
 import re
 from functools import partial
 from pathlib import Path
 from typing import Callable, Dict, Iterable, List, Sequence, Tuple
 
 from pruning import UserError
+from pruning.data.faults import Faults, note, sentences
 from pruning.data.images import open_rgb
 from pruning.data.samples import Sample, Source
 
+NOT_TEXT = r"\x00-\x1f\x7f-\x9f\ud800-\udfff"  # control characters, and halves of characters
 # A plain file name, so that no name in a caption file leads out of the image folder.
-IMAGE_NAME = re.compile(r"(?!.*\.\.)[^/\\:\0]+\.(jpe?g|png)", re.IGNORECASE)
+IMAGE_NAME = re.compile(rf"(?!.*\.\.)[^/\\:{NOT_TEXT}]{{1,250}}\.(jpe?g|png)", re.IGNORECASE)
+
+Entry = Tuple[str, str, int, str]  # where it stands in the caption file, image name, order, caption
 
 
 def first_in(folder: Path, what: str, names: Sequence[str]) -> Path:
     """Return the path of the first of `names` that exists in `folder`. A name that ends in a slash is a folder.
 
-    Raises UserError if `folder` or all of the names are missing; `what` says in the message what they contain.
+    Raises UserError if `folder` cannot be listed or all of the names are missing; `what` says in the message what they
+    contain.
     """
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; it should contain the {what}")
+    try:
+        os.scandir(folder).close()
+    except OSError as error:
+        raise UserError(f"cannot open the folder {folder} ({error.strerror}); it should contain the {what}") from None
     for name in names:
-        if (folder / name).is_dir() if name.endswith("/") else (folder / name).is_file():
+        if os.path.isdir(folder / name) if name.endswith("/") else os.path.isfile(folder / name):
             return folder / name
     raise UserError(f"there are no {what} in {folder}: expected {' or '.join(names)} in that folder")
 
 
-def read_captions(path: Path, entries: Callable[[Path], Iterable[Tuple[str, int, str]]],
-                  expected: str) -> Tuple[Dict[str, str], int]:
-    """Return {image name: caption} and the number of malformed captions that were skipped.
+def read_captions(path: Path, entries: Callable[[Path, Faults], Iterable[Entry]],
+                  expected: str) -> Tuple[Dict[str, str], Faults]:
+    """Return {image name: caption}, and what was skipped.
 
-    `entries(path)` yields (image name, order, caption). An image keeps its caption of lowest order.
-    Raises UserError if the file cannot be read or contains no caption; `expected` describes its format.
+    `entries(path, faults)` yields what can be read of the file and notes the rest. An image keeps its caption of lowest
+    order. Raises UserError if the file cannot be read or contains no caption; `expected` describes its format.
     """
-    first, skipped = {}, 0
+    found: Dict[str, list] = {}
+    faults: Faults = {}
     try:
-        for name, order, caption in entries(path):
+        for where, name, order, caption in entries(path, faults):
             caption = " ".join(caption.split())
-            if caption and IMAGE_NAME.fullmatch(name):
-                first[name] = min(first.get(name, (order, caption)), (order, caption))
+            if not IMAGE_NAME.fullmatch(name):
+                note(faults, "Captions skipped because their image has no plain name that ends in .jpg or .png",
+                     f"{where}: {name or 'no name'}")
+            elif not caption:
+                note(faults, "Captions skipped because they are empty", where)
+            elif re.search(f"[{NOT_TEXT}]", caption):
+                note(faults, "Captions skipped because they hold characters that are no text", where)
             else:
-                skipped += 1
-    # A malformed file leads pycocotools and the csv module to any of these errors.
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError,
-            csv.Error) as error:
-        raise UserError(f"cannot read {path} ({str(error)[:200]}); expected {expected}") from error
-    if not first:
-        raise UserError(f"there are no captions in {path}; expected {expected}")
-    return {name: caption for name, (_, caption) in first.items()}, skipped
+                found.setdefault(name, []).append((order, caption, where))
+    # A malformed file leads the json module and what is read of it to any of these errors.
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"cannot read {path} ({str(error)[:200]}); expected {expected}, in UTF-8") from error
+    if not found:
+        said = f" ({' '.join(sentences(faults))})" if faults else ""
+        raise UserError(f"there are no captions in {path}{said}; expected {expected}")
+    return {name: _first_caption(captions, faults) for name, captions in found.items()}, faults
+
+
+def _first_caption(captions: List[Tuple[int, str, str]], faults: Faults) -> str:
+    """Return the caption of lowest order from (order, caption, where) of one image."""
+    (lowest, first, _), *others = sorted(captions)
+    for order, caption, where in others:
+        if order == lowest and caption != first:
+            note(faults, "Captions skipped because another one of their image has the same number", where)
+    return first
 
 
 def file_samples(captions: Dict[str, str], images: Path) -> List[Sample]:
@@ -58,12 +80,21 @@ def file_samples(captions: Dict[str, str], images: Path) -> List[Sample]:
             for name, caption in captions.items()]
 
 
-def folder_source(captions: Dict[str, str], images: Path, skipped: int) -> Source:
+def folder_source(captions: Dict[str, str], images: Path, faults: Faults) -> Source:
     """Return the source of a data set whose images the user has put into the folder `images`."""
-    return Source(file_samples(captions, images), skipped, _check_files, lambda sample: sample.file.is_file())
+    return Source(file_samples(captions, images), faults, _check_files, lambda sample: os.path.isfile(sample.file))
 
 
 def _check_files(samples: List[Sample]) -> None:
+    missing: Faults = {}
     for sample in samples:
-        if not sample.file.is_file():
-            raise UserError(f"the image {sample.file} is missing although it has a caption: add the file")
+        if not os.path.isfile(sample.file):
+            note(missing, f"Images that have a caption but no file in {sample.file.parent}", sample.id)
+    if missing:
+        raise UserError(" ".join([*sentences(missing), "Add the files"]))
+    alike: Dict[str, Sample] = {}
+    for sample in samples:
+        other = alike.setdefault(sample.id.casefold(), sample)
+        if other is not sample and os.path.samefile(other.file, sample.file):
+            raise UserError(f"{other.file} and {sample.id} have captions of their own, but are one file on this disk: "
+                            "rename one in the captions and add its file")

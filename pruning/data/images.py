@@ -14,15 +14,36 @@ RESIZE_RULE = "largest centred square, antialiased bicubic"  # what fit_image do
 
 
 def open_rgb(path) -> Image.Image:
-    """Open an image file as RGB, turned upright by its EXIF orientation.
+    """Open an image file as RGB, turned upright by its EXIF orientation, with white where it is transparent.
 
-    Raises UserError if the file is missing or broken.
+    Raises UserError if the file is missing or broken, an animation, or of numbers whose range is not known.
     """
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return _as_rgb(image)
     except Exception as error:  # Pillow raises many types of errors for broken files
         raise UserError(f"cannot read the image {path} ({error}): replace the file") from error
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if getattr(image, "is_animated", False) and image.format != "MPO":  # cameras add a preview to a JPEG as an MPO
+        raise ValueError(f"it has {image.n_frames} frames")
+    upright = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or image.mode == "I" and image.format == "PNG":  # 16-bit grey, by Pillow's release
+        return _grey_from_16_bits(upright).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its mode {image.mode} does not say which number is white; save it with 8 bits")
+    if image.mode.endswith(("A", "a")) or "transparency" in image.info:
+        white = Image.new("RGBA", upright.size, "white")
+        upright = Image.alpha_composite(white, upright.convert("RGBA"))
+    return upright.convert("RGB")
+
+
+def _grey_from_16_bits(image: Image.Image) -> Image.Image:
+    """Return a 16-bit grey image in 8 bits. Pillow's own conversion makes all but the 256 darkest values white."""
+    values = np.asarray(image).astype(np.int64)
+    values[values == image.info.get("transparency")] = 65535
+    return Image.fromarray(((255 * values + 32767) // 65535).astype(np.uint8))
 
 
 def fit_image(image: Image.Image, size: int) -> Image.Image:

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from pruning import UserError
+from pruning.data.faults import Faults
 
 
 class Sample(NamedTuple):
@@ -24,7 +25,7 @@ class Source(NamedTuple):
     """A data set that was read: all its samples, and the rules in which it differs from other data sets."""
 
     samples: List[Sample]  # in any order
-    skipped: int = 0  # malformed captions
+    faults: Faults = {}  # what was skipped while it was read
     provide: Callable[[List[Sample]], None] = lambda samples: None  # fetches or checks images; raises UserError
     has: Callable[[Sample], bool] = lambda sample: True  # whether `provide` can succeed for the sample
     # (count, seed) -> up to `count` training captions. None: the captions of samples that are not measured.

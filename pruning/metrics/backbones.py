@@ -225,8 +225,8 @@ def in_batches(compute, batch_size: int, what: str, *stacks) -> np.ndarray:
 
 # ---------------------------------------------------------------- features
 
-def embed_captions(clip: Clip, captions, batch_size: int = 64) -> Tuple[np.ndarray, int]:
-    """Return CLIP's text embeddings, unit rows (n, d), and how many captions were cut at the model's token limit."""
+def embed_captions(clip: Clip, captions, batch_size: int = 64) -> Tuple[np.ndarray, List[int]]:
+    """Return CLIP's text embeddings, unit rows (n, d), and which captions were cut at the model's token limit."""
     from torch.nn.functional import normalize
 
     limit = clip.model.config.text_config.max_position_embeddings
@@ -239,7 +239,7 @@ def embed_captions(clip: Clip, captions, batch_size: int = 64) -> Tuple[np.ndarr
         return normalize(clip.model.text_projection(pooled), dim=-1)
 
     captions = list(captions)
-    truncated = sum(len(ids) > limit for ids in clip.tokenizer(captions, verbose=False).input_ids)
+    truncated = [i for i, ids in enumerate(clip.tokenizer(captions, verbose=False).input_ids) if len(ids) > limit]
     return in_batches(compute, batch_size, "caption embeddings", captions), truncated
 
 

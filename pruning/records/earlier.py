@@ -1,10 +1,10 @@
-"""Records of earlier versions, read as version 8. No torch."""
+"""Records of earlier versions, read as version 9. No torch."""
 from __future__ import annotations
 
 import copy
 
 from pruning import methods
-from pruning.records.schema import COUNT, NAMED_TEXTS, NUMBERS_OR_NULL, OBJECT, POINTS, TEXTS, check
+from pruning.records.schema import COUNT, NAMED_TEXTS, NUMBERS_OR_NULL, OBJECT, POINTS, REAL_IMAGES, TEXTS, check
 
 # What became of each layer, which earlier versions did not say.
 LAYERS = {"layer_rates": {}, "layer_errors": {}, "layer_parameters": {}, "layer_macs": {}}
@@ -20,18 +20,38 @@ NOTES = {  # of version 3: name -> its kind, and the value of a note that is abs
     "seed_spread": (NUMBERS_OR_NULL, {}),
 }
 
+COUNTED = {  # notes until version 8, which named no caption
+    "captions_skipped": "Captions skipped",
+    "captions_truncated": "Captions cut where CLIP stops reading",
+}
+
+
+def from_version_8(data: dict) -> dict:
+    """Return a version 8 object as a version 9 object. Raises ValueError that names a part that version 8 has not.
+
+    Until version 8, a record counted captions that were skipped or cut but named none, and it had no hash of the real
+    images that it compared with.
+    """
+    check(data, {"notes": OBJECT, "settings": OBJECT}, "")
+    check(data["notes"], {name: COUNT for name in (*COUNTED, "reference_images")}, "notes.")
+    notes = dict(data["notes"])
+    counts = {what: notes.pop(name) for name, what in COUNTED.items()}
+    faults = {what: {"count": count, "first": []} for what, count in counts.items() if count}
+    unknown = dict.fromkeys(REAL_IMAGES, "unknown") if notes["reference_images"] else {}
+    return {**data, "settings": {**data["settings"], **unknown}, "notes": {**notes, "faults": faults}}
+
 
 def from_version_7(data: dict) -> dict:
-    """Return a version 7 object as a version 8 object. Raises ValueError that names a part that version 7 has not.
+    """Return a version 7 object as a version 9 object. Raises ValueError that names a part that version 7 has not.
 
     Until version 7, a record did not say which rates were asked for.
     """
     check(data, {"notes": OBJECT}, "")
-    return {**data, "notes": {"rates": [], **data["notes"]}}
+    return from_version_8({**data, "notes": {"rates": [], **data["notes"]}})
 
 
 def from_version_6(data: dict) -> dict:
-    """Return a version 6 object as a version 8 object. Raises ValueError that names a part that version 6 has not.
+    """Return a version 6 object as a version 9 object. Raises ValueError that names a part that version 6 has not.
 
     Until version 6, widths were not rounded by default, which in float32 they are not today either.
     """
@@ -41,7 +61,7 @@ def from_version_6(data: dict) -> dict:
 
 
 def from_version_5(data: dict) -> dict:
-    """Return a version 5 object as a version 8 object. Raises ValueError that names a part that version 5 has not.
+    """Return a version 5 object as a version 9 object. Raises ValueError that names a part that version 5 has not.
 
     Until version 5, units went by norm and nothing was re-fitted.
     """
@@ -51,14 +71,14 @@ def from_version_5(data: dict) -> dict:
 
 
 def from_version_4(data: dict) -> dict:
-    """Return a version 4 object as a version 8 object. Raises ValueError that names a part that version 4 has not."""
+    """Return a version 4 object as a version 9 object. Raises ValueError that names a part that version 4 has not."""
     check(data, {"dense": OBJECT, "points": POINTS}, "")
     return from_version_5({**data, "dense": {**LAYERS, **data["dense"]},
                            "points": [{**LAYERS, **point} for point in data["points"]]})
 
 
 def from_version_3(data: dict) -> dict:
-    """Return a version 3 object as a version 8 object. Raises ValueError that names a part that version 3 has not.
+    """Return a version 3 object as a version 9 object. Raises ValueError that names a part that version 3 has not.
 
     Version 3 kept a method's options in settings, and skipped modules, floors and the spread of seeds in notes.
     """

@@ -14,11 +14,11 @@ from typing import Dict, List
 
 from pruning import UserError, methods, whole_file
 from pruning.records import earlier
-from pruning.records.schema import SETTINGS, Notes, Point, Record, build, check
+from pruning.records.schema import REAL_IMAGES, SETTINGS, Notes, Point, Record, build, check
 
-SCHEMA_VERSION = 8
+SCHEMA_VERSION = 9
 EARLIER = {3: earlier.from_version_3, 4: earlier.from_version_4, 5: earlier.from_version_5, 6: earlier.from_version_6,
-           7: earlier.from_version_7}
+           7: earlier.from_version_7, 8: earlier.from_version_8}
 
 
 class BrokenRecordError(UserError):
@@ -201,7 +201,8 @@ def protocol_differences(a: Record, b: Record, continuing: bool = False) -> List
     if continuing:
         pairs.append(("method", a.method, b.method))
         pairs += _pairs("", _with_defaults(a), _with_defaults(b)) if a.method == b.method else []
-    pairs += [pair for pair in _pairs("", a.settings, b.settings) if not (continuing and pair[0] == "metrics")]
+    pairs += [pair for pair in _pairs("", a.settings, b.settings)
+              if not (continuing and (pair[0] == "metrics" or pair[0] in REAL_IMAGES and None in pair[1:]))]
     pairs += [pair for pair in _pairs("backbones.", a.backbones, b.backbones)
               if not (continuing and None in pair[1:])]  # of a metric that only one record has
     pairs += _pairs("versions.", a.versions, b.versions)

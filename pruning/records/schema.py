@@ -45,6 +45,11 @@ def _is_options(value):
             and all(re.fullmatch(r"\w+", name) for name in value))
 
 
+def _is_faults(value):
+    return _is_object(lambda fault: isinstance(fault, dict) and set(fault) == {"count", "first"}
+                      and COUNT.fits(fault["count"]) and TEXTS.fits(fault["first"]))(value)
+
+
 def _is_samples(value):
     return (value != [] and _is_list(_is_object(_is_text))(value)
             and all(set(sample) == {"id", "caption"} for sample in value))
@@ -74,6 +79,7 @@ INTERVALS = Kind("an object of two ascending numbers or null", _is_object(_or_nu
 LISTS = Kind("an object of lists of numbers or null", _is_object(_is_list(_or_null(_is_number))))
 OPTIONS = Kind("an object of numbers, texts, true, false or null, named by letters, digits and '_'", _is_options)
 SAMPLES = Kind("a list, not empty, of objects with an id and a caption", _is_samples)
+FAULTS = Kind("an object of counts and the first names", _is_faults)
 POINTS = Kind("a list of points", _is_list(lambda value: isinstance(value, dict)))
 
 
@@ -120,8 +126,7 @@ class Point:
 class Notes:
     """Facts about a record that decide none of its numbers."""
 
-    captions_skipped: int = field(COUNT, 0)  # captions of the data set that could not be used
-    captions_truncated: int = field(COUNT, 0)  # captions longer than CLIP reads
+    faults: Dict[str, Dict[str, Any]] = field(FAULTS, dict)  # of the data: what was skipped -> how often, where
     code: List[str] = field(TEXTS, list)  # commits of this program that measured
     reference_images: int = field(COUNT, 0)  # real images that sets of images are compared with
     feature_sizes: Dict[str, int] = field(COUNTS, dict)  # family of backbones -> number of features
@@ -158,6 +163,9 @@ SETTINGS = {
     "guidance_scale": NUMBER,
     "device": TEXT,
 }
+
+# Hashes of sets of real images, which a record has if one of its metrics compares with such a set.
+REAL_IMAGES = ("reference_originals", "other_originals")
 
 
 def check(values: dict, kinds: Dict[str, Kind], prefix: str) -> None:
