@@ -1,5 +1,7 @@
 """The commands end to end on the bundled model, with few images and steps."""
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import re
@@ -12,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_data import flickr8k_folder
 
 from pruning import cli, data, experiment, pruning_analysis, steps, sweep, test_single_rate
+from pruning.data.faults import sentences
 from pruning.methods import METHODS, default_options, needs, probes, reconstruct, sequential, units
 from pruning.metrics import METRICS, backbones, scores
 from pruning.models import generation, pipelines
@@ -31,15 +35,15 @@ def measure(folder, *flags):
     return next(read_record(path) for path in sorted(Path(folder).glob("*/*/*.json")))
 
 
-def fails(capsys, main, *flags):
-    """The one line on stderr with which a command exits with 2. Checks that it is one line and that code."""
+def fails(capsys, main, *flags, said=0):
+    """The one line on stderr, after `said` others, with which a command exits with 2. Checks that it is one line."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         cli.run(lambda: main([str(flag) for flag in flags]))
     lines = [line for line in capsys.readouterr().err.splitlines() if "it/s" not in line and line.strip()]
     assert stop.value.code == 2
-    assert len(lines) == 1, lines
-    return lines[0]
+    assert len(lines) == said + 1, lines
+    return lines[-1]
 
 
 def measurements(record):
@@ -252,6 +256,68 @@ def test_a_record_of_other_settings_is_refused_with_the_difference_named(tmp_pat
     assert "seed: 0 and 1" in line
     pruning_analysis.main([*flags, "--steps", "5", "--overwrite"])
     assert read_record(tmp_path / "shapes-unet" / "shapes" / "magnitude.json").settings["steps"] == 5
+
+
+LOST_CAPTION = "Captions skipped because they are empty: 1 (line 32)."
+LOST_LINE = "Lines skipped that are no comma-separated values; a quote may not be closed: 1 (line 33)."
+CUT = "Captions cut where CLIP stops reading: 1 (2_ab.jpg)."
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A sweep over a folder of photographs with faulty captions: its flags, what it printed, the record's path."""
+    folder = tmp_path_factory.mktemp("photos")
+    flickr8k_folder(folder / "flickr8k", "kaggle", '7.jpg,\n8.jpg,"A dog\n')
+    captions = folder / "flickr8k" / "captions.txt"
+    captions.write_text(captions.read_text().replace("number 20", 40 * "very "))
+    flags = ["--dataset", "flickr8k", "--data_dir", str(folder / "flickr8k"), "--model", "shapes-unet",
+             "--metric_backbones", "bundled", "--num_images", "3", "--steps", "1", "--metrics", "clip_score", "fid",
+             "--rates", "0.5", "--device", "cpu", "--results_dir", str(folder)]
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        pruning_analysis.main(flags)
+    return flags, said.getvalue(), folder / "shapes-unet" / "flickr8k" / "magnitude.json"
+
+
+def test_what_is_skipped_or_cut_in_the_data_is_on_the_screen_in_the_record_and_in_the_summary(photos):
+    _, said, path = photos
+    summary = " ".join(path.with_suffix(".txt").read_text(encoding="utf-8").split())
+    assert sentences(read_record(path).notes.faults) == [LOST_CAPTION, LOST_LINE, CUT]
+    for sentence in (LOST_CAPTION, LOST_LINE, CUT):
+        assert said.count(sentence) == summary.count(sentence) == 1
+
+
+def test_a_sweep_does_not_go_on_if_a_real_image_beyond_the_measured_ones_has_changed(photos, capsys):
+    flags, _, path = photos
+    measured = {sample["id"] for sample in read_record(path).samples}
+    other = next(file for file in Path(flags[3], "Images").iterdir() if file.name not in measured)
+    content = other.read_bytes()
+    Image.new("RGB", (24, 16), "white").save(other)
+    line = fails(capsys, pruning_analysis.main, *flags, "--rates", "0.6", said=3)
+    other.write_bytes(content)
+    assert re.search(r"measured with other settings \(other_originals: \w{32} and \w{32}\)", line)
+    pruning_analysis.main([*flags, "--rates", "0.6"])
+    assert [point.rate for point in read_record(path).points] == [0.5, 0.6]
+
+
+def test_the_hash_of_real_images_changes_with_each_of_them(monkeypatch):
+    monkeypatch.setattr(experiment, "REFERENCE_ROWS", 2)
+    network = backbones.load_backbone("bundled", "features")
+
+    def describe(images):
+        samples = [data.Sample(str(n), "", image.copy) for n, image in enumerate(images)]
+        return experiment.describe_originals({"features": network}, {"features": "x"}, {}, "cpu", 64, samples)
+
+    images = [Image.new("RGB", (64, 64), (n, 80, 160)) for n in range(5)]
+    found, digest = describe(images)
+    expected = backbones.describe("features", network, np.stack([np.asarray(image) for image in images]))
+    assert np.abs(found["features"] - expected).max() < 1e-4
+    digests = {digest}
+    for image in images:
+        image.putpixel((3, 3), (255, 255, 255))
+        digests.add(describe(images)[1])
+    assert len(digests) == 6
+    assert describe([]) == ({}, "none")
 
 
 def test_settings_of_a_method_that_differ_have_records_of_their_own(tmp_path):
