@@ -259,7 +259,7 @@ def test_a_record_of_other_settings_is_refused_with_the_difference_named(tmp_pat
 
 
 LOST_CAPTION = "Captions skipped because they are empty: 1 (line 32)."
-LOST_LINE = "Lines skipped that are no comma-separated values; a quote may not be closed: 1 (line 33)."
+LOST_LINE = "Lines skipped that are no comma-separated values, such as those with an open quote: 1 (line 33)."
 CUT = "Captions cut where CLIP stops reading: 1 (2_ab.jpg)."
 
 
@@ -291,13 +291,9 @@ def test_a_sweep_does_not_go_on_if_a_real_image_beyond_the_measured_ones_has_cha
     flags, _, path = photos
     measured = {sample["id"] for sample in read_record(path).samples}
     other = next(file for file in Path(flags[3], "Images").iterdir() if file.name not in measured)
-    content = other.read_bytes()
     Image.new("RGB", (24, 16), "white").save(other)
     line = fails(capsys, pruning_analysis.main, *flags, "--rates", "0.6", said=3)
-    other.write_bytes(content)
     assert re.search(r"measured with other settings \(other_originals: \w{32} and \w{32}\)", line)
-    pruning_analysis.main([*flags, "--rates", "0.6"])
-    assert [point.rate for point in read_record(path).points] == [0.5, 0.6]
 
 
 def test_the_hash_of_real_images_changes_with_each_of_them(monkeypatch):

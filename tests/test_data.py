@@ -447,7 +447,7 @@ def test_a_quote_that_is_not_closed_costs_only_its_own_row(tmp_path):
     assert {s.id: s.caption for s in samples} == {
         f"{n}_ab.jpg": f"A dog , number {n}{1 if n in (0, 2) else 0} ." for n in range(6)}
     assert sentences(faults) == [
-        "Lines skipped that are no comma-separated values; a quote may not be closed: 2 (line 2; line 12)."]
+        "Lines skipped that are no comma-separated values, such as those with an open quote: 2 (line 2; line 12)."]
 
 
 @pytest.mark.parametrize("layout", ["token", "kaggle"])

@@ -58,7 +58,7 @@ def _kaggle_entries(path: Path, faults: Faults) -> Iterator[Entry]:
             try:
                 row = next(csv.reader([line], strict=True), None)
             except csv.Error:
-                note(faults, "Lines skipped that are no comma-separated values; a quote may not be closed",
+                note(faults, "Lines skipped that are no comma-separated values, such as those with an open quote",
                      f"line {number}")
                 continue
             if row and len(row) == 2:

@@ -40,7 +40,7 @@ def summary(record: Record, tolerance: float = TOLERANCE) -> str:
     parts = [wrapped(answer(record, tolerance)), _header(record), str(metric_table(record)),
              _legend(record), str(cost_table(record)), wrapped(compile_note(record)),
              wrapped(_collapse(record)), wrapped(_gain(record, tolerance)), wrapped(_noise(record)),
-             wrapped(skipped_modules(record)), wrapped(" ".join(sentences(record.notes.faults))),
+             wrapped(skipped_modules(record)), "\n".join(map(wrapped, sentences(record.notes.faults))),
              wrapped(bias_note(record))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
