@@ -463,7 +463,8 @@ def test_a_byte_order_mark_and_line_ends_of_windows_change_nothing(tmp_path, lay
 
 @pytest.mark.parametrize(("layout", "content"), [
     ("token", b""), ("token", b"image,caption\n1.jpg,A dog .\n"), ("token", b"1.jpg#0\t\xff\xfe\n"),
-    ("kaggle", b""), ("kaggle", b"1.jpg,A dog .\n"), ("kaggle", b"image,caption\n"),
+    ("kaggle", b""), ("kaggle", b'"image,caption\n1.jpg,A dog .\n'), ("kaggle", b"x" * 200_000),
+    ("kaggle", b"1.jpg,A dog .\n"), ("kaggle", b"image,caption\n"),
     ("kaggle", b"image,caption\n1.jpg,\xff\xfe\n"), ("kaggle", b'image,caption\n1.jpg,"' + b"x" * 200_000),
 ])
 def test_malformed_caption_files_of_flickr8k_are_errors_that_name_the_file(tmp_path, layout, content):
@@ -518,7 +519,7 @@ def test_images_without_a_file_are_counted_and_named(tmp_path):
     folder = flickr8k_folder(tmp_path, "kaggle", "".join(f"{name},A dog\n" for name in names))
     (folder / "Images" / "0_cd.jpg").symlink_to(folder / "gone.jpg")
     (folder / "Images" / "1_cd.jpg").mkdir()
-    with pytest.raises(UserError, match=r"Images that have a caption but no file in .*Images: 5 \(.*; .*; .*; …\)"):
+    with pytest.raises(UserError, match=r"a caption but no readable file in .*Images: 5 \(.*; .*; .*; …\)"):
         load_samples("flickr8k", 11, 0, folder)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 import csv
 import re
 from pathlib import Path
-from typing import Iterator, Optional
+from typing import Iterator, List, Optional
 
 from pruning import UserError
 from pruning.data.faults import Faults, note
@@ -52,17 +52,23 @@ def _kaggle_entries(path: Path, faults: Faults) -> Iterator[Entry]:
     A row is one line, so that a quote that is not closed swallows no other row.
     """
     with open(path, encoding="utf-8-sig") as lines:
-        if next(csv.reader(lines), None) != ["image", "caption"]:
+        if _fields(next(lines, "")) != ["image", "caption"]:
             raise ValueError("the first line is not image,caption")
         for number, line in enumerate(lines, 2):
-            try:
-                row = next(csv.reader([line], strict=True), None)
-            except csv.Error:
+            fields = _fields(line)
+            if fields is None:
                 note(faults, "Lines skipped that are no comma-separated values, such as those with an open quote",
                      f"line {number}")
-                continue
-            if row and len(row) == 2:
-                yield f"line {number}", row[0], number, row[1]
-            elif row:
+            elif len(fields) == 2:
+                yield f"line {number}", fields[0], number, fields[1]
+            elif fields:
                 note(faults, "Lines skipped that are not an image name, a comma and a caption, quoted if it has commas",
                      f"line {number}")
+
+
+def _fields(line: str) -> Optional[List[str]]:
+    """Return the comma-separated values of one line, None if it is malformed."""
+    try:
+        return next(csv.reader([line], strict=True), [])
+    except csv.Error:
+        return None

@@ -89,7 +89,7 @@ def _check_files(samples: List[Sample]) -> None:
     missing: Faults = {}
     for sample in samples:
         if not os.path.isfile(sample.file):
-            note(missing, f"Images that have a caption but no file in {sample.file.parent}", sample.id)
+            note(missing, f"Images that have a caption but no readable file in {sample.file.parent}", sample.id)
     if missing:
         raise UserError(" ".join([*sentences(missing), "Add the files"]))
     alike: Dict[str, Sample] = {}
