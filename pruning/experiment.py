@@ -142,9 +142,10 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
                                  record.versions, device, sampling["image_size"])
     reference, reference_hash = describe(real)
     floors, others_hash = describe(others)
-    if sets:
-        record = replace(record, settings={**record.settings, "reference_originals": reference_hash,
-                                           "other_originals": others_hash})
+    hashes = {"reference_originals": reference_hash, "other_originals": others_hash} if sets else {}
+    if earlier:  # a record of an earlier version does not know its real images, nor does it once it has gone on
+        hashes.update((name, "unknown") for name in hashes if earlier.settings.get(name) == "unknown")
+    record = replace(record, settings={**record.settings, **hashes})
     if earlier:
         check_continues(earlier, record, path)
     code = [*(earlier.notes.code if earlier else []), provenance.code_version()]

@@ -124,13 +124,13 @@ def test_a_record_says_what_each_layer_lost_and_its_share_of_the_model(measured)
     assert errors == [0, 0] or 0 < errors[0] < errors[1]
 
 
-def prepare(folder, *flags):
-    """The experiment of these flags, as the command makes it."""
+def prepare(folder, *flags, earlier=None):
+    """The experiment of these flags, as the command makes it. earlier: the record that it continues."""
     parser = cli.Parser("")
     cli.add_measuring_flags(parser)
     args = parser.parse_args([*QUICK[2:], *flags])
     args.num_images, args.results_dir, args.rates = 2, folder, [0.5]
-    return experiment.prepare(args, sweep.own_path(args), None)
+    return experiment.prepare(args, sweep.own_path(args), earlier)
 
 
 def test_offloading_changes_no_image_and_no_count(tmp_path):
@@ -294,6 +294,17 @@ def test_a_sweep_does_not_go_on_if_a_real_image_beyond_the_measured_ones_has_cha
     Image.new("RGB", (24, 16), "white").save(other)
     line = fails(capsys, pruning_analysis.main, *flags, "--rates", "0.6", said=3)
     assert re.search(r"measured with other settings \(other_originals: \w{32} and \w{32}\)", line)
+
+
+def test_a_record_that_does_not_know_its_real_images_goes_on_and_still_says_so(photos, tmp_path):
+    flags = [*photos[0][:8], "--metrics", "fid"]  # the data set and its networks
+    record = prepare(tmp_path, *flags).record
+    unknown = {"reference_originals": "unknown", "other_originals": "unknown"}  # as a record of version 8 is read
+    known = {name: record.settings[name] for name in unknown}
+    assert all(re.fullmatch("[0-9a-f]{32}", value) for value in known.values())
+    for hashes in (known, unknown):
+        earlier = dataclasses.replace(record, settings={**record.settings, **hashes})
+        assert prepare(tmp_path, *flags, earlier=earlier).record.settings == earlier.settings
 
 
 def test_the_hash_of_real_images_changes_with_each_of_them(monkeypatch):
