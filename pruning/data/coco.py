@@ -9,7 +9,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Set
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from tqdm import tqdm
 
@@ -47,28 +47,39 @@ def read(data_dir: Optional[Path]) -> Source:
 def _entries(path: Path, faults: Faults) -> Iterator[Entry]:
     """Yield (where, image name, annotation id, caption) for each caption whose image is known.
 
-    pycocotools would keep one of several images, or annotations, that share an id, and say nothing.
+    pycocotools indexes what is sound: of several images, or annotations, that share an id it keeps one without a word,
+    and it stops at a field of a wrong type.
     """
+    from pycocotools.coco import COCO
+
     content = json.loads(path.read_bytes(), object_pairs_hook=_fields)
-    names: Dict[Any, Set[str]] = {}
-    for number, image in enumerate(content["images"]):
-        if _has(image, id=(int, str), file_name=(str,)):
-            names.setdefault(image["id"], set()).add(image["file_name"])
+    images = list(_sound(content["images"], "images", faults, id=(int, str), file_name=(str,)))
+    coco = COCO()
+    coco.dataset = {"images": [image for _, image in images]}
+    with contextlib.redirect_stdout(None):  # COCO prints how long the index took
+        coco.createIndex()
+    several = {image["id"] for _, image in images if image["file_name"] != coco.imgs[image["id"]]["file_name"]}
+    for where, caption in _sound(content["annotations"], "annotations", faults,
+                                 id=(int,), image_id=(int, str), caption=(str,)):
+        image = coco.imgs.get(caption["image_id"])
+        if image and caption["image_id"] not in several:
+            yield where, image["file_name"], caption["id"], caption["caption"]
         else:
-            note(faults, "Images skipped because their id or file_name is missing or of a wrong type",
-                 f"images[{number}]")
-    for number, annotation in enumerate(content["annotations"]):
-        where = f"annotations[{number}]"
-        if not _has(annotation, id=(int,), image_id=(int, str), caption=(str,)):
-            note(faults, "Captions skipped because their id, image_id or caption is missing or of a wrong type", where)
-            continue
-        own = names.get(annotation["image_id"], ())
-        if len(own) == 1:
-            yield where, *own, annotation["id"], annotation["caption"]
-        else:
-            listed = "several images" if own else "no image"
+            listed = "several images" if image else "no image"
             note(faults, f"Captions skipped because their image_id stands for {listed}",
-                 f"{where}: image_id {annotation['image_id']}")
+                 f"{where}: image_id {caption['image_id']}")
+
+
+def _sound(entries: list, part: str, faults: Faults, **kinds: tuple) -> Iterator[Tuple[str, Dict[str, Any]]]:
+    """Yield (where, entry) of the entries whose fields have these types, and note the others. A bool is no int."""
+    *first, last = kinds
+    for number, entry in enumerate(entries):
+        where = f"{part}[{number}]"
+        if isinstance(entry, dict) and all(type(entry.get(name)) in types for name, types in kinds.items()):
+            yield where, entry
+        else:
+            what, fields = "Images" if part == "images" else "Captions", f"{', '.join(first)} or {last}"
+            note(faults, f"{what} skipped because their {fields} is missing or of a wrong type", where)
 
 
 def _fields(pairs: list) -> dict:
@@ -76,11 +87,6 @@ def _fields(pairs: list) -> dict:
     if len(fields) < len(pairs):
         raise ValueError(f"an object has one of its fields twice: {', '.join(name for name, _ in pairs)}")
     return fields
-
-
-def _has(entry, **kinds: tuple) -> bool:
-    """Whether an entry is an object whose fields have these types. A bool is no int."""
-    return isinstance(entry, dict) and all(type(entry.get(name)) in types for name, types in kinds.items())
 
 
 # ---------------------------------------------------------------- fetching
