@@ -5,7 +5,8 @@ intervals.py, and the costs of a denoiser in costs.py.
 """
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+import math
+from typing import NamedTuple, Optional, Tuple
 
 
 class Metric(NamedTuple):
@@ -20,6 +21,7 @@ class Metric(NamedTuple):
     # caption, the "dense" model's image from the same noise, or "" for nothing.
     against: str = ""
     interval: Optional[str] = None  # the 95 % interval: of the "difference" to dense image by image, or of the "value"
+    bounds: Tuple[float, float] = (-math.inf, math.inf)  # of its values; an interval never leaves them
     relative: str = "ratio"  # how it is drawn relative to dense: "ratio", "value", "1 - value", or "" if not at all
     biased: bool = False  # biased upward for few images; drawn faded if there are fewer images than features
     cost: bool = False  # what pruning should save; every other metric is about quality
@@ -28,7 +30,7 @@ class Metric(NamedTuple):
 METRICS = {
     "clip_score": Metric("how well each image matches its caption: cosine similarity of their CLIP embeddings",
                          better="higher", per_image=True, unit="100·cos", backbone="clip", against="caption",
-                         interval="difference"),
+                         interval="difference", bounds=(-100, 100)),
     "kid": Metric("kernel distance between the features of the generated and of the reference images; unbiased for any "
                   "number of images, so it can be negative",
                   better="lower", per_image=False, unit="1000·MMD²", backbone="features", against="reference",
@@ -41,14 +43,17 @@ METRICS = {
                   "for few images",
                   better="lower", per_image=False, backbone="features", against="reference", biased=True),
     "lpips": Metric("perceptual distance between each image and the original image of its caption",
-                    better="lower", per_image=True, backbone="lpips", against="original", interval="difference"),
+                    better="lower", per_image=True, backbone="lpips", against="original", interval="difference",
+                    bounds=(0, math.inf)),
     "lpips_dense": Metric("perceptual distance between each image and the dense model's image from the same noise",
                           better="lower", per_image=True, backbone="lpips", against="dense", interval="value",
-                          relative="1 - value"),
+                          bounds=(0, math.inf), relative="1 - value"),
     "ssim_dense": Metric("structural similarity of each image and the dense model's image from the same noise",
-                         better="higher", per_image=True, against="dense", interval="value", relative="value"),
+                         better="higher", per_image=True, against="dense", interval="value", bounds=(-1, 1),
+                         relative="value"),
     "psnr_dense": Metric("peak signal-to-noise ratio of each image and the dense model's image from the same noise",
-                         better="higher", per_image=True, unit="dB", against="dense", interval="value", relative=""),
+                         better="higher", per_image=True, unit="dB", against="dense", interval="value",
+                         bounds=(0, math.inf), relative=""),
     "generation_time": Metric("mean time to generate an image",
                               better="lower", per_image=False, unit="s/image", cost=True),
 }

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from pruning.metrics import METRICS
 from pruning.metrics.backbones import check_images, device_of, in_batches, to_signed, to_tensor
-from pruning.metrics.intervals import MIN_SAMPLES, Interval, by_sample, mean_interval, t_critical
+from pruning.metrics.intervals import MIN_SAMPLES, Interval, metric_interval, t_critical
 
 KERNEL_ENTRIES = 2 ** 22  # of a kernel matrix in memory at a time
 STRIP_PIXELS = 2 ** 14  # of a pair of images in SSIM on a GPU at a time
@@ -254,10 +254,8 @@ def summarise(values: Dict[str, Any], finite: np.ndarray, dense: Optional[Dict[s
         if metric.per_image:
             own = per_image[name] = np.where(finite, value, math.nan)
             means[name] = float(own.mean())
-            if metric.interval == "difference":
-                own = own - np.array((dense or per_image)[name], float)
             if metric.interval:
-                intervals[name] = mean_interval(by_sample(own, seeds))
+                intervals[name] = metric_interval(metric, own, (dense or per_image)[name], seeds)
         else:
             value, interval = value if isinstance(value, Distance) else (value, None)
             exists = finite.all() or metric.cost
