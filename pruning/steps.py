@@ -60,7 +60,8 @@ def count_costs(experiment: Experiment, denoiser, rate: float) -> Dict[str, Any]
     _ = experiment.batch_call
     shapes = tuple(tensor.shape for tensor in denoiser.state_dict().values())
     shares = costs.layer_shares(denoiser, experiment.single_call) if rate == 0 else {}
-    return {**costs.count_parameters(denoiser), **experiment.call_costs(shapes), **shares}
+    return {**costs.count_parameters(denoiser), "file_bytes": saving.file_bytes(denoiser),
+            **experiment.call_costs(shapes), **shares}
 
 
 def compile_denoisers(experiment: Experiment, denoiser) -> Optional[compiling.CompiledCalls]:
@@ -155,8 +156,8 @@ def pruned_origin(record: Record, rate: float) -> Dict[str, Any]:
             **record.options, **seed}
 
 
-def time_calls(experiment: Experiment, denoiser, rate: float, images: generation.Images) -> Dict[str, float]:
-    """Return the seconds of a denoiser call and of an image, each beside the dense model's.
+def time_calls(experiment: Experiment, denoiser, rate: float, images: generation.Images) -> Dict[str, Any]:
+    """Return the seconds of a denoiser call and of an image, each beside the dense model's, with intervals of ratios.
 
     Calls of the pruned and the dense denoiser alternate. The dense model's image time is computed: the image time of
     the pruned model, with the dense call time in place of its own. Dense images made at another moment would compare
@@ -164,18 +165,23 @@ def time_calls(experiment: Experiment, denoiser, rate: float, images: generation
     """
     pipeline, dense, offload = experiment.pipeline, experiment.dense, experiment.offload
     place = (lambda each: pipelines.set_denoiser(pipeline, each, experiment.device, offload)) if offload else None
+    image = images.seconds_each
     if rate == 0:
         seconds, = costs.denoiser_seconds([denoiser], experiment.batch_call, place=place)
-        return {"denoiser_seconds": seconds, "dense_denoiser_seconds": seconds,
-                "image_seconds": images.seconds_each, "dense_image_seconds": images.seconds_each}
-    dense_seconds, seconds = costs.denoiser_seconds(
-        [dense if offload else dense.to(experiment.device), denoiser], experiment.batch_call, place=place)
+        return {"denoiser_seconds": seconds, "dense_denoiser_seconds": seconds, "image_seconds": image,
+                "dense_image_seconds": image, "ratio_intervals": {}}
+    dense_seconds, ratio, ends = costs.time_ratio(
+        dense if offload else dense.to(experiment.device), denoiser, experiment.batch_call, place)
     release_dense(pipeline, dense, offload)
     pipelines.set_denoiser(pipeline, denoiser, "cpu" if offload else experiment.device)
-    in_calls = min(1.0, images.calls * seconds / len(experiment.batches[0]) / images.seconds_each)  # share of the time
-    return {"denoiser_seconds": seconds, "dense_denoiser_seconds": dense_seconds,
-            "image_seconds": images.seconds_each,
-            "dense_image_seconds": images.seconds_each * (1 - in_calls + in_calls * dense_seconds / seconds)}
+    in_calls = min(1.0, images.calls * dense_seconds * ratio / len(experiment.batches[0]) / image)  # share of the time
+
+    def image_ratio(call_ratio: float) -> float:
+        return 1 / (1 - in_calls + in_calls / call_ratio)
+
+    return {"denoiser_seconds": dense_seconds * ratio, "dense_denoiser_seconds": dense_seconds,
+            "image_seconds": image, "dense_image_seconds": image / image_ratio(ratio),
+            "ratio_intervals": {"denoiser_seconds": list(ends), "image_seconds": [image_ratio(end) for end in ends]}}
 
 
 def save_pruned(experiment: Experiment, denoiser, folder: Path, point: Point) -> None:

@@ -21,7 +21,7 @@ from pruning.methods import variant_name
 from pruning.metrics import costs
 from pruning.models import pipelines, saving
 from pruning.records import report, store
-from pruning.records.plots import ROWS
+from pruning.records.plots import shown_images
 from pruning.records.record import BrokenRecordError, Point, Record, read_record, record_path, write_record
 from pruning.records.summaries import skipped_modules
 from pruning.steps import image_file, load_images, prune_copy, pruned_origin, save_pruned, whole_images
@@ -58,7 +58,8 @@ def sweep(args, run_pruning_experiment: Callable[..., Optional[Point]]) -> Tuple
             if record and not args.shard:
                 report.write_record_files(record, path.parent, experiment.images_folder, args.tolerance)
             if args.discard_images:
-                discard_images(experiment, [0.0, *(point.rate for point in record.points)] if record else [0.0])
+                for point in [record.dense, *record.points] if record else ():
+                    discard_images(experiment, point.rate, shown_images(record, args.tolerance))
     if record and skipped_modules(record):
         print(skipped_modules(record), file=sys.stderr)
     return path, record
@@ -139,7 +140,8 @@ def measure_all(experiment: Experiment, args, path: Path, known: Dict[float, Poi
                 measure(rate, again)
             write()
             if args.discard_images and distributed.is_main and rate:
-                discard_images(experiment, [rate])
+                so_far = replace(experiment.record, dense=known[0.0], points=[known[rate]])
+                discard_images(experiment, rate, shown_images(so_far, args.tolerance))
     for rate in sorted(unsaved) if distributed.is_main else ():  # measured by an earlier run that did not save it
         save_pruned(experiment, prune_copy(experiment, rate)[0], folders[rate], known[rate])
     if distributed.is_main:
@@ -214,12 +216,11 @@ def delete_images(experiment: Experiment, args) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def discard_images(experiment: Experiment, rates: List[float]) -> None:
-    """Delete the images of these rates that no figure shows."""
-    for rate in rates:
-        for index in range(ROWS, len(experiment.samples)):
-            with suppress(FileNotFoundError):
-                image_file(experiment, rate, index).unlink()
+def discard_images(experiment: Experiment, rate: float, shown: List[int]) -> None:
+    """Delete the images of a rate that no figure shows."""
+    for index in set(range(len(experiment.samples))) - set(shown):
+        with suppress(FileNotFoundError):
+            image_file(experiment, rate, index).unlink()
 
 
 def saved_folders(args) -> Dict[float, Path]:

@@ -38,7 +38,7 @@ def main(argv=None) -> None:
     path, record = sweep.sweep(args, run_pruning_experiment)
     if distributed.is_main:
         record = replace(record, points=[point for point in record.points if point.rate == args.rate])
-        print(single_rate_table(record))
+        print(single_rate_table(record, args.tolerance))
         print(path)
         print(answer(record, args.tolerance))
 

@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Callable, Dict, List, Optional, Sequence
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
+
+from pruning.metrics.intervals import median_interval
+
+ROUNDS, MOST_ROUNDS = 6, 24  # of calls that are timed; 6 is the fewest that have a 95 % interval
+RATIO_WIDTH = 0.05  # of the interval of a ratio of times, as a share of the ratio: what is good enough
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise torch's profiler prints to stderr
 
@@ -17,7 +22,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise torch's profiler pr
 def count_parameters(module) -> Dict[str, int]:
     """Return the number of parameters, the number of nonzero ones, and the bytes of all weights.
 
-    The bytes are those of the state dict in its dtype, which is what a weights file holds.
+    The bytes are those of the state dict in memory. A saved file may be half as large: see saving.file_bytes.
     """
     parameters = list(module.parameters())
     return {
@@ -116,18 +121,23 @@ def peak_bytes(denoiser, call: dict) -> int:
 
 
 def denoiser_seconds(denoisers: Sequence, call: dict, rounds: int = 5, place: Optional[Callable] = None) -> List[float]:
-    """Return the median seconds of a call of each denoiser over `rounds` rounds.
+    """Return the median seconds of a call of each denoiser over `rounds` rounds of call_seconds()."""
+    return [float(np.median(own)) for own in call_seconds(denoisers, call, rounds, place).T]
+
+
+def call_seconds(denoisers: Sequence, call: dict, rounds: int, place: Optional[Callable] = None) -> np.ndarray:
+    """Return the seconds of a call of each denoiser in each round, (rounds, denoisers).
 
     Each round calls every denoiser once, so a machine that becomes slower slows all of them. place(denoiser), if given,
     brings a denoiser to the device before its turn, and an untimed warm-up call follows. Without `place` the first
-    timed call may be slow; the median ignores it.
+    timed call may be slow; a median ignores it.
     """
     import torch
 
-    seconds, device = [[] for _ in denoisers], _device(call)
+    seconds, device = np.empty((rounds, len(denoisers))), _device(call)
     with torch.no_grad():
-        for _ in range(rounds):
-            for denoiser, own in zip(denoisers, seconds):
+        for own in seconds:
+            for k, denoiser in enumerate(denoisers):
                 if place:
                     place(denoiser)
                     denoiser(**call)
@@ -135,8 +145,23 @@ def denoiser_seconds(denoisers: Sequence, call: dict, rounds: int = 5, place: Op
                 started = time.perf_counter()
                 denoiser(**call)
                 synchronize(device)
-                own.append(time.perf_counter() - started)
-    return [float(np.median(own)) for own in seconds]
+                own[k] = time.perf_counter() - started
+    return seconds
+
+
+def time_ratio(dense, pruned, call: dict, place: Optional[Callable] = None) -> Tuple[float, float, Tuple[float, float]]:
+    """Return the seconds of a dense call, how many times as long a pruned call takes, and the ratio's 95 % interval.
+
+    The ratio is the median over rounds of a dense and a pruned call each. While the interval is wider than RATIO_WIDTH
+    of the ratio, ROUNDS more rounds follow, at most MOST_ROUNDS in all.
+    """
+    seconds = np.empty((0, 2))
+    while True:
+        seconds = np.concatenate([seconds, call_seconds([dense, pruned], call, ROUNDS, place)])
+        ratios = seconds[:, 1] / seconds[:, 0]
+        ratio, (low, high) = float(np.median(ratios)), median_interval(ratios)
+        if high - low <= RATIO_WIDTH * ratio or len(seconds) >= MOST_ROUNDS:
+            return float(np.median(seconds[:, 0])), ratio, (low, high)
 
 
 def synchronize(device) -> None:

@@ -78,19 +78,41 @@ def _plain(denoiser, call: Dict[str, Any]):
 
 def narrow(file: Path) -> None:
     """Rewrite a safetensors file in float16 or bfloat16 if every number in it stays the same."""
-    import torch
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(file)
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
+    dtype = _narrow_dtype(tensors)
+    if dtype:
+        save_file({name: tensor.to(dtype) if _is_wide(tensor) else tensor for name, tensor in tensors.items()}, file,
+                  metadata)
+
+
+def file_bytes(denoiser) -> int:
+    """Return the bytes of the denoiser's weights in the file that save() writes, without the names of the tensors."""
+    tensors = denoiser.state_dict()
+    narrowed = _narrow_dtype(tensors) is not None
+    return sum(tensor.numel() * (2 if narrowed and _is_wide(tensor) else tensor.element_size())
+               for tensor in tensors.values())
+
+
+def _narrow_dtype(tensors: Dict[str, Any]):
+    """Return the half precision in which all float32 numbers stay the same, None if there is none."""
+    import torch
+
+    wide = [tensor for tensor in tensors.values() if _is_wide(tensor)]
     for dtype in (torch.float16, torch.bfloat16):
-        if all(tensor.dtype != torch.float32 or torch.equal(tensor.to(dtype).float(), tensor)
-               for tensor in tensors.values()):
-            save_file({name: tensor.to(dtype) if tensor.dtype == torch.float32 else tensor
-                       for name, tensor in tensors.items()}, file, metadata)
-            return
+        if all(torch.equal(tensor.to(dtype).float(), tensor) for tensor in wide):
+            return dtype
+    return None
+
+
+def _is_wide(tensor) -> bool:
+    import torch
+
+    return tensor.dtype == torch.float32
 
 
 def is_saved(folder: Path, pruning: Dict[str, Any]) -> bool:

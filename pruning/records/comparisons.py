@@ -15,6 +15,7 @@ from pruning.records.drawing import (
     band_note,
     caption,
     draw_noise_levels,
+    draw_ratios,
     end_of,
     faded,
     faded_note,
@@ -28,14 +29,19 @@ from pruning.records.drawing import (
     panels,
     plot,
     rate_axis,
+    ratio_axis,
+    ratio_note,
+    ratios,
     save,
     small_print,
     variant_lines,
 )
 from pruning.records.findings import (
     QUALITY,
+    SAVED,
     SIMILARITY,
     all_points,
+    drawn_metrics,
     formula,
     images_of,
     in_order,
@@ -43,7 +49,6 @@ from pruning.records.findings import (
     metrics_of,
     relative_curve,
     relative_interval,
-    saved_share,
     unreliable,
     values_of,
 )
@@ -53,11 +58,6 @@ from pruning.records.words import counted
 
 LONGEST_LABEL = 18  # letters of a name beside a panel
 FRONTIER = (0.6, 1.03)  # of the dense QUALITY: what the first panels show, as nobody wants less
-# What is saved -> its share of the dense model's.
-SAVED = {
-    "share of multiply-accumulates saved": lambda point, dense: 1 - point.macs / dense.macs if dense.macs else 0.0,
-    "share of parameters removed or zeroed": saved_share,
-}
 
 
 @rc_context(STYLE)
@@ -67,17 +67,17 @@ def draw_comparison(records: Sequence[Record], path: Path, warning: str = "") ->
     warning: how the records were measured differently, if they were.
     """
     records = in_order(records)
-    lines, metrics = variant_lines(records), metrics_of(*records)
+    lines, metrics = variant_lines(records), drawn_metrics(*records)
     direct = max(map(len, lines)) <= LONGEST_LABEL  # whether names stand at the ends of lines, or in a legend
     frontiers = SAVED if QUALITY in metrics else {}
-    figure, all_axes = panels(len(metrics) + len(frontiers), width=5)
+    figure, all_axes = panels(len(metrics) + len(frontiers) + 1, width=5)
     labelled = []
     for axes, (what, share) in zip(all_axes, frontiers.items()):
         curves = {record.variant: ([share(point, record.dense) for point in all_points(record)],
                                    relative_curve(record, QUALITY)) for record in records}
         labelled.append((axes, _plot_all(axes, curves, lines)))
         axes.set_title(f"{QUALITY} ÷ dense  ↑ over what is saved")
-        axes.set_xlabel(what)
+        axes.set_xlabel(f"share of {what}")
         axes.set_xlim(-0.02, max(0.3, *(x for xs, _ in curves.values() for x in xs)) + 0.02)
         axes.set_ylim(*FRONTIER)
         for line in axes.lines:
@@ -99,10 +99,18 @@ def draw_comparison(records: Sequence[Record], path: Path, warning: str = "") ->
         metric_axis(axes, name, drawn)
         draw_noise_levels(axes, records[0], name)
         axes.set_xlabel("pruning rate", labelpad=-9)
+    last = all_axes[-1]
+    for record in records:
+        draw_ratios(last, record, "image_seconds", lines[record.variant])
+    labelled.append((last, [(*end_of(_rates(record), ratios(record, "image_seconds")[0]), record.variant,
+                             lines[record.variant]) for record in records]))
+    ratio_axis(last, "image_seconds")
+    rate_axis(last, [rate for record in records for rate in _rates(record)])
+    last.set_xlabel("pruning rate", labelpad=-9)
     figure.suptitle(f"Pruning methods on {records[0].model}" + ("\nWARNING: measured differently" if warning else ""),
                     color="#BB0000" if warning else "black")
     caption(figure, records[0], metrics, units(records),
-            f"{band_note(metrics)} {noise_note(records[:1], metrics)} A gap: not finite.",
+            f"{band_note(metrics)} {noise_note(records[:1], metrics)} A gap: not finite. {ratio_note(records)}",
             *map(compile_note, records), f"WARNING: {warning}" if warning else "")
     if direct:
         label_ends(figure, *labelled)

@@ -14,7 +14,16 @@ from matplotlib.lines import Line2D
 from pruning import whole_file
 from pruning.methods import METHODS
 from pruning.metrics import METRICS
-from pruning.records.findings import ARROWS, feature_size, floor, images_of, paired_metrics
+from pruning.records.findings import (
+    ARROWS,
+    TIMES,
+    all_points,
+    feature_size,
+    floor,
+    images_of,
+    paired_metrics,
+    time_ratio,
+)
 from pruning.records.record import Record
 from pruning.records.summaries import bias_note, setup
 from pruning.records.words import listed
@@ -140,6 +149,37 @@ def band(axes, x, ends, line: Line) -> None:
     """Draw intervals, (low, high) at each x, as a band; an interval that is NaN is a gap."""
     low, high = np.array(ends, float).T
     axes.fill_between(x, low, high, color=line.colour, alpha=0.18, linewidth=0)
+
+
+def ratios(record: Record, name: str) -> Tuple[np.ndarray, np.ndarray]:
+    """Return one of TIMES as a ratio to dense at dense and each rate, (n,), and its intervals, (n, 2)."""
+    found = np.array([time_ratio(name, point, record.dense) for point in all_points(record)])
+    return found[:, 0], found[:, 1:]
+
+
+def draw_ratios(axes, record: Record, name: str, line: Line) -> None:
+    """Draw one of TIMES as a ratio to dense, with its 95 % intervals as bars; faded if the record has none."""
+    rates = [point.rate for point in all_points(record)]
+    values, ends = ratios(record, name)
+    plot(axes, rates, values, line if np.isfinite(ends).any() else faded(line))
+    axes.vlines(rates, *ends.T, color=line.colour, linewidth=1.2)
+
+
+def ratio_axis(axes, name: str) -> None:
+    """Lay out the y axis for one of TIMES as a ratio to dense, with dense's own time as a dotted line."""
+    level(axes, 1)
+    axes.set_ylim(0, max(1.15, axes.get_ylim()[1]))
+    axes.set_title(f"{TIMES[name].title}  ↓ lower is better")
+    axes.set_ylabel("÷ dense")
+
+
+def ratio_note(records: Sequence[Record]) -> str:
+    """Return what the ratios of times are, in a sentence or two."""
+    unknown = [record.variant for record in records if not any(point.ratio_intervals for point in record.points)]
+    return ("Times: calls of the dense and the pruned denoiser in turn; bars: 95 % intervals of the ratio, and where a "
+            "bar holds 1 no difference can be told."
+            + (f" Without intervals in the record: {listed(unknown)}; faded, and not drawn for masks, which do the same "
+               "work as dense." if unknown else ""))
 
 
 def level(axes, height: float) -> None:

@@ -4,7 +4,19 @@ from __future__ import annotations
 import copy
 
 from pruning import methods
-from pruning.records.schema import COUNT, NAMED_TEXTS, NUMBERS_OR_NULL, OBJECT, POINTS, REAL_IMAGES, TEXTS, check
+from pruning.metrics import METRICS
+from pruning.metrics.intervals import metric_interval
+from pruning.records.schema import (
+    COUNT,
+    NAMED_TEXTS,
+    NUMBERS_OR_NULL,
+    OBJECT,
+    POINTS,
+    REAL_IMAGES,
+    TEXTS,
+    Record,
+    check,
+)
 
 # What became of each layer, which earlier versions did not say.
 LAYERS = {"layer_rates": {}, "layer_errors": {}, "layer_parameters": {}, "layer_macs": {}}
@@ -30,15 +42,17 @@ def from_version_8(data: dict) -> dict:
     """Return a version 8 object as a version 9 object. Raises ValueError that names a part that version 8 has not.
 
     Until version 8, a record counted captions that were skipped or cut but named none, and it had no hash of the real
-    images that it compared with.
+    images that it compared with. It did not say how large a saved file would be, nor how much ratios of times vary.
     """
-    check(data, {"notes": OBJECT, "settings": OBJECT}, "")
+    check(data, {"notes": OBJECT, "settings": OBJECT, "dense": OBJECT, "points": POINTS}, "")
     check(data["notes"], {name: COUNT for name in (*COUNTED, "reference_images")}, "notes.")
     notes = dict(data["notes"])
     counts = {what: notes.pop(name) for name, what in COUNTED.items()}
     faults = {what: {"count": count, "first": []} for what, count in counts.items() if count}
     unknown = dict.fromkeys(REAL_IMAGES, "unknown") if notes["reference_images"] else {}
-    return {**data, "settings": {**data["settings"], **unknown}, "notes": {**notes, "faults": faults}}
+    unmeasured = {"file_bytes": None, "ratio_intervals": {}}
+    return {**data, "settings": {**data["settings"], **unknown}, "notes": {**notes, "faults": faults},
+            "dense": {**unmeasured, **data["dense"]}, "points": [{**unmeasured, **point} for point in data["points"]]}
 
 
 def from_version_7(data: dict) -> dict:
@@ -99,3 +113,16 @@ def from_version_3(data: dict) -> dict:
         "dense": {**data["dense"], **added, **of_dense},
         "points": [{**point, **added} for point in data["points"]],
     })
+
+
+def renew_intervals(record: Record) -> None:
+    """Compute the intervals of a record of an earlier version from its values of the images, as they are today.
+
+    Until version 8, one outlier moved an interval without bound, and an interval could leave the bounds of its metric.
+    Distances between sets of images have no values of images and keep their intervals.
+    """
+    for point in (record.dense, *record.points):
+        for name in set(point.per_image) & set(record.dense.per_image) & set(METRICS):
+            found = metric_interval(METRICS[name], point.per_image[name], record.dense.per_image[name],
+                                    record.settings["seeds"])
+            point.intervals[name] = found and list(found)

@@ -2,14 +2,14 @@
 from __future__ import annotations
 
 import math
-from typing import List, NamedTuple, Sequence, Tuple
+from typing import Callable, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
 from pruning import check_name
 from pruning.methods import METHODS
 from pruning.metrics import METRICS
-from pruning.metrics.intervals import by_sample, mean_interval
+from pruning.metrics.intervals import by_sample, mean_interval, samples_needed
 from pruning.records.record import Point, Record
 
 QUALITY = "clip_score"  # the metric that decides how far a model can be pruned
@@ -20,22 +20,35 @@ ARROWS = {"higher": "↑", "lower": "↓"}
 
 
 class Cost(NamedTuple):
-    """How figures and tables show what a denoiser costs, a field of Point."""
+    """How figures show what a denoiser costs, a field of Point."""
 
     title: str
     unit: str
     scale: float  # from the field's unit to the unit shown
-    dense: str = ""  # the field of the same point that holds dense's value, "" if the dense point holds it
+    other: str = ""  # a field that a second line shows
+    label: str = ""  # of the second line
 
 
 COSTS = {
-    "parameters": Cost("parameters", "million", 1e-6),
-    "weight_bytes": Cost("weights on disk", "MB", 1e-6),
+    "parameters": Cost("parameters", "million", 1e-6, "nonzero_parameters", "nonzero"),
+    "weight_bytes": Cost("weights in memory", "MB", 1e-6, "file_bytes", "in a saved file"),
     "peak_bytes": Cost("peak memory, one image", "MB", 1e-6),
     "macs": Cost("multiply-accumulates per call", "billion, one latent", 1e-9),
-    "denoiser_seconds": Cost("time of a denoiser call", "ms, a batch", 1e3, "dense_denoiser_seconds"),
-    "image_seconds": Cost("time of an image", "s", 1, "dense_image_seconds"),
 }
+
+
+class Time(NamedTuple):
+    """How figures and tables show a time, a field of Point: as a ratio to the time of dense."""
+
+    title: str
+    dense: str  # the field of the same point that holds dense's time
+
+
+TIMES = {
+    "denoiser_seconds": Time("time of a denoiser call", "dense_denoiser_seconds"),
+    "image_seconds": Time("time of an image", "dense_image_seconds"),
+}
+SECONDS = "generation_time"  # the metric that compares moments of the machine; figures show TIMES instead
 
 
 # ---- metrics
@@ -46,6 +59,11 @@ def metrics_of(*records: Record) -> List[str]:
         for name in record.dense.metrics:
             check_name("metric", name, METRICS)
     return [name for name in METRICS if all(name in record.dense.metrics for record in records)]
+
+
+def drawn_metrics(*records: Record) -> List[str]:
+    """Return the metrics that all records have and that figures show in their own units."""
+    return [name for name in metrics_of(*records) if name != SECONDS]
 
 
 def relative_metrics(record: Record) -> List[str]:
@@ -136,9 +154,18 @@ def images_of(record: Record) -> int:
     return len(record.samples) * record.settings["seeds"]
 
 
-def saved_share(point: Point, dense: Point) -> float:
+def saved_parameters(point: Point, dense: Point) -> float:
     """Return the share of the dense model's parameters that a point has removed or zeroed."""
     return 1 - point.nonzero_parameters / dense.nonzero_parameters if dense.nonzero_parameters else 0.0
+
+
+def saved_macs(point: Point, dense: Point) -> float:
+    """Return the share of the dense model's multiply-accumulates that a point does without."""
+    return 1 - point.macs / dense.macs if dense.macs else 0.0
+
+
+# By what methods are compared: its name -> its share of the dense model's.
+SAVED = {"parameters removed or zeroed": saved_parameters, "multiply-accumulates saved": saved_macs}
 
 
 def removes(record: Record) -> bool:
@@ -146,18 +173,35 @@ def removes(record: Record) -> bool:
     return any(point.parameters < record.dense.parameters for point in record.points)
 
 
-def dense_cost(name: str, point: Point, dense: Point) -> float:
-    """Return what the dense model costs, to compare with getattr(point, name)."""
-    return getattr(point, COSTS[name].dense) if COSTS[name].dense else getattr(dense, name)
+def time_ratio(name: str, point: Point, dense: Point) -> Tuple[float, float, float]:
+    """Return one of TIMES as a ratio to dense's, and the ends of its 95 % interval, NaN if the record has none.
+
+    Without an interval, the ratio of a masked denoiser is NaN too: it does the same work as dense, so any difference
+    was noise.
+    """
+    low, high = point.ratio_intervals.get(name) or (math.nan, math.nan)
+    if point.rate and math.isnan(low) and (point.parameters, point.macs) == (dense.parameters, dense.macs):
+        return math.nan, low, high
+    return getattr(point, name) / getattr(point, TIMES[name].dense), low, high
+
+
+def same_time(name: str, point: Point, dense: Point) -> bool:
+    """Return whether one of TIMES cannot be told from dense's."""
+    _, low, high = time_ratio(name, point, dense)
+    return low <= 1 <= high
 
 
 def holds(point: Point, dense: Point, tolerance: float) -> bool | None:
     """Return whether a point's QUALITY is within the tolerance of dense, None if that cannot be decided.
 
-    The lower end of the 95 % interval of the paired differences decides, so a rate that may be worse does not hold.
+    The 95 % interval of the paired differences decides: it lies above the limit, below it, or on both sides.
     """
     score, ends = dense.metrics.get(QUALITY), point.intervals.get(QUALITY)
-    if score is None or score <= 0 or ends is None:
+    if score is None or score <= 0:
+        return None
+    if point.metrics[QUALITY] is None:
+        return False
+    if ends is None or ends[0] < -tolerance * score <= ends[1]:
         return None
     return ends[0] >= -tolerance * score
 
@@ -172,33 +216,104 @@ def last_good(record: Record, tolerance: float = TOLERANCE) -> Point | None:
     return good
 
 
-def winners(measured: Sequence[Tuple[Record, Point]]) -> List[Record]:
-    """Return the record of the highest QUALITY at one rate, followed by the records that may be as good.
+def samples_to_decide(point: Point, record: Record, tolerance: float) -> float:
+    """Return about how many samples would decide whether a point holds, NaN if its values of images do not say.
+
+    For a point that holds() cannot decide.
+    """
+    values = [each.per_image.get(QUALITY) for each in (point, record.dense)]
+    if None in values or point.intervals.get(QUALITY) is None:
+        return math.nan
+    own, others = (by_sample(each, record.settings["seeds"]) for each in values)
+    return samples_needed(own - others, -tolerance * record.dense.metrics[QUALITY])
+
+
+def losses(point: Point, dense: Point) -> np.ndarray | None:
+    """Return how much QUALITY each image lost beside dense's of the same noise, as a share of dense's mean, (n,).
+
+    An image that is not finite has lost all. None if the record lacks the values of the images.
+    """
+    score, values = dense.metrics.get(QUALITY), [each.per_image.get(QUALITY) for each in (point, dense)]
+    if score is None or score <= 0 or None in values:
+        return None
+    own, others = (np.array(each, float) for each in values)
+    return np.nan_to_num((others - own) / score, nan=1.0)
+
+
+def failures(point: Point, dense: Point, tolerance: float) -> Tuple[int, float] | None:
+    """Return how many images lost more QUALITY than the tolerance, and the largest loss; None if that is unknown."""
+    lost = losses(point, dense)
+    return None if lost is None else (int((lost > tolerance).sum()), float(lost.max()))
+
+
+def worst_images(record: Record, count: int, tolerance: float = TOLERANCE) -> Tuple[Point | None, List[int]]:
+    """Return the point of the answer, and the positions of the images that lose most there, the worst first.
+
+    The point of the answer is that of last_good(), or of the lowest rate if none is good. (None, []) if unknown.
+    """
+    point = last_good(record, tolerance) or next(iter(record.points), None)
+    lost = point and losses(point, record.dense)
+    return (point, np.argsort(-lost, kind="stable")[:count].tolist()) if lost is not None else (None, [])
+
+
+class Scored(NamedTuple):
+    """QUALITY of a record at one share of what is saved: the mean, and the values of the images, (n,)."""
+
+    record: Record
+    mean: float
+    values: np.ndarray | None
+
+
+def at_saving(record: Record, share: Callable[[Point, Point], float], level: float) -> Scored | None:
+    """Return QUALITY at which a share of dense is saved, None if the record does not save as much.
+
+    share: one of SAVED. Between two measured points, each image's value is interpolated linearly.
+    """
+    points = sorted(all_points(record), key=lambda point: share(point, record.dense))
+    shares = [share(point, record.dense) for point in points]
+    for low, high, before, after in zip(shares, shares[1:], points, points[1:]):
+        if low < level <= high:
+            weight = (level - low) / (high - low)
+            mean = _between(before.metrics[QUALITY], after.metrics[QUALITY], weight)
+            values = _between(before.per_image.get(QUALITY), after.per_image.get(QUALITY), weight)
+            return Scored(record, math.nan if mean is None else float(mean), values)
+    return None
+
+
+def _between(left, right, weight: float) -> np.ndarray | None:
+    """Return (1 - weight) * left + weight * right, None if one is None. None within a list counts as NaN."""
+    if left is None or right is None:
+        return None
+    return (1 - weight) * np.array(left, float) + weight * np.array(right, float)
+
+
+def winners(measured: Sequence[Scored]) -> List[Record]:
+    """Return the record of the highest QUALITY at one saving, followed by the records that may be as good.
 
     A record is worse if the 95 % interval of its paired differences to the best lies below 0. Records that were
     measured on different samples have no such interval.
     """
-    finite = [(record, point) for record, point in measured if point.metrics[QUALITY] is not None]
+    finite = [scored for scored in measured if math.isfinite(scored.mean)]
     if not finite:
         return []
-    best, top = max(finite, key=lambda pair: pair[1].metrics[QUALITY])
-    found = [best]
-    for record, point in finite:
-        if record is not best:
-            ends = _paired_interval(record, point, best, top)
+    best = max(finite, key=lambda scored: scored.mean)
+    found = [best.record]
+    for scored in finite:
+        if scored is not best:
+            ends = _paired_interval(scored, best)
             if ends is None or ends[1] >= 0:
-                found.append(record)
+                found.append(scored.record)
     return found
 
 
-def _paired_interval(record: Record, point: Point, other: Record, other_point: Point):
+def _paired_interval(scored: Scored, other: Scored):
     """Return the 95 % interval of QUALITY's paired differences between two records, None if there are no pairs."""
-    seeds = record.settings["seeds"]
-    values = [each.per_image.get(QUALITY) for each in (point, other_point)]
-    if None in values or record.samples != other.samples or seeds != other.settings["seeds"]:
+    records = (scored.record, other.record)
+    seeds = [record.settings["seeds"] for record in records]
+    if scored.values is None or other.values is None or records[0].samples != records[1].samples \
+            or seeds[0] != seeds[1]:
         return None
-    own, others = (by_sample(each, seeds) for each in values)
-    return mean_interval(own - others)
+    return mean_interval(by_sample(scored.values - other.values, seeds[0]))
 
 
 # ---- records

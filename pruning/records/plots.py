@@ -4,7 +4,7 @@ from __future__ import annotations
 import math
 import textwrap
 from pathlib import Path
-from typing import Dict, Sequence
+from typing import Dict, List, Sequence
 
 import numpy as np
 from matplotlib import rc_context
@@ -16,10 +16,12 @@ from pruning.methods import METHODS
 from pruning.metrics import METRICS
 from pruning.records.drawing import (
     STYLE,
+    Line,
     band,
     band_note,
     caption,
     draw_noise_levels,
+    draw_ratios,
     end_of,
     faded,
     faded_note,
@@ -32,6 +34,8 @@ from pruning.records.drawing import (
     panels,
     plot,
     rate_axis,
+    ratio_axis,
+    ratio_note,
     save,
     small_print,
     variant_lines,
@@ -39,12 +43,15 @@ from pruning.records.drawing import (
 from pruning.records.findings import (
     COSTS,
     QUALITY,
+    TIMES,
     TOLERANCE,
+    Cost,
     all_points,
-    dense_cost,
+    drawn_metrics,
     formula,
     images_of,
     interval,
+    losses,
     metrics_of,
     relative_curve,
     relative_interval,
@@ -52,13 +59,14 @@ from pruning.records.findings import (
     removes,
     unreliable,
     values_of,
+    worst_images,
 )
 from pruning.records.record import Record
 from pruning.records.store import image_file
 from pruning.records.summaries import compile_note, protocol
 from pruning.records.words import counted, rate_label
 
-ROWS, CELL = 6, 160  # of the figure of images: captions, and pixels of an image
+ROWS, WORST, CELL = 6, 2, 160  # of the figure of images: first captions, worst images, and pixels of an image
 
 
 @rc_context(STYLE)
@@ -98,7 +106,7 @@ def draw_accuracy(record: Record, path: Path, tolerance: float = TOLERANCE) -> P
 @rc_context(STYLE)
 def draw_metrics(record: Record, path: Path) -> Path:
     """Draw a panel for each metric in its own unit, with an arrow for the better direction. Dense is dotted."""
-    points, metrics = all_points(record), metrics_of(record)
+    points, metrics = all_points(record), drawn_metrics(record)
     rates = [point.rate for point in points]
     own = variant_lines([record])[record.variant]
     figure, all_axes = panels(len(metrics))
@@ -126,45 +134,59 @@ def draw_cost(record: Record, path: Path) -> Path:
     points = all_points(record)
     rates = [point.rate for point in points]
     line = variant_lines([record])[record.variant]
-    figure, all_axes = panels(len(COSTS))
+    figure, all_axes = panels(len(COSTS) + len(TIMES))
     for axes, (name, cost) in zip(all_axes, COSTS.items()):
         values = cost.scale * np.array([getattr(point, name) for point in points])
-        dense = cost.scale * np.array([dense_cost(name, point, record.dense) for point in points])
-        axes.plot(rates, dense, color="0.4", linestyle=":", linewidth=1.2, marker="." if cost.dense else None, zorder=1)
+        level(axes, values[0])
         plot(axes, rates, values, line)
-        if name == "parameters" and not removes(record):
-            kept = cost.scale * np.array([point.nonzero_parameters for point in points])
-            plot(axes, rates, kept, line._replace(colour="0.55", marker="v", dashes="--"))
-            axes.text(rates[-1], kept[-1], "nonzero ", ha="right", va="top", fontsize=9, color="0.35")
-        if cost.dense and not removes(record):
-            axes.text(0.5, 0.05, "no speed-up on dense kernels", transform=axes.transAxes, ha="center", color="0.35")
-        axes.set_ylim(0, 1.15 * max([*values, *dense]) or 1)
+        if cost.other:
+            _draw_other(axes, rates, values, [getattr(point, cost.other) for point in points], cost, line)
+        axes.set_ylim(0, 1.15 * max(values) or 1)
         rate_axis(axes, rates)
         axes.set_title(f"{cost.title}  ↓ lower is better")
         axes.set_ylabel(cost.unit)
+    for axes, name in zip(all_axes[len(COSTS):], TIMES):
+        draw_ratios(axes, record, name, line)
+        ratio_axis(axes, name)
+        rate_axis(axes, rates)
+        if not removes(record):
+            axes.text(0.5, 0.05, "no speed-up on dense kernels", transform=axes.transAxes, ha="center", color="0.35")
     figure.suptitle(f"What {record.variant} pruning of {record.model} saves")
     small_print(figure, [
         f"{record.model} on {record.settings['device']}, {protocol(record)}, "
         f"batches of {record.settings.get('batch_size', '?')}",
-        f"x: pruning rate, share of {record.dense.unit} asked for. Dotted: the dense model. At each rate, calls of the "
-        "dense and the pruned denoiser were timed in turn (medians); the dense image time is the pruned one's "
-        "recomputed with the dense call time. Peak memory: the weights and the most that a call allocates.",
+        f"x: pruning rate, share of {record.dense.unit} asked for. Dotted: the dense model. {ratio_note([record])} The "
+        "dense image time is the pruned one's recomputed with the dense call time. Peak memory: the weights and the "
+        "most that a call allocates.",
         compile_note(record)])
     return save(figure, path)
 
 
+def _draw_other(axes, rates, values, others, cost: Cost, line: Line) -> None:
+    """Draw the second line of a cost, if the record holds it and the first does not hide it."""
+    if None in others:
+        return
+    others = cost.scale * np.array(others)
+    if np.abs(others - values).max() > 0.01 * max(values):
+        plot(axes, rates, others, line._replace(colour="0.55", marker="v", dashes="--"))
+        axes.text(rates[-1], others[-1], f"{cost.label} ", ha="right", va="top", fontsize=9, color="0.35")
+
+
 @rc_context(STYLE)
-def draw_images(record: Record, images_folder, path: Path) -> Path | None:
-    """Draw the images of the first captions: captions down the page, rates across.
+def draw_images(record: Record, images_folder, path: Path, tolerance: float = TOLERANCE) -> Path | None:
+    """Draw images of captions down the page, rates across: the first captions, and those that lose most.
 
     images_folder: laid out as store.image_file says. Returns None if there is no image of the record in the folder.
     Raises UserError for an image that cannot be read.
     """
     rates = [point.rate for point in all_points(record)]
-    files = [[image_file(images_folder, record.variant, rate, k) for rate in rates] for k in range(len(record.samples))]
-    rows = [k for k, row in enumerate(files) if any(file.is_file() for file in row)][:ROWS]
+    files = {k: [image_file(images_folder, record.variant, rate, k) for rate in rates]
+             for k in shown_images(record, tolerance)}
+    rows = [k for k, row in files.items() if any(file.is_file() for file in row)]
     if not rows:
         return None
+    point, worst = worst_images(record, WORST, tolerance)
+    lost = {k: f"\n−{100 * losses(point, record.dense)[k]:.0f} % at rate {point.rate:g}" for k in worst}
     page = np.vstack([np.hstack([_cell(file) for file in files[k]]) for k in rows])
     width, height = len(rates) * 0.92 + 2.3, len(rows) * 0.92 + 1.3
     figure = Figure(figsize=(max(width, 5.5), height), layout="constrained")
@@ -177,13 +199,22 @@ def draw_images(record: Record, images_folder, path: Path) -> Path | None:
     axes.set_xticks([(i + 0.5) * CELL for i in range(len(rates))])
     axes.set_xticklabels([rate_label(rate) for rate in rates])
     axes.set_yticks([(i + 0.5) * CELL for i in range(len(rows))])
-    axes.set_yticklabels([textwrap.fill(textwrap.shorten(record.samples[k]["caption"], 100), 24) for k in rows],
-                         fontsize=8)
+    captions = [record.samples[k % len(record.samples)]["caption"] for k in rows]
+    axes.set_yticklabels([textwrap.fill(textwrap.shorten(text, 100), 24) + lost.get(k, "")
+                          for k, text in zip(rows, captions)], fontsize=8)
     figure.suptitle(f"{record.variant} pruning of {record.model}, by pruning rate")
     small_print(figure, [
         f"{record.dataset}, {len(rows)} of {counted(images_of(record), 'image')} at each rate, {protocol(record)}. "
-        "All images of a row start from the same noise."])
+        "All images of a row start from the same noise."
+        + (f" With a percentage: those that lose most {QUALITY} at rate {point.rate:g}." if worst else "")])
     return save(figure, path)
+
+
+def shown_images(record: Record, tolerance: float = TOLERANCE) -> List[int]:
+    """Return the positions of the images that draw_images() shows: the first ROWS, and the WORST after them."""
+    _, worst = worst_images(record, WORST, tolerance)
+    first = range(min(ROWS, images_of(record)))
+    return [*first, *(k for k in worst if k not in first)]
 
 
 def _cell(file: Path) -> np.ndarray:

@@ -66,6 +66,8 @@ def _parse(data) -> Record:
     record.dense = build(Point, record.dense, "dense.")
     record.points = [build(Point, point, f"points[{i}].") for i, point in enumerate(record.points)]
     _check_consistency(record)
+    if version in EARLIER:
+        earlier.renew_intervals(record)
     return record
 
 

@@ -21,7 +21,7 @@ def write_text(text: str, path: Path) -> Path:
 # File name -> function(record, path, images_folder, tolerance), which returns the path, or None if there is nothing
 # to make the file of. The figure of images comes first, because it alone can meet a file that cannot be read.
 RECORD_FILES = {
-    "{variant}_images.png": lambda record, path, images, tolerance: plots.draw_images(record, images, path),
+    "{variant}_images.png": lambda record, path, images, tolerance: plots.draw_images(record, images, path, tolerance),
     "{variant}.png": lambda record, path, images, tolerance: plots.draw_accuracy(record, path, tolerance),
     "{variant}_metrics.png": lambda record, path, images, tolerance: plots.draw_metrics(record, path),
     "{variant}_cost.png": lambda record, path, images, tolerance: plots.draw_cost(record, path),

@@ -64,6 +64,7 @@ RATE = Kind("a number in [0, 1)", lambda value: _is_number(value) and 0 <= value
 SHARE = Kind("a number in [0, 1]", lambda value: _is_number(value) and 0 <= value <= 1)
 SECONDS = Kind("a number above 0", lambda value: _is_number(value) and value > 0)
 COUNT = Kind("a whole number of 0 or more", lambda value: _is_whole(value) and value >= 0)
+COUNT_OR_NULL = Kind("a whole number of 0 or more, or null", _or_null(COUNT.fits))
 RATES = Kind("a list of numbers in [0, 1)", _is_list(RATE.fits))
 TEXT = Kind("text", _is_text)
 TEXTS = Kind("a list of texts", _is_list(_is_text))
@@ -101,11 +102,11 @@ class Point:
     units_taken: int = field(COUNT)
     parameters: int = field(COUNT)  # of the denoiser
     nonzero_parameters: int = field(COUNT)
-    weight_bytes: int = field(COUNT)
+    weight_bytes: int = field(COUNT)  # of the weights in memory
     macs: int = field(COUNT)  # multiply-accumulates of a denoiser call for one latent
     peak_bytes: int = field(COUNT)  # the denoiser's weights and the most that a call for one image allocates
-    denoiser_seconds: float = field(SECONDS)  # median time of a call for a batch
-    dense_denoiser_seconds: float = field(SECONDS)  # the same of dense, timed in turn
+    denoiser_seconds: float = field(SECONDS)  # time of a call for a batch: dense's times the median ratio of pairs
+    dense_denoiser_seconds: float = field(SECONDS)  # median time of dense, called in turn
     image_seconds: float = field(SECONDS)  # mean over all images
     dense_image_seconds: float = field(SECONDS)  # the same, recomputed with the dense call time
     metrics: Dict[str, float | None] = field(NUMBERS_OR_NULL)
@@ -119,6 +120,8 @@ class Point:
     layer_errors: Dict[str, float] = field(NUMBERS, dict)  # relative squared error of each layer's output, if measured
     layer_parameters: Dict[str, float] = field(NUMBERS, dict)  # dense only: each layer's share of the parameters
     layer_macs: Dict[str, float] = field(NUMBERS, dict)  # dense only: each layer's share of the multiply-accumulates
+    file_bytes: int | None = field(COUNT_OR_NULL, None)  # of the weights as a saved file holds them
+    ratio_intervals: Dict[str, List[float] | None] = field(INTERVALS, dict)  # field of a time -> 95 %, ÷ dense
     compiled: bool | None = field(BOOL_OR_NULL, None)  # False: torch.compile fell back; None: not asked for
 
 

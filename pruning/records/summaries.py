@@ -1,6 +1,7 @@
 """Records -> sentences, and texts made of sentences and tables. No torch."""
 from __future__ import annotations
 
+import math
 from typing import Dict, List, Sequence
 
 from pruning.data.faults import sentences
@@ -10,8 +11,12 @@ from pruning.records.findings import (
     ARROWS,
     COLLAPSED,
     QUALITY,
+    SAVED,
     TOLERANCE,
+    Scored,
     all_points,
+    at_saving,
+    failures,
     feature_size,
     floor,
     holds,
@@ -22,7 +27,10 @@ from pruning.records.findings import (
     metrics_of,
     relative,
     removes,
-    saved_share,
+    same_time,
+    samples_to_decide,
+    saved_parameters,
+    time_ratio,
     unreliable,
     winners,
 )
@@ -30,6 +38,8 @@ from pruning.records.record import Point, Record
 from pruning.records.tables import comparison_tables, cost_table, metric_table, sensitivity_table, wrapped
 from pruning.records.words import change, counted, listed, number, rate_list
 
+MOST_SAMPLES = 10_000  # beyond, the number of samples that would decide is not told
+LEVELS = [level / 10 for level in range(1, 10)]  # shares saved, at which variants are compared
 _COLLAPSE = f"{100 * COLLAPSED:g} % of dense"
 
 
@@ -37,7 +47,7 @@ _COLLAPSE = f"{100 * COLLAPSED:g} % of dense"
 
 def summary(record: Record, tolerance: float = TOLERANCE) -> str:
     """Return how far the variant holds and what that saves, then the tables and what to know about them."""
-    parts = [wrapped(answer(record, tolerance)), _header(record), str(metric_table(record)),
+    parts = [wrapped(answer(record, tolerance)), _header(record), str(metric_table(record, tolerance)),
              _legend(record), str(cost_table(record)), wrapped(compile_note(record)),
              wrapped(_collapse(record)), wrapped(_gain(record, tolerance)), wrapped(_noise(record)),
              wrapped(skipped_modules(record)), "\n".join(map(wrapped, sentences(record.notes.faults))),
@@ -60,38 +70,82 @@ def answer(record: Record, tolerance: float = TOLERANCE) -> str:
     good = last_good(record, tolerance)
     beyond = next((point for point in record.points if not holds(point, dense, tolerance)), None)
     within = f"within {100 * tolerance:g} % of dense by {QUALITY}"
+    undecided = beyond is not None and holds(beyond, dense, tolerance) is None
+    if good is None and undecided:
+        return (f"{begin}: {counted(images_of(record), 'image')} are too few to decide whether rate {beyond.rate:g} "
+                f"stays {within}; {_needed(beyond, record, tolerance)} would. It has "
+                f"{share_of_dense(beyond, dense, tolerance)}.")
     if good is None:
-        return (f"{begin}: no measured rate stays {within} with 95 % confidence; rate {beyond.rate:g} has "
-                f"{share_of_dense(beyond, dense)}.")
-    text = (f"{begin} stays {within} up to rate {good.rate:g}, which has {share_of_dense(good, dense)} and "
+        return (f"{begin}: no measured rate stays {within}; rate {beyond.rate:g} has "
+                f"{share_of_dense(beyond, dense, tolerance)}.")
+    text = (f"{begin} stays {within} up to rate {good.rate:g}, which has {share_of_dense(good, dense, tolerance)} and "
             f"{_saving(good, record)}.")
     if beyond is None:
         return f"{text} No higher rate was measured."
-    return f"{text} The next rate, {beyond.rate:g}, may not: it has {share_of_dense(beyond, dense)}."
+    if undecided:
+        return (f"{text} The images are too few to decide on the next rate, {beyond.rate:g}; "
+                f"{_needed(beyond, record, tolerance)} would. It has {share_of_dense(beyond, dense, tolerance)}.")
+    return f"{text} The next rate, {beyond.rate:g}, does not: it has {share_of_dense(beyond, dense, tolerance)}."
 
 
-def share_of_dense(point: Point, dense: Point) -> str:
-    """Return a point's QUALITY as '97.1 % of dense (95 % interval 95.9 to 98.3)', from the paired differences."""
+def _needed(point: Point, record: Record, tolerance: float) -> str:
+    """Return 'about 110': how many samples would decide whether a point holds."""
+    count = samples_to_decide(point, record, tolerance)
+    noun = "image" if record.settings["seeds"] == 1 else "caption"
+    if not count <= MOST_SAMPLES:
+        return f"more than {counted(MOST_SAMPLES, noun)}" if count > MOST_SAMPLES else "more"
+    return f"about {counted(int(float(f'{count:.2g}')), noun)}"
+
+
+def share_of_dense(point: Point, dense: Point, tolerance: float | None = None) -> str:
+    """Return a point's QUALITY as '97.1 % of dense (95 % interval 95.9 to 98.3)', from the paired differences.
+
+    With a tolerance, also how many images lost more, and the largest loss.
+    """
     score, dense_score = point.metrics[QUALITY], dense.metrics[QUALITY]
     if score is None:
         return f"no finite {QUALITY}"
     low, high = interval(QUALITY, point, dense)
-    ends = f" (95 % interval {100 * low / dense_score:.1f} to {100 * high / dense_score:.1f})" if low == low else ""
+    known = [f"95 % interval {100 * low / dense_score:.1f} to {100 * high / dense_score:.1f}"] if low == low else []
+    lost = tolerance is not None and failures(point, dense, tolerance)
+    if lost:
+        known.append(_failed(*lost, len(point.per_image[QUALITY]), f"{100 * tolerance:g} %"))
+    ends = f" ({'; '.join(known)})" if known else ""
     return f"{100 * score / dense_score:.1f} % of dense{ends}".replace("-", "−")
 
 
+def _failed(count: int, most: float, images: int, limit: str) -> str:
+    """Return '4 of 32 images lose over 5 %, the worst 17 %'."""
+    if not count:
+        return f"no image loses over {limit}"
+    return f"{count} of {counted(images, 'image')} {'loses' if count == 1 else 'lose'} over {limit}, " \
+           f"the worst {100 * most:.0f} %"
+
+
 def _saving(point: Point, record: Record) -> str:
-    share = f"{100 * saved_share(point, record.dense):.1f} % of the parameters"
+    share = f"{100 * saved_parameters(point, record.dense):.1f} % of the parameters"
     if not removes(record):
         return f"{share} zero, which saves neither time nor space with dense kernels"
-    return f"{share} removed; {_time(point)}"
+    return f"{share} removed; {_time(point, record.dense)}"
 
 
-def _time(point: Point) -> str:
-    now, before = 1000 * point.denoiser_seconds, 1000 * point.dense_denoiser_seconds
-    image = point.image_seconds / point.dense_image_seconds
-    return (f"a denoiser call takes {now / before:.2f} times as long as dense ({number(now)} and {number(before)} "
-            f"ms), an image {image:.2f} times")
+def _time(point: Point, dense: Point) -> str:
+    """Return how long the denoiser takes beside dense, "" if the record does not say."""
+    call, *call_ends = time_ratio("denoiser_seconds", point, dense)
+    image, *image_ends = time_ratio("image_seconds", point, dense)
+    if math.isnan(call):
+        return ""
+    if same_time("denoiser_seconds", point, dense):
+        return f"no difference in time can be told (a denoiser call takes {_ends(call_ends)} times as long as dense)"
+    if math.isnan(call_ends[0]):
+        return (f"a denoiser call takes {call:.2f} times as long as dense, an image {image:.2f} times; this record does "
+                "not say how sure these ratios are")
+    return (f"a denoiser call takes {call:.2f} times as long as dense (95 % interval {_ends(call_ends)}), an image "
+            f"{image:.2f} times ({_ends(image_ends)})")
+
+
+def _ends(ends: Sequence[float]) -> str:
+    return "{:.2f} to {:.2f}".format(*ends)
 
 
 def _header(record: Record) -> str:
@@ -148,17 +202,22 @@ def _gain(record: Record, tolerance: float) -> str:
     dense, last = record.dense, record.points[-1]
     good = last_good(record, tolerance)
     points = [last] if good in (None, last) else [good, last]
-    size = f"{dense.weight_bytes / 1e6:,.1f}"
     if removes(record):
         return "Gain: " + "; ".join(
             f"at rate {point.rate:g}, parameters fall from {dense.parameters:,} to {point.parameters:,} "
-            f"({change(point.parameters, dense.parameters)}), weights from {size} to "
-            f"{point.weight_bytes / 1e6:,.1f} MB, multiply-accumulates by {change(point.macs, dense.macs)}, "
-            f"and {_time(point)}" for point in points) + "."
-    zeroed = "; ".join(f"at rate {point.rate:g}, {100 * saved_share(point, dense):.1f} % of the parameters are zero "
-                       f"and {_time(point)}" for point in points)
-    return (f"Gain: none with dense kernels and files: {zeroed}. The file still holds all {dense.parameters:,} "
-            f"parameters ({size} MB): zeros neither shrink it nor make dense kernels faster.")
+            f"({change(point.parameters, dense.parameters)}), weights from {_sizes(dense)} to {_sizes(point)}, "
+            f"multiply-accumulates by {change(point.macs, dense.macs)}, and {_time(point, dense)}" for point in points) + "."
+    times = [_time(point, dense) for point in points]
+    zeroed = "; ".join(f"at rate {point.rate:g}, {100 * saved_parameters(point, dense):.1f} % of the parameters are "
+                       "zero" + (f", and {time}" if time else "") for point, time in zip(points, times))
+    return (f"Gain: none with dense kernels and files: {zeroed}. The denoiser still holds all {dense.parameters:,} "
+            f"parameters ({_sizes(points[-1])}): zeros neither shrink it nor make dense kernels faster.")
+
+
+def _sizes(point: Point) -> str:
+    """Return '21.2 MB in memory and 10.6 MB in a saved file'."""
+    file = f" and {point.file_bytes / 1e6:,.1f} MB in a saved file" if point.file_bytes is not None else ""
+    return f"{point.weight_bytes / 1e6:,.1f} MB in memory{file}"
 
 
 def _noise(record: Record) -> str:
@@ -213,7 +272,7 @@ def _bias(record: Record, metric: str) -> str:
 # ---- several records
 
 def comparison_summary(records: Sequence[Record], tolerance: float = TOLERANCE, warning: str = "") -> str:
-    """Return how far each variant holds, which is best at each rate, and tables of rate by variant.
+    """Return how far each variant holds, which is best where equal shares are saved, and tables of rate by variant.
 
     records: of one model and dataset. warning: how they were measured differently, if they were.
     """
@@ -222,8 +281,9 @@ def comparison_summary(records: Sequence[Record], tolerance: float = TOLERANCE, 
     parts = [wrapped(f"WARNING: {warning}") if warning else "",
              "\n".join(wrapped(answer(record, tolerance)) for record in records),
              f"Pruning methods on {first.model}\n" + wrapped(f"{setup(first)}, on {first.settings['device']}"),
-             _best_at_each_rate(records), *map(str, comparison_tables(records)),
-             wrapped(f"{units(records)} Only removal shrinks the file and the time.")]
+             *(_best_at_equal_savings(records, what) for what in SAVED),
+             *map(str, comparison_tables(records, tolerance)),
+             wrapped(f"{units(records)} Only removal makes the denoiser smaller and faster.")]
     if any(None in point.metrics.values() for record in records for point in all_points(record)):
         parts.append("–: not finite, or without bound as for equal images")
     parts += [wrapped(compile_note(record)) for record in records]
@@ -231,23 +291,28 @@ def comparison_summary(records: Sequence[Record], tolerance: float = TOLERANCE, 
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _best_at_each_rate(records: Sequence[Record]) -> str:
-    rates = sorted({point.rate for record in records for point in record.points})
-    if not rates or QUALITY not in metrics_of(*records):
+def _best_at_equal_savings(records: Sequence[Record], what: str) -> str:
+    """Return a line for each share saved of `what`, one of SAVED, with the best variant; "" if nothing is saved."""
+    if QUALITY not in metrics_of(*records):
         return ""
-    lines = [f"  {rate:>5g}  " + _best([(record, point) for record in records for point in record.points
-                                        if point.rate == rate]) for rate in rates]
-    title = f"Best {QUALITY} at each rate, and variants that may be as good by the 95 % interval of paired differences"
-    return "\n".join([title, *lines])
+    lines = []
+    for level in LEVELS:
+        reached = [scored for scored in (at_saving(record, SAVED[what], level) for record in records) if scored]
+        if reached:
+            lines.append(f"  {level:>5g}  {_best(reached)}")
+    title = wrapped(f"Best {QUALITY} at equal shares of {what}, interpolated between measured rates, and variants that "
+                    "may be as good by the 95 % interval of paired differences")
+    return "\n".join([title, *lines]) if lines else ""
 
 
-def _best(measured: List[tuple]) -> str:
+def _best(measured: Sequence[Scored]) -> str:
     best, *level = [record.variant for record in winners(measured)] or [""]
     if not best:
         return "none is finite"
     text = best + (f"; {listed(level)} may be as good" if level else "")
-    text += " (the only one measured)" if len(measured) == 1 else ""
-    fallen = all(_has_collapsed(point, record.dense) for record, point in measured)
+    text += " (no other saves as much)" if len(measured) == 1 else ""
+    fallen = all(not relative(QUALITY, scored.mean, scored.record.dense.metrics[QUALITY]) >= COLLAPSED
+                 for scored in measured)
     return text + (f"; all are below {_COLLAPSE}" if fallen else "")
 
 

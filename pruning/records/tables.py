@@ -1,6 +1,7 @@
 """Records -> tables as rows of text, and tables -> lines of text. No torch."""
 from __future__ import annotations
 
+import math
 import textwrap
 from typing import List, NamedTuple, Sequence
 
@@ -9,14 +10,21 @@ from tabulate import tabulate
 from pruning.metrics import METRICS
 from pruning.records.findings import (
     ARROWS,
-    COSTS,
+    QUALITY,
+    TIMES,
+    TOLERANCE,
     all_points,
-    dense_cost,
+    drawn_metrics,
+    failures,
+    images_of,
     in_order,
     interval,
     metrics_of,
     paired_metrics,
-    saved_share,
+    same_time,
+    saved_macs,
+    saved_parameters,
+    time_ratio,
 )
 from pruning.records.record import Point, Record
 from pruning.records.words import listed, number, rate_label
@@ -46,51 +54,86 @@ def wrapped(prose: str) -> str:
 
 # ---- one record
 
-def metric_table(record: Record) -> Table:
-    """A row a rate, a column a metric, with half the width of the 95 % interval."""
-    metrics = metrics_of(record)
+def metric_table(record: Record, tolerance: float = TOLERANCE) -> Table:
+    """A row a rate, a column a metric with how far its 95 % interval reaches, and the images that lost much."""
+    metrics, dense = metrics_of(record), record.dense
     rows = [[rate_label(point.rate), f"{point.sparsity:.3f}",
-             *(number(point.metrics[name]) + _half_width(name, point, record.dense) for name in metrics)]
+             *(number(point.metrics[name]) + _reach(name, point, dense) for name in metrics)]
             for point in all_points(record)]
-    paired = paired_metrics(metrics)
-    notes = ["±: half the width of the 95 % interval" + (
-        f"; for {listed(paired)} of the paired difference to dense, for others of the value" if paired else "")
-        + ". The record holds both ends."]
+    header, paired = ["rate", "sparsity", *map(_metric_head, metrics)], paired_metrics(metrics)
+    notes = ["± or −/+: how far the 95 % interval reaches" + (
+        f"; for {listed(paired)} of the paired difference to dense, for others of the value" if paired else "")]
+    if failures(dense, dense, tolerance):
+        rows = [[*row, failures_cell(point, dense, tolerance)] for row, point in zip(rows, all_points(record))]
+        header.append(f"lose over\n{100 * tolerance:g} %")
+        notes.append(f"lose over {100 * tolerance:g} %: how many of the {images_of(record)} images lost more than this "
+                     f"share of dense's {QUALITY} beside the dense image of the same noise, and the largest loss")
     if any(None in point.metrics.values() for point in all_points(record)):
         notes.append("–: not finite, or without bound as for equal images")
-    return Table("", ["rate", "sparsity", *map(_metric_head, metrics)], rows, notes)
+    return Table("", header, rows, notes)
+
+
+def failures_cell(point: Point, dense: Point, tolerance: float) -> str:
+    """Return '4, −17 %': how many images lost more than the tolerance, and the largest loss; "" if unknown."""
+    found = failures(point, dense, tolerance)
+    return "" if found is None else f"{found[0]}, −{100 * found[1]:.0f} %" if found[0] else "0"
 
 
 def _metric_head(name: str) -> str:
     return f"{name} {ARROWS[METRICS[name].better]}\n{METRICS[name].unit}"
 
 
-def _half_width(metric: str, point: Point, dense: Point) -> str:
+def _reach(metric: str, point: Point, dense: Point) -> str:
+    """Return ' ± 2', or ' −3/+1' for an interval that reaches further on one side; "" if there is none."""
     low, high = interval(metric, point, dense)
-    return f" ± {float(f'{(high - low) / 2:.2g}'):g}" if high > low else ""
+    if not high > low:
+        return ""
+    below, above = (f"{float(f'{abs(end - point.metrics[metric]):.2g}'):g}" for end in (low, high))
+    return f" ± {below}" if below == above else f" −{below}/+{above}"
 
 
 def cost_table(record: Record) -> Table:
-    """A row a rate, a column a cost; times are ratios to the time of dense."""
-    rows = []
-    for point in all_points(record):
-        row = {name: f"{getattr(point, name) / dense_cost(name, point, record.dense):.2f}" if cost.dense
-               else number(cost.scale * getattr(point, name)) for name, cost in COSTS.items()}
-        parameters, *others = row.values()
-        rows.append([rate_label(point.rate), parameters, number(1e-6 * point.nonzero_parameters), *others])
-    header = ["rate", "parameters\nmillion", "nonzero\nmillion", "weights\nMB", "peak memory\nMB", "MACs\nbillion",
-              "call\n÷ dense", "image\n÷ dense"]
-    return Table("Cost", header, rows, [
+    """A row a rate, a column a cost; times are ratios to the time of dense, with their 95 % intervals."""
+    rows = [[rate_label(point.rate), number(1e-6 * point.parameters), number(1e-6 * point.nonzero_parameters),
+             number(1e-6 * point.weight_bytes), _in_file(point), number(1e-6 * point.peak_bytes),
+             number(1e-9 * point.macs), *(time_cell(name, point, record.dense) for name in TIMES)]
+            for point in all_points(record)]
+    header = ["rate", "parameters\nmillion", "nonzero\nmillion", "in memory\nMB", "in a file\nMB", "peak memory\nMB",
+              "MACs\nbillion", "call\n÷ dense", "image\n÷ dense"]
+    notes = [
+        "in memory, in a file: the weights as they run, and as a saved file holds them: in half precision if no weight "
+        "changes by that",
         "peak memory: of a denoiser call for one image, with the weights; MACs: multiply-accumulates of a call for one "
-        "latent; call: time of a call for a batch; image: time of an image"])
+        "latent",
+        "call: time of a call for a batch; image: time of an image; with the 95 % interval of ratios measured in turn"]
+    if any("–" in row for row in rows):
+        notes.append("–: an earlier version of this program measured, which did not note the size of a saved file, nor "
+                     "how sure times are; masks do the same work as dense, so their ratios are left out")
+    return Table("Cost", header, rows, notes)
 
 
-def single_rate_table(record: Record) -> Table:
+def _in_file(point: Point) -> str:
+    return number(point.file_bytes and 1e-6 * point.file_bytes)
+
+
+def time_cell(name: str, point: Point, dense: Point) -> str:
+    """Return '0.72 (0.70 to 0.74)', 'no difference' if the interval of the ratio holds 1, '0.72' or '–' without one."""
+    ratio, low, high = time_ratio(name, point, dense)
+    if same_time(name, point, dense):
+        return "no difference"
+    if math.isnan(ratio):
+        return "–"
+    return f"{ratio:.2f}" + ("" if math.isnan(low) else f" ({low:.2f} to {high:.2f})")
+
+
+def single_rate_table(record: Record, tolerance: float = TOLERANCE) -> Table:
     """Dense and the first rate side by side, a row a quantity; dense twice if no other rate was measured."""
     dense, point = record.dense, [*record.points, record.dense][0]
     rows = [[f"sparsity ({point.unit})", f"{dense.sparsity:.4f}", f"{point.sparsity:.4f}", "", ""],
             ["parameters", f"{dense.parameters:,}", f"{point.parameters:,}", "", ""],
-            ["nonzero parameters", f"{dense.nonzero_parameters:,}", f"{point.nonzero_parameters:,}", "", ""]]
+            ["nonzero parameters", f"{dense.nonzero_parameters:,}", f"{point.nonzero_parameters:,}", "", ""],
+            ["weights in memory (MB)", *(number(1e-6 * each.weight_bytes) for each in (dense, point)), "", ""],
+            ["weights in a saved file (MB)", *map(_in_file, (dense, point)), "", ""]]
     for name in metrics_of(record):
         metric = METRICS[name]
         values = [number(each.metrics[name]) if each.metrics[name] is not None else "not finite"
@@ -98,21 +141,32 @@ def single_rate_table(record: Record) -> Table:
         low, high = interval(name, point, dense)
         rows.append([f"{name} ({metric.unit})" if metric.unit else name, *values, metric.better,
                      f"{number(low)} to {number(high)}" if high > low else ""])
+    lost = failures_cell(point, dense, tolerance)
+    if lost:
+        rows.append([f"images that lose over {100 * tolerance:g} % of {QUALITY}", "0", lost, "lower", ""])
     header = ["", "dense", f"{record.variant} {point.rate:g}", "better", "95 % interval"]
     return Table("", header, rows, align=["left", "right", "right", "left", "left"])
 
 
 # ---- several records
 
-def comparison_tables(records: Sequence[Record]) -> List[Table]:
-    """A table for each metric that all records have, and one of what is saved: a row a rate, a column a variant."""
-    metrics = metrics_of(*records)
+def comparison_tables(records: Sequence[Record], tolerance: float = TOLERANCE) -> List[Table]:
+    """Tables of a row a rate and a column a variant: of each metric that all records have, and of what is saved."""
+    metrics = drawn_metrics(*records)
     tables = [_by_variant(records, f"{name}{f' [{METRICS[name].unit}]' if METRICS[name].unit else ''} "
                                    f"{ARROWS[METRICS[name].better]} {METRICS[name].better} is better",
-                          lambda point, dense, name=name: number(point.metrics[name]) + _half_width(name, point, dense))
+                          lambda point, dense, name=name: number(point.metrics[name]) + _reach(name, point, dense))
               for name in metrics]
+    if QUALITY in metrics:
+        tables.append(_by_variant(
+            records, f"images that lose over {100 * tolerance:g} % of {QUALITY}, and the largest loss",
+            lambda point, dense: failures_cell(point, dense, tolerance)))
     tables.append(_by_variant(records, "share of the denoiser's parameters removed or zeroed",
-                              lambda point, dense: f"{saved_share(point, dense):.3f}"))
+                              lambda point, dense: f"{saved_parameters(point, dense):.3f}"))
+    tables.append(_by_variant(records, "share of the denoiser's multiply-accumulates saved",
+                              lambda point, dense: f"{saved_macs(point, dense):.3f}"))
+    tables.append(_by_variant(records, "time of an image ÷ dense",
+                              lambda point, dense: time_cell("image_seconds", point, dense)))
     return tables
 
 
