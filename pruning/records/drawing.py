@@ -176,10 +176,10 @@ def ratio_axis(axes, name: str) -> None:
 def ratio_note(records: Sequence[Record]) -> str:
     """Return what the ratios of times are, in a sentence or two."""
     unknown = [record.variant for record in records if not any(point.ratio_intervals for point in record.points)]
-    return ("Times: calls of the dense and the pruned denoiser in turn; bars: 95 % intervals of the ratio, and where a "
-            "bar holds 1 no difference can be told."
-            + (f" Without intervals in the record: {listed(unknown)}; faded, and not drawn for masks, which do the same "
-               "work as dense." if unknown else ""))
+    return ("Times: calls of the dense and the pruned denoiser in turn. Bars: 95 % intervals of the ratio; where a bar "
+            "holds 1, no difference can be told."
+            + (f" No intervals in the record: {listed(unknown)}; faded, and left out for masks, which do the same work "
+               "as dense." if unknown else ""))
 
 
 def level(axes, height: float) -> None:

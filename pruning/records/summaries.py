@@ -136,7 +136,7 @@ def _time(point: Point, dense: Point) -> str:
     if math.isnan(call):
         return ""
     if same_time("denoiser_seconds", point, dense):
-        return f"no difference in time can be told (a denoiser call takes {_ends(call_ends)} times as long as dense)"
+        return f"no difference in time can be told (a denoiser call takes {_ends(call_ends)} times as long)"
     if math.isnan(call_ends[0]):
         return (f"a denoiser call takes {call:.2f} times as long as dense, an image {image:.2f} times; this record does "
                 "not say how sure these ratios are")
@@ -206,7 +206,8 @@ def _gain(record: Record, tolerance: float) -> str:
         return "Gain: " + "; ".join(
             f"at rate {point.rate:g}, parameters fall from {dense.parameters:,} to {point.parameters:,} "
             f"({change(point.parameters, dense.parameters)}), weights from {_sizes(dense)} to {_sizes(point)}, "
-            f"multiply-accumulates by {change(point.macs, dense.macs)}, and {_time(point, dense)}" for point in points) + "."
+            f"multiply-accumulates by {change(point.macs, dense.macs)}, and {_time(point, dense)}"
+            for point in points) + "."
     times = [_time(point, dense) for point in points]
     zeroed = "; ".join(f"at rate {point.rate:g}, {100 * saved_parameters(point, dense):.1f} % of the parameters are "
                        "zero" + (f", and {time}" if time else "") for point, time in zip(points, times))
