@@ -751,3 +751,21 @@ def test_denoisers_are_timed_in_turn_and_each_is_placed_and_warmed_up_first():
     costs.denoiser_seconds(denoisers, {"sample": torch.zeros(1)}, rounds=1,
                            place=lambda denoiser: events.append(f"place {denoiser.name}"))
     assert events == ["place a", "call a", "call a", "place b", "call b", "call b"]
+
+
+def test_a_ratio_of_times_is_measured_longer_where_the_rounds_disagree(monkeypatch):
+    rng, rounds = np.random.RandomState(0), []
+
+    def seconds(denoisers, call, count, place=None):
+        rounds.append(count)
+        dense = 0.1 * np.exp(busy * rng.rand(count))  # a busy machine slows both calls of a round
+        return np.stack([dense, 0.5 * dense * np.exp(noise * rng.randn(count))], axis=1)
+
+    monkeypatch.setattr(costs, "call_seconds", seconds)
+    for busy, noise, expected in ((1.0, 0.001, [6]), (0.0, 0.2, [6, 6, 6, 6])):
+        rounds.clear()
+        dense, ratio, (low, high) = costs.time_ratio(None, None, {})
+        assert rounds == expected
+        assert low <= ratio <= high
+        assert (ratio, high - low < 0.01) == (pytest.approx(0.5, rel=0.3 * noise + 0.01), noise < 0.1)
+        assert dense == 0.1 or busy

@@ -50,6 +50,9 @@ def make_record(method="magnitude", rates=RATES, clip=None, images=32, model="sh
             denoiser_seconds=0.02 * (kept / 5_300_628) ** 0.5, dense_denoiser_seconds=0.02,
             image_seconds=0.1 * (kept / 5_300_628) ** 0.3, dense_image_seconds=0.1,
             macs=round(4e8 * (kept / 5_300_628) ** 0.8), peak_bytes=4 * kept + 2_000_000,
+            file_bytes=2 * kept, ratio_intervals={} if not rate else {
+                "denoiser_seconds": [0.97 * (kept / 5_300_628) ** 0.5, 1.02 * (kept / 5_300_628) ** 0.5],
+                "image_seconds": [0.98 * (kept / 5_300_628) ** 0.3, 1.01 * (kept / 5_300_628) ** 0.3]},
             metrics=metrics, seconds={"prune": 0.1, "generate": 5.5, "measure": 0.8}, per_image=per_image,
             intervals={}, floors={} if rate else {"fid": 1.5, "kid": 0.2})
 
@@ -173,14 +176,18 @@ def test_the_summary_begins_with_how_far_and_how_sure():
     text = flat(summaries.summary(make_record("magnitude")))
     assert text.startswith("How far? magnitude pruning of shapes-unet stays within 5 % of dense by clip_score up to "
                            "rate 0.2, which has 96.6 % of dense (95 % interval")
-    assert "The next rate, 0.3, may not: it has 95.2 % of dense (95 % interval" in text
+    assert "32 images are too few to decide on the next rate, 0.3: it has 95.2 % of dense (95 % interval" in text
+    assert "images would decide." in text
+    surer = flat(summaries.summary(make_record("magnitude", noise=0.1)))
+    assert "The next rate, 0.4, does not: it has 84.3 % of dense (95 % interval" in surer
 
 
 def test_the_summary_of_masks_says_that_zeros_gain_nothing():
     text = flat(summaries.summary(make_record("magnitude")))
     assert "first falls below 50 % of dense at rate 0.6" in text
     assert "zeros neither shrink it nor make dense kernels faster" in text
-    assert "a denoiser call takes 1.00 times as long" in text
+    assert "no difference in time can be told: a denoiser call takes 0.97 to 1.02 times as long" in text
+    assert "still holds all 5,300,628 parameters (21.2 MB in memory and 10.6 MB in a saved file)" in text
     assert ("fid is biased upward for few images. It compares 32 images with 2,048 reference images by 64 features; as "
             "many real images score 1.5.") in text
     assert "With fewer images than features, fid says almost nothing: read kid instead." in text
@@ -189,9 +196,10 @@ def test_the_summary_of_masks_says_that_zeros_gain_nothing():
 def test_the_summary_of_removal_says_what_was_gained():
     text = flat(summaries.summary(make_record("attention_heads")))
     assert "up to rate 0.2" in text
-    assert "at rate 0.2, parameters fall from 5,300,628 to 4,916,628 (−7.2 %), weights from 21.2 to 19.7 MB" in text
+    assert ("at rate 0.2, parameters fall from 5,300,628 to 4,916,628 (−7.2 %), weights from 21.2 MB in memory and "
+            "10.6 MB in a saved file to 19.7 MB in memory and 9.8 MB in a saved file") in text
     assert "at rate 0.9, parameters fall from 5,300,628 to 3,572,628 (−32.6 %)" in text
-    assert "a denoiser call takes 0.82 times as long" in text
+    assert "a denoiser call takes 0.82 times as long as dense (95 % interval 0.80 to 0.84), an image 0.89 times" in text
     assert "zeros" not in text
 
 
@@ -208,16 +216,36 @@ def test_the_table_has_a_row_a_rate_and_shows_what_is_not_finite():
     assert "–: not finite" in summaries.summary(record)
 
 
-def test_costs_are_those_of_the_record_and_times_are_shares_of_dense_timed_in_turn():
+def test_costs_are_those_of_the_record_and_times_are_ratios_with_their_intervals():
     record = make_record("structured")
-    point = record.points[4]
+    dense, point = record.dense, record.points[4]
     point.denoiser_seconds, point.dense_denoiser_seconds = 0.03, 0.04
     point.image_seconds, point.dense_image_seconds = 0.5, 0.25
+    point.ratio_intervals = {"denoiser_seconds": [0.7, 1.1], "image_seconds": [1.9, 2.2]}
     costs = summaries.summary(record).partition("\nCost\n")[2].splitlines()
-    row = next(line.split() for line in costs if line.split()[:1] == ["0.5"])
-    shown = [point.parameters / 1e6, point.nonzero_parameters / 1e6, point.weight_bytes / 1e6, point.peak_bytes / 1e6,
-             point.macs / 1e9, 0.75, 2.0]
-    assert [float(value) for value in row[1:]] == pytest.approx(shown, rel=1e-3)
+    row = next(line.split(maxsplit=7) for line in costs if line.split()[:1] == ["0.5"])
+    shown = [point.parameters / 1e6, point.nonzero_parameters / 1e6, point.weight_bytes / 1e6, point.file_bytes / 1e6,
+             point.peak_bytes / 1e6, point.macs / 1e9]
+    assert [float(value) for value in row[1:7]] == pytest.approx(shown, rel=1e-3)
+    assert row[7].split("  ") == ["no difference", "2.00 (1.90 to 2.20)"]
+    point.ratio_intervals = {}  # of an earlier version
+    assert [tables.time_cell(name, point, dense) for name in findings.TIMES] == ["0.75", "2.00"]
+    assert "this record does not say how sure these ratios are" in flat(summaries.summary(
+        dataclasses.replace(record, points=[point])))
+
+
+def test_the_ratio_of_a_mask_without_an_interval_is_noise_and_left_out(monkeypatch, tmp_path):
+    record = make_record("magnitude", rates=(0.1, 0.8))
+    for point in record.points:
+        point.ratio_intervals, point.denoiser_seconds, point.file_bytes = {}, 1.8 * point.dense_denoiser_seconds, None
+    text = summaries.summary(record)
+    assert "1.80" not in text
+    assert "times as long" not in text
+    assert "masks do the same work as dense, so their ratios are left out" in flat(text)
+    drawn = drawn_text(lambda path: plots.draw_cost(record, path), monkeypatch, tmp_path)
+    assert "No intervals in the record: magnitude" in drawn
+    assert np.isnan(drawing.ratios(record, "denoiser_seconds")[0]).tolist() == [False, True, True]
+    assert "No intervals" not in drawing.ratio_note([make_record()])
 
 
 def test_modules_that_a_method_cannot_prune_are_named_with_the_reason():
@@ -245,8 +273,8 @@ def test_times_of_rates_at_which_compilation_fell_back_are_told_apart(monkeypatc
     (make_record(clip=(0.0, 1.0), rates=(0.1,)), "unknown, because clip_score of the dense model is 0"),
     (make_record(clip=(None, 1.0), rates=(0.1,)), "unknown, because clip_score of the dense model is –"),
     (keep_metrics(make_record(), "fid"), "unknown, because clip_score was not measured"),
-    (make_record(clip=(80, 50), rates=(0.1,)), "no measured rate stays within 5 % of dense by clip_score with 95 % "
-                                               "confidence; rate 0.1 has 62.5 % of dense"),
+    (make_record(clip=(80, 50), rates=(0.1,)), "no measured rate stays within 5 % of dense by clip_score; rate "
+                                               "0.1 has 62.5 % of dense"),
     (make_record(rates=(0.1, 0.2)), "does not fall below 50 % of dense up to rate 0.2"),
     (make_record(clip=(80, 79, None, 10), rates=(0.1, 0.2, 0.3)), "Collapse: clip_score is not finite at rate 0.2"),
     (make_record(images=4), "unknown, because there are 4 samples and a 95 % interval needs 5"),
@@ -256,16 +284,95 @@ def test_the_summary_claims_no_more_than_was_measured(record, words):
     assert words in flat(summaries.summary(record))
 
 
-def test_the_comparison_names_the_best_at_each_rate_and_what_may_be_as_good():
-    text = summaries.comparison_summary([make_record(name) for name in CLIP])
-    lines = [line.strip() for line in text.splitlines()]
-    assert "0.1  magnitude; iterative may be as good" in lines
-    assert "0.5  iterative" in lines
-    assert "0.9  attention_heads; all are below 50 % of dense" in lines
-    noisy = summaries.comparison_summary([make_record(name, noise=40) for name in CLIP])
-    assert "0.2  iterative; magnitude and attention_heads may be as good" in noisy
+def test_too_few_images_decide_nothing_and_the_answer_says_how_many_would():
+    """One image of 8 lost 17.5 points: it may be one of many, or one of few."""
+    record = make_record(rates=(0.3,), clip=(80, 78), images=8)
+    dense, point = record.dense, record.points[0]
+    lost = np.array([0.1, -0.2, 0.3, 0, 0.2, -0.1, 0.1, 17.5])
+    point.per_image["clip_score"] = list(np.array(dense.per_image["clip_score"]) - lost)
+    point.metrics["clip_score"] = 80 - lost.mean()
+    point.intervals["clip_score"] = mean_interval(-lost)
+    assert findings.holds(point, dense, 0.05) is None
+    assert summaries.answer(record) == (
+        "How far? magnitude pruning of shapes-unet: 8 images are too few to decide whether rate 0.3 stays within 5 % "
+        "of dense by clip_score. It has 97.2 % of dense (95 % interval 84.3 to 103.6; 1 of 8 images loses over 5 %, "
+        "the worst 22 %); about 270 images would decide.")
+    record.settings["seeds"] = 2
+    record.samples = record.samples[:4]
+    assert "unknown, because there are 4 samples" in summaries.answer(record)
+    near = make_record(rates=(0.3,), clip=(80, 76), images=8)  # no number of images tells the mean from the limit
+    assert "too few to decide whether rate 0.3" in summaries.answer(near)
+    assert "; more than 10,000 images would decide." in summaries.answer(near)
+    near.points[0].per_image = {}
+    assert "too few to decide whether rate 0.3" in summaries.answer(near)
+    assert "; more would decide." in summaries.answer(near)
+
+
+def test_an_image_that_is_not_finite_fails_and_leaves_nothing_to_decide():
+    record = make_record(rates=(0.1, 0.2), clip=(80, 80, None))
+    record.points[1].per_image["clip_score"] = [None, *record.points[0].per_image["clip_score"][1:]]
+    record.points[1].intervals["clip_score"] = None
+    assert findings.holds(record.points[1], record.dense, 0.05) is False
+    assert findings.failures(record.points[1], record.dense, 0.05) == (1, 1.0)
+    assert "The next rate, 0.2, does not: it has no finite clip_score." in summaries.answer(record)
+
+
+def test_images_that_fail_are_counted_beside_the_mean():
+    record = make_record(rates=(0.1, 0.2), clip=(80, 79.5, 78), noise=0.5)
+    values = record.points[0].per_image["clip_score"]
+    for k, loss in ((3, 8.0), (20, 13.6), (31, 5.0)):  # 10, 17 and 6 % of 80
+        values[k] = record.dense.per_image["clip_score"][k] - loss
+    assert findings.failures(record.points[0], record.dense, 0.05) == (3, pytest.approx(0.17))
+    assert findings.failures(record.points[0], record.dense, 0.08) == (2, pytest.approx(0.17))
+    assert findings.failures(record.dense, record.dense, 0.05) == (0, 0)
+    alone = dataclasses.replace(record, points=record.points[:1])
+    assert findings.worst_images(alone, 2) == (record.points[0], [20, 3])
+    assert "; 3 of 32 images lose over 5 %, the worst 17 %) and" in summaries.answer(alone)
+    assert "; no image loses over 20 %) and" in summaries.answer(record, 0.2)
+    assert tables.failures_cell(record.points[0], record.dense, 0.05) == "3, −17 %"
+    row = next(line for line in summaries.summary(record).splitlines() if line.split()[:1] == ["0.1"])
+    assert row.endswith(" 3, −17 %")
+    comparison = summaries.comparison_summary([record, make_record("iterative", rates=(0.1, 0.2))])
+    assert "images that lose over 5 % of clip_score, and the largest loss" in comparison
+    beside = ["images that lose over 5 % of clip_score", "0", "3, −17 %", "lower", ""]
+    assert beside in tables.single_rate_table(record).rows
+    record.dense.per_image = {}
+    assert findings.failures(record.points[0], record.dense, 0.05) is None
+    assert "lose over" not in summaries.summary(record)
+
+
+def test_methods_are_compared_where_they_save_the_same_and_not_at_equal_rates():
+    records = [make_record(name) for name in CLIP]
+    text = summaries.comparison_summary(records)
+    parameters, macs = (text.partition(f"at equal shares of {what}")[2].partition("\n\n")[0].splitlines()
+                        for what in findings.SAVED)
+    best = {line.split()[0]: line.split(maxsplit=1)[1] for line in parameters if line.startswith("   ")}
+    assert best["0.1"] == "iterative; magnitude may be as good"
+    assert best["0.5"] == "iterative"
+    assert best["0.8"].startswith("iterative")  # attention_heads leads at rate 0.9, where it saves 0.33
+    assert not any("attention_heads" in best[level] for level in ("0.4", "0.5", "0.6", "0.7", "0.8"))
+    assert [line.strip() for line in macs if line.startswith("   ")] == [
+        "0.1  attention_heads", "0.2  attention_heads; all are below 50 % of dense"]  # masks save none
+    assert "attention_heads (no other saves as much)" in summaries.comparison_summary(
+        [records[0], make_record("attention_heads")])
     assert "structured pruning of shapes-unet: no measured rate stays within 5 %" in text
     assert "iterative pruning of shapes-unet stays within 5 % of dense by clip_score up to rate 0.5" in flat(text)
+    noisy = summaries.comparison_summary([make_record(name, noise=40) for name in CLIP])
+    assert "0.1  iterative; magnitude and attention_heads may be as good" in noisy
+
+
+def test_between_measured_rates_the_values_of_each_image_are_interpolated():
+    record = make_record("attention_heads", rates=(0.4, 0.8))
+    low, high = (findings.saved_parameters(point, record.dense) for point in record.points)
+    found = findings.at_saving(record, findings.saved_parameters, 0.75 * low + 0.25 * high)
+    values = [np.array(point.per_image["clip_score"]) for point in record.points]
+    assert found.mean == pytest.approx(0.75 * 82.0 + 0.25 * 79.5)
+    assert found.values == pytest.approx(0.75 * values[0] + 0.25 * values[1])
+    assert findings.at_saving(record, findings.saved_parameters, high + 0.01) is None
+    assert findings.at_saving(record, findings.saved_parameters, high).mean == pytest.approx(79.5)
+    assert findings.at_saving(make_record("magnitude"), findings.saved_macs, 0.1) is None
+    record.points[1].metrics["clip_score"] = None
+    assert math.isnan(findings.at_saving(record, findings.saved_parameters, high).mean)
 
 
 def test_what_another_noise_seed_changes_is_told_and_drawn(tmp_path):
@@ -368,9 +475,13 @@ def test_whatever_a_record_holds_is_drawn(tmp_path, record):
             assert len(np.unique(np.asarray(image.convert("L")))) > 20
 
 
-def test_images_are_drawn_captions_down_and_rates_across(tmp_path):
+def test_images_are_drawn_captions_down_and_rates_across_and_the_worst_below(monkeypatch, tmp_path):
     record = make_record(rates=(0.5,), scope="global")
-    save_images(tmp_path, record, range(8), (0.0, 0.5))
+    values = record.points[0].per_image["clip_score"]
+    for k in (7, 9, 2):  # the worst first
+        values[k] = record.dense.per_image["clip_score"][k] - 60 - k * (k > 2)
+    values[7] -= 20
+    save_images(tmp_path, record, range(12), (0.0, 0.5))
     (tmp_path / "images/magnitude+scope=global/0.5/0001.png").unlink()
     assert plots.draw_images(record, tmp_path / "images", tmp_path / "x.png") == tmp_path / "x.png"
     with Image.open(tmp_path / "x.png") as image:
@@ -381,8 +492,14 @@ def test_images_are_drawn_captions_down_and_rates_across(tmp_path):
         return (np.median(x), np.median(y)) if len(x) > 500 else None
     assert place(0.0, 0)[0] < place(0.5, 0)[0]  # rates across
     assert place(0.0, 0)[1] < place(0.0, 1)[1] < place(0.0, 5)[1]  # captions down
+    assert place(0.0, 5)[1] < place(0.5, 7)[1] < place(0.5, 9)[1]  # the two that lose most
     assert place(0.5, 1) is None  # the missing one is left out
-    assert place(0.0, 6) is None  # six are enough
+    assert [k for k in range(12) if place(0.0, k)] == [0, 1, 2, 3, 4, 5, 7, 9]
+    text = drawn_text(lambda path: plots.draw_images(record, tmp_path / "images", path), monkeypatch, tmp_path)
+    assert "With a percentage: those that lose most clip_score at rate 0.5." in text
+    assert text.count("% at rate 0.5") == 2
+    keep_metrics(record, "fid")
+    assert plots.shown_images(record) == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_broken_image_is_named_and_nothing_is_written(tmp_path):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from pruning import UserError, whole_file
+from pruning.metrics.intervals import mean_interval
 from pruning.records import store
 from pruning.records.record import (
     SCHEMA_VERSION,
@@ -46,6 +47,7 @@ def make_point(rate, images=3):
         layer_rates={"a": rate, "b": 1.0}, layer_errors={"a": 0.25} if rate else {},
         layer_parameters={} if rate else {"a": 0.75, "b": 0.25}, layer_macs={} if rate else {"a": 0.5, "b": 0.5},
         floors={"fid": 1.5} if rate == 0 else {}, seed_spread={"clip_score": 0.8, "fid": None} if rate == 0 else {},
+        file_bytes=2200, ratio_intervals={"denoiser_seconds": [0.9, 1.1]} if rate else {},
         compiled=None if rate == 0 else rate > 0.1)
 
 
@@ -152,6 +154,10 @@ BROKEN = {
     r"points\[0\].layer_errors must be an object of num": lambda d: d["points"][0].update(layer_errors=[0.25]),
     "dense.layer_parameters must be an object of numbers": lambda d: d["dense"].update(layer_parameters={"a": "3"}),
     "dense.layer_macs must be an object of numbers": lambda d: d["dense"].update(layer_macs=1),
+    r"points\[0\].file_bytes must be a whole number of 0 or more, or null":
+        lambda d: d["points"][0].update(file_bytes=1.5),
+    "dense.ratio_intervals must be an object of two":
+        lambda d: d["dense"].update(ratio_intervals={"image_seconds": [2, 1]}),
     r"points\[0\].compiled must be true, false or null": lambda d: d["points"][0].update(compiled=1),
     "model must be text.*": lambda d: d.update(model="\ud800"),
     "dense.rate must be 0": lambda d: d["dense"].update(rate=0.1),
@@ -342,6 +348,8 @@ def earlier_record(path, version):
     write_record(make_record(), path)
     data = json.loads(path.read_text())
     del data["notes"]["faults"]
+    for point in (data["dense"], *data["points"]):
+        del point["file_bytes"], point["ratio_intervals"]
     data["notes"].update(captions_skipped=4, captions_truncated=1)
     return {**data, "schema_version": version}
 
@@ -356,6 +364,20 @@ def test_a_version_8_record_tells_how_many_captions_were_skipped_but_not_which(t
     present.settings.update(reference_originals="0123", other_originals="4567")
     assert protocol_differences(record, present, continuing=True) == [
         "reference_originals: unknown and 0123", "other_originals: unknown and 4567"]
+
+
+def test_intervals_of_earlier_versions_are_computed_again_from_the_values_of_the_images(tmp_path):
+    data, record = json.loads(VERSION_3.read_text()), read_record(VERSION_3)
+    own, dense = (np.array(point["per_image"]["clip_score"]) for point in (data["points"][0], data["dense"]))
+    assert record.points[0].intervals["clip_score"] == list(mean_interval(own - dense))
+    assert record.points[0].intervals["clip_score"] != data["points"][0]["intervals"]["clip_score"]
+    assert record.points[0].intervals["kid"] == data["points"][0]["intervals"]["kid"]  # of sets of images
+    assert data["points"][0]["intervals"]["lpips_dense"] is not None
+    assert all(point.intervals["lpips_dense"][0] >= 0 for point in record.points)
+    write_record(record, tmp_path / "r.json")
+    record.points[0].intervals["clip_score"] = [-1.0, 1.0]  # what this version wrote stays
+    write_record(record, tmp_path / "r.json")
+    assert read_record(tmp_path / "r.json") == record
 
 
 def test_a_version_4_record_is_read_and_says_nothing_of_layers(tmp_path):
@@ -399,7 +421,9 @@ def test_a_version_3_record_is_read_with_the_values_it_has(tmp_path):
     assert record.samples == data["samples"]
     assert [point.rate for point in record.points] == [0.2, 0.8]
     for point, original in zip((record.dense, *record.points), (data["dense"], *data["points"])):
-        assert {name: getattr(point, name) for name in original} == original
+        assert {name: getattr(point, name) for name in original if name != "intervals"} == {
+            name: value for name, value in original.items() if name != "intervals"}
+        assert (point.file_bytes, point.ratio_intervals) == (None, {})
         assert (point.skipped_modules, point.seed_spread, point.compiled) == ({}, {}, None)
         assert (point.layer_rates, point.layer_errors, point.layer_parameters, point.layer_macs) == ({}, {}, {}, {})
     write_record(record, tmp_path / "r.json")
@@ -415,8 +439,8 @@ def test_a_version_3_record_is_drawn_as_before(tmp_path):
     text = " ".join((tmp_path / f"{BY_NORM}.txt").read_text(encoding="utf-8").split())
     assert answer(record, 0.05).startswith(
         f"How far? {BY_NORM} pruning of shapes-unet stays within 5 % of dense by clip_score up to rate 0.2, which has "
-        "99.6 % of dense (95 % interval 97.8")
-    assert "0.2 0.200 92.85 ± 2 −31.61 ± 70 0.3271 ± 0.39 1.102 0.1468 ± 0.061" in text
+        "99.6 % of dense (95 % interval 97.6 to 102.2; no image loses over 5 %)")
+    assert "0.2 0.200 92.85 −1.9/+2.5 −31.61 ± 70 0.3271 ± 0.39 1.102 0.1468 −0.041/+0.083" in text
     assert "skipped" not in text
     assert "It compares 6 images with 2,048 reference images by 64 features; as many real images score 1.23" in text
 

@@ -34,6 +34,12 @@ def prune_and_save(folder, method="structured", rate=0.5, dtype="float32", model
     return pipeline
 
 
+def bytes_of_numbers(file):
+    """The size of a safetensors file without its header, whose length the first 8 bytes say."""
+    content = file.read_bytes()
+    return len(content) - 8 - int.from_bytes(content[:8], "little")
+
+
 def images(pipeline):
     samples = data.load_samples("shapes", 2)[0]
     return generation.generate(pipeline, samples, seed=0, batch_size=2, **SAMPLING).pixels
@@ -107,6 +113,7 @@ def test_the_file_shrinks_as_the_parameters_do_and_no_number_changes(tmp_path, d
     kept = pipelines.load_pipeline("shapes-unet").unet.num_parameters()
     share = (tmp_path / "pruned" / weights).stat().st_size / dense.stat().st_size
     assert share == pytest.approx(pipeline.unet.num_parameters() / kept, rel=0.01)
+    assert saving.file_bytes(pipeline.unet) == bytes_of_numbers(tmp_path / "pruned" / weights)
     loaded = pipelines.load_pipeline(str(tmp_path / "pruned"), dtype=dtype).unet
     for (name, one), (_, other) in zip(pipeline.unet.named_parameters(), loaded.named_parameters()):
         assert one.dtype == other.dtype
@@ -147,6 +154,8 @@ def test_numbers_that_half_precision_cannot_hold_stay_in_float32(tmp_path):
     saving.save(pipeline, "unet", tmp_path / "pruned", SAMPLING, {}, {})
     loaded = pipelines.load_pipeline(str(tmp_path / "pruned")).unet
     assert all(torch.equal(one, other) for one, other in zip(unet.parameters(), loaded.parameters()))
+    assert saving.file_bytes(unet) == 4 * unet.num_parameters() == bytes_of_numbers(
+        tmp_path / "pruned/unet/diffusion_pytorch_model.safetensors")
 
 
 def test_a_pruned_model_is_pruned_further_and_saved_again(tmp_path, saved):

@@ -20,7 +20,7 @@ def metric_interval(metric: Metric, values, dense, seeds: int = 1) -> Interval:
     """Return the 95 % interval that a metric's entry asks for, within the metric's bounds; None if there is none.
 
     values, dense: (seeds * n,) of the images and of the dense model's images from the same noise, ordered seed by seed;
-    None counts as NaN. An interval of the "difference" is relative to the mean of `dense`.
+    None counts as NaN. Only an interval of the "difference" needs `dense`, and is relative to its mean.
     """
     own, base = by_sample(values, seeds), 0.0
     if metric.interval == "difference":

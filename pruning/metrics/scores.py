@@ -255,7 +255,7 @@ def summarise(values: Dict[str, Any], finite: np.ndarray, dense: Optional[Dict[s
             own = per_image[name] = np.where(finite, value, math.nan)
             means[name] = float(own.mean())
             if metric.interval:
-                intervals[name] = metric_interval(metric, own, (dense or per_image)[name], seeds)
+                intervals[name] = metric_interval(metric, own, (dense or per_image).get(name), seeds)
         else:
             value, interval = value if isinstance(value, Distance) else (value, None)
             exists = finite.all() or metric.cost

@@ -70,22 +70,23 @@ def answer(record: Record, tolerance: float = TOLERANCE) -> str:
     good = last_good(record, tolerance)
     beyond = next((point for point in record.points if not holds(point, dense, tolerance)), None)
     within = f"within {100 * tolerance:g} % of dense by {QUALITY}"
-    undecided = beyond is not None and holds(beyond, dense, tolerance) is None
-    if good is None and undecided:
-        return (f"{begin}: {counted(images_of(record), 'image')} are too few to decide whether rate {beyond.rate:g} "
-                f"stays {within}; {_needed(beyond, record, tolerance)} would. It has "
-                f"{share_of_dense(beyond, dense, tolerance)}.")
+    has, decided = "", True
+    if beyond:
+        has, decided = share_of_dense(beyond, dense, tolerance), holds(beyond, dense, tolerance) is not None
+    few = "" if decided else f"{counted(images_of(record), 'image')} are too few to decide"
+    if few:
+        has += f"; {_needed(beyond, record, tolerance)} would decide"
+    if good is None and few:
+        return f"{begin}: {few} whether rate {beyond.rate:g} stays {within}. It has {has}."
     if good is None:
-        return (f"{begin}: no measured rate stays {within}; rate {beyond.rate:g} has "
-                f"{share_of_dense(beyond, dense, tolerance)}.")
+        return f"{begin}: no measured rate stays {within}; rate {beyond.rate:g} has {has}."
     text = (f"{begin} stays {within} up to rate {good.rate:g}, which has {share_of_dense(good, dense, tolerance)} and "
             f"{_saving(good, record)}.")
     if beyond is None:
         return f"{text} No higher rate was measured."
-    if undecided:
-        return (f"{text} The images are too few to decide on the next rate, {beyond.rate:g}; "
-                f"{_needed(beyond, record, tolerance)} would. It has {share_of_dense(beyond, dense, tolerance)}.")
-    return f"{text} The next rate, {beyond.rate:g}, does not: it has {share_of_dense(beyond, dense, tolerance)}."
+    if few:
+        return f"{text} {few} on the next rate, {beyond.rate:g}: it has {has}."
+    return f"{text} The next rate, {beyond.rate:g}, does not: it has {has}."
 
 
 def _needed(point: Point, record: Record, tolerance: float) -> str:
@@ -136,10 +137,10 @@ def _time(point: Point, dense: Point) -> str:
     if math.isnan(call):
         return ""
     if same_time("denoiser_seconds", point, dense):
-        return f"no difference in time can be told (a denoiser call takes {_ends(call_ends)} times as long)"
+        return f"no difference in time can be told: a denoiser call takes {_ends(call_ends)} times as long"
     if math.isnan(call_ends[0]):
-        return (f"a denoiser call takes {call:.2f} times as long as dense, an image {image:.2f} times; this record does "
-                "not say how sure these ratios are")
+        return (f"a denoiser call takes {call:.2f} times as long as dense, an image {image:.2f} times; this record "
+                "does not say how sure these ratios are")
     return (f"a denoiser call takes {call:.2f} times as long as dense (95 % interval {_ends(call_ends)}), an image "
             f"{image:.2f} times ({_ends(image_ends)})")
 

@@ -84,12 +84,14 @@ def _metric_head(name: str) -> str:
 
 
 def _reach(metric: str, point: Point, dense: Point) -> str:
-    """Return ' ± 2', or ' −3/+1' for an interval that reaches further on one side; "" if there is none."""
+    """Return ' ± 2', or ' −3/+1' for an interval that reaches clearly further on one side; "" if there is none."""
     low, high = interval(metric, point, dense)
     if not high > low:
         return ""
-    below, above = (f"{float(f'{abs(end - point.metrics[metric]):.2g}'):g}" for end in (low, high))
-    return f" ± {below}" if below == above else f" −{below}/+{above}"
+    below, above = point.metrics[metric] - low, high - point.metrics[metric]
+    even = abs(above - below) <= 0.1 * (above + below)
+    below, middle, above = (f"{float(f'{reach:.2g}'):g}" for reach in (below, (below + above) / 2, above))
+    return f" ± {middle}" if even else f" −{below}/+{above}"
 
 
 def cost_table(record: Record) -> Table:
