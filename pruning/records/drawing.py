@@ -16,6 +16,7 @@ from pruning.methods import METHODS
 from pruning.metrics import METRICS
 from pruning.records.findings import (
     ARROWS,
+    SAME,
     TIMES,
     all_points,
     feature_size,
@@ -177,7 +178,7 @@ def ratio_note(records: Sequence[Record]) -> str:
     """Return what the ratios of times are, in a sentence or two."""
     unknown = [record.variant for record in records if not any(point.ratio_intervals for point in record.points)]
     return ("Times: calls of the dense and the pruned denoiser in turn. Bars: 95 % intervals of the ratio; where a bar "
-            "holds 1, no difference can be told."
+            f"comes within {100 * SAME:g} % of 1, no difference can be told."
             + (f" No intervals in the record: {listed(unknown)}; faded, and left out for masks, which do the same work "
                "as dense." if unknown else ""))
 

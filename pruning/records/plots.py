@@ -202,7 +202,7 @@ def draw_images(record: Record, images_folder, path: Path, tolerance: float = TO
     captions = [record.samples[k % len(record.samples)]["caption"] for k in rows]
     axes.set_yticklabels([textwrap.fill(textwrap.shorten(text, 100), 24) + lost.get(k, "")
                           for k, text in zip(rows, captions)], fontsize=8)
-    figure.suptitle(f"{record.variant} pruning of {record.model}, by pruning rate")
+    figure.suptitle(f"{record.variant} pruning\nof {record.model}, by pruning rate")
     small_print(figure, [
         f"{record.dataset}, {len(rows)} of {counted(images_of(record), 'image')} at each rate, {protocol(record)}. "
         "All images of a row start from the same noise."

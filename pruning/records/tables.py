@@ -11,6 +11,7 @@ from pruning.metrics import METRICS
 from pruning.records.findings import (
     ARROWS,
     QUALITY,
+    SAME,
     TIMES,
     TOLERANCE,
     all_points,
@@ -107,7 +108,8 @@ def cost_table(record: Record) -> Table:
         "changes by that",
         "peak memory: of a denoiser call for one image, with the weights; MACs: multiply-accumulates of a call for one "
         "latent",
-        "call: time of a call for a batch; image: time of an image; with the 95 % interval of ratios measured in turn"]
+        "call: time of a call for a batch; image: time of an image; with the 95 % interval of ratios measured in turn; "
+        f"no difference: it comes within {100 * SAME:g} % of 1"]
     if any("–" in row for row in rows):
         notes.append("–: an earlier version of this program measured, which did not note the size of a saved file, nor "
                      "how sure times are; masks do the same work as dense, so their ratios are left out")
@@ -119,7 +121,7 @@ def _in_file(point: Point) -> str:
 
 
 def time_cell(name: str, point: Point, dense: Point) -> str:
-    """Return '0.72 (0.70 to 0.74)', 'no difference' if the interval of the ratio holds 1, '0.72' or '–' without one."""
+    """Return '0.72 (0.70 to 0.74)', 'no difference' if it cannot be told from 1, '0.72' or '–' without one."""
     ratio, low, high = time_ratio(name, point, dense)
     if same_time(name, point, dense):
         return "no difference"
