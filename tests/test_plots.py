@@ -244,9 +244,10 @@ def test_the_ratio_of_a_mask_without_an_interval_is_noise_and_left_out(monkeypat
     assert "times as long" not in text
     assert "masks do the same work as dense, so their ratios are left out" in flat(text)
     drawn = drawn_text(lambda path: plots.draw_cost(record, path), monkeypatch, tmp_path)
-    assert "No intervals in the record: magnitude" in drawn
+    assert "The records hold no intervals" in drawn
     assert np.isnan(drawing.ratios(record, "denoiser_seconds")[0]).tolist() == [False, True, True]
-    assert "No intervals" not in drawing.ratio_note([make_record()])
+    assert "hold no intervals" not in drawing.ratio_note([make_record()])
+    assert "The records of magnitude hold no intervals" in drawing.ratio_note([record, make_record("iterative")])
 
 
 def test_modules_that_a_method_cannot_prune_are_named_with_the_reason():
@@ -354,7 +355,7 @@ def test_methods_are_compared_where_they_save_the_same_and_not_at_equal_rates():
     assert not any("attention_heads" in best[level] for level in ("0.4", "0.5", "0.6", "0.7", "0.8"))
     assert [line.strip() for line in macs if line.startswith("   ")] == [
         "0.1  attention_heads", "0.2  attention_heads; all are below 50 % of dense"]  # masks save none
-    assert "attention_heads (no other saves as much)" in summaries.comparison_summary(
+    assert "attention_heads (no other was measured there)" in summaries.comparison_summary(
         [records[0], make_record("attention_heads")])
     assert "structured pruning of shapes-unet: no measured rate stays within 5 %" in text
     assert "iterative pruning of shapes-unet stays within 5 % of dense by clip_score up to rate 0.5" in flat(text)
@@ -372,6 +373,8 @@ def test_between_measured_rates_the_values_of_each_image_are_interpolated():
     assert findings.at_saving(record, findings.saved_parameters, high + 0.01) is None
     assert findings.at_saving(record, findings.saved_parameters, high).mean == pytest.approx(79.5)
     assert findings.at_saving(make_record("magnitude"), findings.saved_macs, 0.1) is None
+    far = make_record("magnitude", rates=(0.1, 0.4), clip=(83, 83, 79))  # too far apart for a straight line
+    assert findings.at_saving(far, findings.saved_parameters, 0.2) is None
     record.points[1].metrics["clip_score"] = None
     assert math.isnan(findings.at_saving(record, findings.saved_parameters, high).mean)
 

@@ -177,10 +177,11 @@ def ratio_axis(axes, name: str) -> None:
 def ratio_note(records: Sequence[Record]) -> str:
     """Return what the ratios of times are, in a sentence or two."""
     unknown = [record.variant for record in records if not any(point.ratio_intervals for point in record.points)]
+    whose = f" of {listed(unknown)}" if 0 < len(unknown) < len(records) else ""
     return ("Times: calls of the dense and the pruned denoiser in turn. Bars: 95 % intervals of the ratio; where a bar "
             f"comes within {100 * SAME:g} % of 1, no difference can be told."
-            + (f" No intervals in the record: {listed(unknown)}; faded, and left out for masks, which do the same work "
-               "as dense." if unknown else ""))
+            + (f" The records{whose} hold no intervals: their ratios are faded, and left out for masks, which do the "
+               "same work as dense." if unknown else ""))
 
 
 def level(axes, height: float) -> None:

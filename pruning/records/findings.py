@@ -165,6 +165,7 @@ def saved_macs(point: Point, dense: Point) -> float:
     return 1 - point.macs / dense.macs if dense.macs else 0.0
 
 
+GAP = 0.2  # of a share saved: between points further apart, a straight line would invent a curve
 # By what methods are compared: its name -> its share of the dense model's.
 SAVED = {"parameters removed or zeroed": saved_parameters, "multiply-accumulates saved": saved_macs}
 
@@ -266,14 +267,15 @@ class Scored(NamedTuple):
 
 
 def at_saving(record: Record, share: Callable[[Point, Point], float], level: float) -> Scored | None:
-    """Return QUALITY at which a share of dense is saved, None if the record does not save as much.
+    """Return QUALITY at which a share of dense is saved, None if the record does not say.
 
-    share: one of SAVED. Between two measured points, each image's value is interpolated linearly.
+    share: one of SAVED. Between two measured points that are at most GAP apart, each image's value is interpolated
+    linearly.
     """
     points = sorted(all_points(record), key=lambda point: share(point, record.dense))
     shares = [share(point, record.dense) for point in points]
     for low, high, before, after in zip(shares, shares[1:], points, points[1:]):
-        if low < level <= high:
+        if low < level <= high <= low + GAP:
             weight = (level - low) / (high - low)
             mean = _between(before.metrics[QUALITY], after.metrics[QUALITY], weight)
             values = _between(before.per_image.get(QUALITY), after.per_image.get(QUALITY), weight)

@@ -10,6 +10,7 @@ from pruning.metrics import METRICS, intervals
 from pruning.records.findings import (
     ARROWS,
     COLLAPSED,
+    GAP,
     QUALITY,
     SAVED,
     TOLERANCE,
@@ -302,8 +303,8 @@ def _best_at_equal_savings(records: Sequence[Record], what: str) -> str:
         reached = [scored for scored in (at_saving(record, SAVED[what], level) for record in records) if scored]
         if reached:
             lines.append(f"  {level:>5g}  {_best(reached)}")
-    title = wrapped(f"Best {QUALITY} at equal shares of {what}, interpolated between measured rates, and variants that "
-                    "may be as good by the 95 % interval of paired differences")
+    title = wrapped(f"Best {QUALITY} at equal shares of {what}, interpolated between measured rates at most {GAP:g} "
+                    "apart, and variants that may be as good by the 95 % interval of paired differences")
     return "\n".join([title, *lines]) if lines else ""
 
 
@@ -312,7 +313,7 @@ def _best(measured: Sequence[Scored]) -> str:
     if not best:
         return "none is finite"
     text = best + (f"; {listed(level)} may be as good" if level else "")
-    text += " (no other saves as much)" if len(measured) == 1 else ""
+    text += " (no other was measured there)" if len(measured) == 1 else ""
     fallen = all(not relative(QUALITY, scored.mean, scored.record.dense.metrics[QUALITY]) >= COLLAPSED
                  for scored in measured)
     return text + (f"; all are below {_COLLAPSE}" if fallen else "")
