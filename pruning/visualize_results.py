@@ -72,7 +72,9 @@ def _draw(record, folder, images_folder, tolerance) -> list:
     written = report.write_record_files(record, folder, images_folder, tolerance)
     for path in report.record_files(record, folder):
         if path not in written:
-            tqdm.write(f"{path.name} is not drawn: {images_folder} holds no image of {record.variant}", file=sys.stderr)
+            why = f"{images_folder} holds no image of {record.variant}" if path.name.endswith("_images.png") \
+                else "its record does not hold what it shows"
+            tqdm.write(f"{path.name} is not drawn: {why}", file=sys.stderr)
     return written
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from pruning.metrics.intervals import median_interval
 
 ROUNDS, MOST_ROUNDS = 6, 24  # of calls that are timed; 6 is the fewest that have a 95 % interval
-RATIO_WIDTH = 0.05  # of the interval of a ratio of times, as a share of the ratio: what is good enough
+RATIO_WIDTH = 0.1  # of the interval of a ratio of times, as a share of the ratio: what is good enough
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise torch's profiler prints to stderr
 
