@@ -156,6 +156,7 @@ def test_as_many_values_as_needed_tell_the_mean_from_the_limit():
             told.append(not low <= 0 <= high)
     assert 0.7 < np.mean(told) < 0.95
     assert samples_needed([-1.0, 1.0, -2.0, 2.0, 0.0], 0) == math.inf
+    assert math.isnan(samples_needed([1.0, math.nan], 0))
 
 
 def test_the_interval_of_a_median_holds_it_in_95_of_100_cases_whatever_the_values():

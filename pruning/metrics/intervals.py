@@ -83,11 +83,12 @@ def median_interval(values) -> Interval:
 def samples_needed(values, limit: float) -> float:
     """Return about how many values would tell their mean from a limit, inf if the mean is the limit.
 
-    values: (n,), with a 95 % interval that reaches the limit. The mean and the spread are taken to stay, and the
-    interval to shrink with the root of n, until the limit is as far as the interval reaches and POWER standard errors.
+    values: (n,), with a 95 % interval that reaches the limit; NaN if they have none. The mean and the spread are taken
+    to stay, and the interval to shrink with the root of n, until the limit is as far as the interval reaches and POWER
+    standard errors.
     """
     values = np.asarray(values, float)
-    (low, high), mean = mean_interval(values), values.mean()
+    (low, high), mean = mean_interval(values) or (math.nan, math.nan), values.mean()
     reach = max(mean - low if mean > limit else high - mean, POWER * values.std(ddof=1) / math.sqrt(len(values)))
     return len(values) * (reach / (mean - limit)) ** 2 if mean != limit else math.inf
 

@@ -87,7 +87,7 @@ def _metric_head(name: str) -> str:
 def _reach(metric: str, point: Point, dense: Point) -> str:
     """Return ' ± 2', or ' −3/+1' for an interval that reaches clearly further on one side; "" if there is none."""
     low, high = interval(metric, point, dense)
-    if not high > low:
+    if point.metrics[metric] is None or not high > low:
         return ""
     below, above = point.metrics[metric] - low, high - point.metrics[metric]
     even = abs(above - below) <= 0.1 * (above + below)
