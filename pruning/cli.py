@@ -197,7 +197,7 @@ def plain(error: UnicodeError):
 
 
 def prepare_process() -> None:
-    """Make output, network and home as they are asked for: an encoding may lack letters, an output be closed, and a user have no home."""
+    """Make output, network and home usable: an encoding may lack letters, an output be closed, a user have no home."""
     codecs.register_error("plain", plain)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell
