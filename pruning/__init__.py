@@ -7,6 +7,8 @@ import uuid
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")  # variables that forbid the network
+
 
 class UserError(Exception):
     """Something the user can put right; the commands print it as one line and exit with 2."""
@@ -15,6 +17,19 @@ class UserError(Exception):
 def cache_folder() -> Path:
     """Where data is fetched to, and what was computed from it is kept: $PRUNING_CACHE, or a folder in the home."""
     return Path(os.environ.get("PRUNING_CACHE") or Path.home() / ".cache" / "pruning_analysis")
+
+
+def offline_by() -> str:
+    """Return the first variable of OFFLINE that is set to forbid the network, as NAME=value, or "" if none is."""
+    said = (f"{name}={os.environ.get(name, '')}" for name in OFFLINE)
+    return next((text for text in said if text.split("=")[1].upper() in ("1", "ON", "YES", "TRUE")), "")
+
+
+def check_online(what: str) -> None:
+    """Raise UserError if a variable of OFFLINE forbids to fetch `what`, which names where it is and where it goes."""
+    if offline_by():
+        raise UserError(f"cannot fetch {what}: {offline_by()} forbids the network; unset that variable, or bring the "
+                        "file there yourself")
 
 
 def check_name(what: str, name: str, names) -> str:

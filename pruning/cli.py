@@ -2,16 +2,21 @@
 from __future__ import annotations
 
 import argparse
+import codecs
+import os
 import sys
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Dict
 
-from pruning import UserError
+from pruning import UserError, offline_by
 from pruning.data import DATASETS
 from pruning.methods import METHODS, at_least, default_options, one_of
 from pruning.methods.calibration import GIB, MEMORY
 from pruning.metrics import BACKBONES, METRICS
 from pruning.models.pipelines import OFFLOADS
+from pruning.models.saving import LARGEST_GUIDANCE, LARGEST_IMAGE
 from pruning.records.findings import QUALITY, TOLERANCE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,8 +80,15 @@ def _number(text: str, fits, expected: str) -> float:
     return value
 
 
+def guidance(text: str) -> float:
+    """Return a guidance scale: a finite number."""
+    return _number(text, lambda value: abs(value) < LARGEST_GUIDANCE, "a guidance scale is a finite number")
+
+
 positive = at_least(1)
 not_negative = at_least(0)
+noise_seeds = at_least(1, 1000)
+pixels = at_least(1, LARGEST_IMAGE)
 
 
 def shard(text: str) -> tuple:
@@ -105,11 +117,11 @@ def add_measuring_flags(parser: Parser) -> None:
     parser.add_argument("--data_dir", type=Path, help="folder of the data set (default: fetched if it can be)")
     parser.add_argument("--model", help=f"a bundled model, a pipeline folder or a hub id (default: {defaults})")
     parser.add_argument("--seed", type=not_negative, default=0, help="chooses samples and noise")
-    parser.add_argument("--seeds", type=positive, default=1,
+    parser.add_argument("--seeds", type=noise_seeds, default=1,
                         help="noise seeds: each sample is drawn once for each, and dense is compared with itself")
     parser.add_argument("--steps", type=positive, help="denoising steps (default: the model's own)")
-    parser.add_argument("--guidance_scale", type=float, help="guidance scale (default: the model's own)")
-    parser.add_argument("--image_size", type=positive, help="pixels a side (default: the model's own)")
+    parser.add_argument("--guidance_scale", type=guidance, help="guidance scale (default: the model's own)")
+    parser.add_argument("--image_size", type=pixels, help="pixels a side (default: the model's own)")
     parser.add_argument("--batch_size", type=positive,
                         help="images made together (default: as many as fit in GPU memory; 8 on a CPU)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is a GPU)")
@@ -168,13 +180,65 @@ def method_options(args) -> Dict[str, Any]:
     return options
 
 
+# ---- running a command
+
+# What texts hold beyond ASCII, for outputs whose encoding lacks it. Anything else is shown as an escape.
+PLAIN = {"−": "-", "–": "-", "±": "+-", "·": "*", "²": "^2", "×": "x", "→": "->", "↑": "(up)", "↓": "(down)",
+         "…": "...", "Δ": "delta ", "‖": "|", "é": "e"}
+
+
+def plain(error: UnicodeError):
+    """Write a character that an encoding lacks by the nearest that it has. An error handler for `codecs`."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    texts = [PLAIN.get(letter, letter.encode("ascii", "backslashreplace").decode())
+             for letter in error.object[error.start:error.end]]
+    return "".join(texts), error.end
+
+
+def prepare_process() -> None:
+    """Make output, network and home usable: an encoding may lack letters, an output be closed, a user have no home."""
+    codecs.register_error("plain", plain)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long as the process lives
+        with suppress(AttributeError, ValueError):  # a test's own output
+            getattr(sys, name).reconfigure(errors="plain")
+    if offline_by():
+        os.environ["HF_HUB_OFFLINE"] = "1"  # the hub's library reads it when it is imported
+    if not Path(os.path.expanduser("~")).is_absolute():  # in containers: no HOME, and a user id without a name
+        os.environ["HOME"] = tempfile.mkdtemp(prefix="pruning-home-")
+        os.environ.setdefault("USER", "nobody")
+        print(f"this user has no home folder: what is fetched goes to {os.environ['HOME']}; set HOME to keep it",
+              file=sys.stderr)
+
+
 def run(main) -> None:
-    """Run a command. Exit with 2 and one line after a UserError, with 130 after Ctrl-C."""
+    """Run a command. Exit with 2 and one line after a UserError or if the system refuses, with 130 after Ctrl-C."""
+    prepare_process()
     try:
-        main()
+        try:
+            main()
+        finally:  # also of --help; later, Python would print a traceback if the output cannot take it
+            sys.stdout.flush()
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        stop(2, f"error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
-        print("\ninterrupted; finished points are kept, and the same command continues from them", file=sys.stderr)
-        sys.exit(130)
+        stop(130, "\ninterrupted; finished points are kept, and the same command continues from them")
+    except BrokenPipeError:
+        stop(2, "error: nobody reads the output any more; what is finished is kept")
+    except OSError as error:  # a full disk, no permission, a name that is too long
+        place = error.filename if error.filename is not None else "the output"
+        stop(2, f"error: cannot use {place}: {error.strerror or error}")
+
+
+def stop(code: int, line: str) -> None:
+    """Exit with a code and one line on stderr, also if an output takes nothing any more."""
+    for output, text in ((sys.stdout, ""), (sys.stderr, f"{line}\n")):
+        try:
+            output.write(text)
+            output.flush()
+        except (OSError, ValueError):  # what is left in the buffer would raise once more at the end
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
+    sys.exit(code)

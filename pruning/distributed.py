@@ -5,13 +5,24 @@ Processes exchange data by gloo: NCCL takes no tensors on the CPU, and no two pr
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import contextmanager
 from datetime import timedelta
 
 from pruning import UserError
 
-world_size = int(os.environ.get("WORLD_SIZE", 1))
-rank = int(os.environ.get("RANK", 0))
+
+def _set_by_launcher(name: str, default: int) -> int:
+    """Return the whole number in an environment variable. Ends the program with one line if it holds something else."""
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        print(f"error: {name}={text} must be a whole number; a launcher sets it, else leave it unset", file=sys.stderr)
+        raise SystemExit(2)
+    return int(text)
+
+
+world_size = _set_by_launcher("WORLD_SIZE", 1)
+rank = _set_by_launcher("RANK", 0)
 is_main = rank == 0  # the process that measures, writes and prints
 TIMEOUT = timedelta(hours=6)  # the others wait at a barrier while the main process scores a point
 
@@ -34,7 +45,12 @@ def _collective():
     """
     import torch
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo", timeout=TIMEOUT)
+        try:
+            torch.distributed.init_process_group("gloo", timeout=TIMEOUT)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"WORLD_SIZE={world_size} says that several processes run, but they do not find each other "
+                            f"({str(error).splitlines()[0]}); start them with accelerate launch or torchrun, or unset "
+                            "WORLD_SIZE") from None
     try:
         yield torch.distributed
     except RuntimeError as error:

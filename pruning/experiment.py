@@ -18,6 +18,7 @@ from pruning.methods import calibration
 from pruning.methods.calibration import GIB, Calibration
 from pruning.metrics import BACKBONES, METRICS, backbones, costs, scores
 from pruning.models import generation, pipelines, provenance
+from pruning.models.hub import first_line
 from pruning.records import store
 from pruning.records.record import Notes, Record, protocol_differences
 
@@ -50,17 +51,22 @@ class Experiment:
         size, count = self.sampling["batch_size"], len(self.samples)
         return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
-    @functools.cached_property
-    def batch_call(self) -> dict:
-        """Keyword arguments of a denoiser call for a batch. The pipeline passes the same at every rate."""
-        return generation.first_call(self.pipeline, [self.samples[i] for i in self.batches[0]], **self.sampling)
+    @functools.lru_cache(maxsize=None)  # noqa: B019 - an experiment lives as long as its command
+    def call(self, size: int) -> dict:
+        """Keyword arguments of a denoiser call for `size` images. The pipeline passes the same at every rate."""
+        return generation.first_call(self.pipeline, self.samples[:size], **self.sampling)
 
-    @functools.cached_property
+    @property
+    def batch_call(self) -> dict:
+        """Keyword arguments of a denoiser call for a batch."""
+        return self.call(len(self.batches[0]))
+
+    @property
     def single_call(self) -> dict:
         """Keyword arguments of a denoiser call for one image."""
-        return generation.first_call(self.pipeline, self.samples[:1], **self.sampling)
+        return self.call(1)
 
-    @functools.lru_cache(maxsize=None)  # noqa: B019 - an experiment lives as long as its command
+    @functools.lru_cache(maxsize=None)  # noqa: B019 - the same
     def call_costs(self, shapes: tuple) -> Dict[str, int]:
         """The macs and peak_bytes of a call of the pipeline's denoiser, whose tensors have these shapes."""
         denoiser = getattr(self.pipeline, pipelines.denoiser_name(self.pipeline))
@@ -107,6 +113,7 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
     methods.check_memory(args.method, dense, int(args.calibration_memory * GIB), **options)
     sampling = {"seed": args.seed, **pipelines.sampling_settings(pipeline, model, {
         name: getattr(args, name) for name in ("steps", "guidance_scale", "image_size")})}
+    rehearse(pipeline, dense, samples[0], device, args.offload, sampling, networks, chosen)
     sampling["batch_size"] = (args.batch_size or (earlier and earlier.settings.get("batch_size"))
                               or choose_batch_size(pipeline, dense, samples[0], device, args.offload, sampling))
 
@@ -223,10 +230,31 @@ def check_continues(earlier: Record, record: Record, path: Path) -> None:
                         "use the same settings, another --results_dir, or --overwrite to start afresh")
 
 
+def rehearse(pipeline, dense, sample: Sample, device: str, offload: Optional[str], sampling: dict, networks,
+             metrics: List[str]) -> None:
+    """Raise UserError if the pipeline cannot make an image with these settings, or a metric cannot measure it."""
+    size = sampling["image_size"]
+    blank = np.zeros((1, size, size, 3), np.uint8)
+    tries = {f"the {family} network": functools.partial(scores.lpips, network, blank, blank) if family == "lpips" else
+             functools.partial(backbones.describe, family, network, blank) for family, network in networks.items()}
+    if "ssim_dense" in metrics:
+        tries["ssim_dense"] = functools.partial(scores.ssim, blank, blank, device)
+    for name, measure in tries.items():
+        try:
+            measure()
+        except Exception as error:  # torch names layers and kernels
+            raise UserError(f"{name} cannot measure images of {size} pixels a side; give another --image_size "
+                            f"({first_line(error)})") from error
+    pipelines.set_denoiser(pipeline, dense, device, offload)
+    generation.check_makes_images(pipeline, sample, **sampling, batch_size=1)
+    release_dense(pipeline, dense, offload)
+
+
 def choose_batch_size(pipeline, dense, sample: Sample, device: str, offload: Optional[str], sampling: dict) -> int:
     """Return the batch size that fits the device, the same in all processes."""
     pipelines.set_denoiser(pipeline, dense, device, offload)
-    size = generation.fitting_batch_size(pipeline, sample, device, sampling["guidance_scale"], sampling["image_size"])
+    size = generation.fitting_batch_size(pipeline, sample, device, **{
+        name: sampling[name] for name in ("steps", "guidance_scale", "image_size")})
     release_dense(pipeline, dense, offload)
     return distributed.broadcast(size)
 

@@ -78,8 +78,7 @@ def compile_denoisers(experiment: Experiment, denoiser) -> Optional[compiling.Co
 
 def observe_step(experiment: Experiment, calls: compiling.CompiledCalls, size: int) -> None:
     """Make `size` images in one step, and note in `calls` how much of the denoiser ran compiled."""
-    one_step = {**experiment.sampling, "steps": 1}
-    calls.observe(lambda: generation.generate(experiment.pipeline, experiment.samples[:size], **one_step))
+    calls.observe(lambda: generation.one_step(experiment.pipeline, experiment.samples[:size], **experiment.sampling))
 
 
 def make_images(experiment: Experiment, rate: float, on_batch: Optional[Callable[[int], None]] = None):

@@ -113,6 +113,8 @@ def measure_all(experiment: Experiment, args, path: Path, known: Dict[float, Poi
     """
     folders = saved_folders(args)
     unsaved = {rate for rate in folders if not saving.is_saved(folders[rate], pruned_origin(experiment.record, rate))}
+    for rate in unsaved if distributed.is_main else ():
+        saving.check_room(folders[rate], least_bytes(experiment))
     # The main process decides for all, as files change while the others look.
     todo = distributed.broadcast(missing_points(experiment, args.rates, known))
     chosen, dense = set(experiment.record.settings["metrics"]), None
@@ -147,6 +149,16 @@ def measure_all(experiment: Experiment, args, path: Path, known: Dict[float, Poi
     if distributed.is_main:
         with suppress(FileNotFoundError):
             checkpoint_file(path).unlink()
+
+
+def least_bytes(experiment: Experiment) -> int:
+    """Return how many bytes a pruned pipeline takes on disk while it is written, at least."""
+    import torch  # here, because the commands import this file before they need torch
+    removes = methods.METHODS[experiment.record.method].removes and not experiment.record.options.get("mask_only")
+    parts = [part for part in experiment.pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    kept = [part for part in parts if part is not getattr(experiment.pipeline, pipelines.denoiser_name(
+        experiment.pipeline))] + ([] if removes else [experiment.dense])
+    return sum(tensor.numel() * tensor.element_size() for part in kept for tensor in part.state_dict().values())
 
 
 def missing_points(experiment: Experiment, rates: List[float], known: Dict[float, Point]) -> List[Tuple[float, bool]]:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from test_data import flickr8k_folder
 
-from pruning import cli, data, experiment, pruning_analysis, steps, sweep, test_single_rate
+from pruning import UserError, cli, data, experiment, pruning_analysis, steps, sweep, test_single_rate
 from pruning.data.faults import sentences
 from pruning.methods import METHODS, default_options, needs, probes, reconstruct, sequential, units
 from pruning.metrics import METRICS, backbones, scores
@@ -443,15 +443,30 @@ def test_a_pipeline_folder_is_a_model(tmp_path):
     (["--dataset", "flickr8k"], "--data_dir"),
     (["--model", "shapes-unett"], "did you mean 'shapes-unet'"),
     (["--model", "no/such/folder"], "no/such/folder"),
-    (["--model", "someone/not-here"], "download"),
+    (["--model", "someone/not-here"], "HF_HUB_OFFLINE=1 forbids the network"),
     (["--model", str(ROOT / "tests")], "model_index.json"),
     (["--scope", "global", "--method", "structured"], "--scope"),
     (["--device", "tpu9"], "tpu9"),
+    (["--device", "meta"], "cpu, cuda or cuda:N"),
+    (["--guidance_scale", "nan"], "finite number"),
+    (["--seeds", "1001"], "1000 or less"),
+    (["--seed", "9" * 20], "4294967295 or less"),
+    (["--image_size", "9" * 9], "8192 or less"),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(flags, words, tmp_path, capsys):
     line = fails(capsys, pruning_analysis.main, "--results_dir", tmp_path / "results", *flags)
     assert words in line
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--image_size", "16"], "the lpips network cannot measure images of 16 pixels a side; give another --image_size"),
+    (["--steps", "1001", "--metrics", "psnr_dense"], "StableDiffusionPipeline cannot make these images: .*1001"),
+    (["--image_size", "66", "--metrics", "psnr_dense"], "StableDiffusionPipeline .* 66|of 66")])
+def test_settings_that_the_model_cannot_draw_or_are_too_small_are_refused_in_a_rehearsal(tmp_path, flags, words):
+    with pytest.raises(UserError, match=words):
+        prepare(tmp_path, *flags)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")

@@ -765,6 +765,7 @@ def mirror(tmp_path, monkeypatch):
                     **{f"/val2017/{n:012d}.jpg": jpeg(n) for n in range(1, 13)}}
     server.cache = tmp_path / "cache" / "coco"
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("PRUNING_COCO_URL", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("PRUNING_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")

@@ -40,7 +40,7 @@ from transformers import (
 from pruning import UserError, data, test_single_rate
 from pruning.methods import METHODS, recovery
 from pruning.metrics import METRICS
-from pruning.models import generation, pipelines
+from pruning.models import generation, pipelines, weights_files
 from pruning.models.provenance import release
 from pruning.records import store
 from pruning.records.record import read_record
@@ -283,6 +283,17 @@ def test_the_dense_denoiser_gives_its_recorded_outputs_again_in_float32(family, 
         for kwargs, target in calls:
             assert target.dtype == getattr(torch, dtype)
             assert recovery.distillation_loss(denoiser, kwargs, target) < error * target.float().var()
+
+
+@families(*FAMILIES)
+def test_whole_weights_are_recognised_without_loading_a_component_twice(family, folder_of, monkeypatch, capsys):
+    differing, compare = [], weights_files.differing_names
+    monkeypatch.setattr(weights_files, "differing_names",
+                        lambda *given: differing.append(compare(*given)) or differing[-1])
+    pipelines.load_pipeline(str(folder_of(family)))
+    assert differing
+    assert all(names == ([], []) for names in differing)
+    assert capsys.readouterr().err == ""
 
 
 @families("sd3", "flux_dev")

@@ -195,9 +195,16 @@ BROKEN = {
     "another format": (change("format_version", 2), "format"),
     "no list": (change("removals", {}), "removals"),
     "no lists in the plan": (change("removals", [{"a": 3}]), "removals"),
-    "another width": (lambda m: m["config"].update(block_out_channels=[48, 96, 160]), "norm groups"),
-    "a config of nothing": (lambda m: m["config"].update(block_out_channels="x"), "config"),
+    "another width": (lambda m: m["config"].update(block_out_channels=[48, 96, 160]),
+                      "disagree about block_out_channels"),
+    "a config of nothing": (lambda m: m.update(config={}), r"disagree about act_fn, .* …"),
     "no steps": (change("sampling", {}), "sampling"),
+    "no scale that is a number": (change("sampling", {"steps": 2, "guidance_scale": float("nan"), "image_size": 64}),
+                                  "NaN"),
+    "a scale beyond all numbers": (change("sampling", {"steps": 2, "guidance_scale": 10 ** 400, "image_size": 64}),
+                                   "sampling"),
+    "images too large to exist": (change("sampling", {"steps": 2, "guidance_scale": 4, "image_size": 10 ** 9}),
+                                  "image_size is at most"),
     "text for steps": (change("sampling", {"steps": "2", "guidance_scale": 4, "image_size": 64}), "sampling"),
 }
 
@@ -242,6 +249,19 @@ def test_nothing_is_pickled_and_nothing_half_written(tmp_path, saved):
     with pytest.raises(UserError, match="cannot write"):
         saving.save(pipeline, "unet", tmp_path / "file" / "pruned", SAMPLING, {}, {})
     assert sorted(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_a_disk_that_fills_up_while_a_model_is_saved_leaves_nothing(tmp_path):
+    """The system's limit on the size of files makes a write fail as a full disk does."""
+    resource = pytest.importorskip("resource")
+    pipeline, before = pipelines.load_pipeline("shapes-unet"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(UserError, match="cannot write .*pruned"):
+            saving.save(pipeline, "unet", tmp_path / "pruned", SAMPLING, {}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_both_commands_save_what_they_measured(tmp_path):

@@ -13,7 +13,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from tqdm import tqdm
 
-from pruning import UserError, cache_folder
+from pruning import UserError, cache_folder, offline_by
 from pruning.data.faults import Faults, note
 from pruning.data.folders import Entry, file_samples, first_in, folder_source, read_captions
 from pruning.data.images import open_rgb
@@ -140,6 +140,8 @@ def _fetch(folder: Path, name: str, known_hash: Optional[str], part: str, downlo
     """Fetch one file with retries and return its path. The file gets its name only when it is complete."""
     import pooch
 
+    if offline_by() and not (Path(folder) / name).exists():
+        raise OSError(f"{offline_by()} forbids the network")
     return pooch.create(folder, f"{_url()}/{part}/", registry={name: known_hash},
                         retry_if_failed=RETRIES).fetch(name, downloader=download)
 

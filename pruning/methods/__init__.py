@@ -70,15 +70,17 @@ def one_of(what: str, names) -> Callable[[str], str]:
     return parse
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """Return an argument type that takes whole numbers from `least`."""
+def at_least(least: int, most: int = 2 ** 32 - 1) -> Callable[[str], int]:
+    """Return an argument type that takes whole numbers from `least` to `most`."""
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = least - 1
         if value < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number, {least} or more; got {text!r}")
+            raise argparse.ArgumentTypeError(f"expected a whole number, {least} or more; got {text!r:.40}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"expected a whole number, {most} or less; got {text!r:.40}")
         return value
     return parse
 

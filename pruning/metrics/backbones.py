@@ -13,7 +13,7 @@ from typing import Any, List, NamedTuple, Tuple
 import numpy as np
 from tqdm import tqdm
 
-from pruning import UserError, check_name
+from pruning import UserError, check_name, check_online
 from pruning.metrics import BACKBONES
 
 BUNDLED = Path(__file__).resolve().parents[1] / "shapes"
@@ -164,10 +164,13 @@ def _standard_clip() -> Clip:
 
 
 def _hub_file(url: str) -> Path:
-    """Return the path at which torch.hub keeps the download of this URL."""
+    """Return the path at which torch.hub keeps the download of this URL. Raises UserError if it may not be fetched."""
     import torch
 
-    return Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+    if not path.exists():
+        check_online(f"{url} to {path}")
+    return path
 
 
 def _standard_features():

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import inspect
 import time
+from contextlib import contextmanager
 from typing import Callable, List, NamedTuple, Optional, Tuple
 
 import numpy as np
@@ -12,10 +13,13 @@ from tqdm import tqdm
 
 from pruning import UserError
 from pruning.metrics.costs import synchronize
-from pruning.models.pipelines import denoiser_name, first_line
+from pruning.models.hub import first_line
+from pruning.models.pipelines import denoiser_name
 
 CPU_BATCH, GPU_BATCHES = 8, (32, 16, 8, 4, 2, 1)  # a CPU gains nothing from larger batches
 PROMPT_BYTES = 2 ** 31  # of encoded prompts that are kept
+# Arguments of pipelines that edit or follow an image, or make a film.
+MORE_THAN_A_CAPTION = ("image", "mask_image", "control_image", "image_embeds", "video", "num_frames")
 
 
 class Images(NamedTuple):
@@ -51,9 +55,9 @@ def generate(pipeline, samples, *, seed: int, steps: int, guidance_scale: float,
         made = _call_by_halves(pipeline, batch, seed, steps, guidance_scale, image_size)
         synchronize(pipeline.device)
         seconds += time.perf_counter() - started
-        if made.shape[1:3] != (image_size, image_size):
-            raise UserError(f"{type(pipeline).__name__} makes images of {made.shape[2]} x {made.shape[1]} pixels, not "
-                            f"of {image_size} a side; give another --image_size")
+        if np.shape(made)[1:] != (image_size, image_size, 3):
+            raise UserError(f"{type(pipeline).__name__} makes images of {' x '.join(map(str, np.shape(made)[1:]))} "
+                            f"numbers, not of {image_size} x {image_size} x 3; give another --image_size")
         finite.append(np.isfinite(made).all(axis=(1, 2, 3)))
         pixels.append((np.nan_to_num(made, posinf=1.0, neginf=0.0).clip(0, 1) * 255).round().astype(np.uint8))
         if on_batch:
@@ -74,12 +78,16 @@ def _call(pipeline, batch, seed: int, steps: int, guidance_scale: float, image_s
     takes = inspect.signature(type(pipeline).__call__).parameters
     options = {name: value for name, value in options.items() if name in takes}
     try:
-        return pipeline(
+        made = pipeline(
             prompt=[sample.caption for sample in batch], num_inference_steps=steps, height=image_size,
             width=image_size, output_type=output_type, generator=[noise_generator(sample, seed) for sample in batch],
-            **options).images
+            **options)
     except ValueError as error:  # pipelines refuse their arguments so, above all an image size
         raise UserError(f"{type(pipeline).__name__} cannot make these images: {first_line(error)}") from error
+    if not hasattr(made, "images"):
+        raise UserError(f"{type(pipeline).__name__} gives {type(made).__name__}, which holds no images; this program "
+                        "measures pipelines that make images of captions")
+    return made.images
 
 
 def _call_by_halves(pipeline, batch, *settings) -> np.ndarray:
@@ -97,14 +105,15 @@ def _call_by_halves(pipeline, batch, *settings) -> np.ndarray:
     return np.concatenate([_call_by_halves(pipeline, part, *settings) for part in (batch[:half], batch[half:])])
 
 
-def fitting_batch_size(pipeline, sample, device: str, guidance_scale: float, image_size: int) -> int:
+def fitting_batch_size(pipeline, sample, device: str, *, steps: int, guidance_scale: float, image_size: int) -> int:
     """Return the largest of GPU_BATCHES that the GPU has memory for, or CPU_BATCH on a CPU."""
     import torch
     if torch.device(device).type == "cpu":
         return CPU_BATCH
     for size in GPU_BATCHES[:-1]:
         try:
-            _call(pipeline, [sample] * size, 0, 1, guidance_scale, image_size)
+            with computing_once(pipeline):
+                _call(pipeline, [sample] * size, 0, steps, guidance_scale, image_size)
             return size
         except torch.cuda.OutOfMemoryError:
             pass
@@ -118,6 +127,8 @@ def remember_prompts(pipeline) -> None:
     The results stay on the CPU. Beyond PROMPT_BYTES, prompts are encoded again each time.
     """
     import torch
+    if not hasattr(pipeline, "encode_prompt"):  # encodes within its call
+        return
     encode, known, held = pipeline.encode_prompt, {}, [0]
 
     @functools.wraps(encode)
@@ -127,6 +138,8 @@ def remember_prompts(pipeline) -> None:
             return encode(*args, **kwargs)
         if key not in known:
             encoded = encode(*args, **kwargs)
+            if not isinstance(encoded, tuple):
+                return encoded
             size = sum(part.numel() * part.element_size() for part in encoded if isinstance(part, torch.Tensor))
             if held[0] + size > PROMPT_BYTES:
                 return encoded
@@ -138,9 +151,68 @@ def remember_prompts(pipeline) -> None:
     pipeline.encode_prompt = remembering
 
 
+@contextmanager
+def computing_once(pipeline):
+    """Let only the denoiser's first call compute during the block: calls of the same shapes get its output again.
+
+    So a pipeline goes through all its steps and decodes in the time of one. Yields the list of the calls that compute,
+    as keyword arguments. A step of the pipeline's last image is as good as another for shapes, costs and memory.
+    """
+    import torch
+    denoiser = getattr(pipeline, denoiser_name(pipeline))
+    forward, hooked = denoiser.forward, "forward" in vars(denoiser)
+    signature, outputs, calls = inspect.signature(forward), {}, []
+
+    def once(*args, **kwargs):
+        given = signature.bind(*args, **kwargs).arguments
+        shapes = tuple(value.shape for value in given.values() if isinstance(value, torch.Tensor))
+        if shapes not in outputs:
+            calls.append({name: value for name, value in given.items() if value is not None and name != "return_dict"})
+            outputs[shapes] = forward(*args, **kwargs)
+            if not isinstance(outputs[shapes][0], torch.Tensor):
+                raise UserError(f"{type(denoiser).__name__} gives {type(outputs[shapes][0]).__name__}s of tensors; "
+                                "this program prunes denoisers that take and give one tensor for a batch")
+        return outputs[shapes]
+
+    denoiser.forward = functools.wraps(forward)(once)
+    try:
+        yield calls
+    finally:
+        if hooked:
+            denoiser.forward = forward
+        else:
+            del denoiser.forward
+
+
 def first_call(pipeline, samples, **settings) -> dict:
-    """Return the keyword arguments of the denoiser's call if images of `samples` are made in one step."""
-    return record_calls(pipeline, samples, **{**settings, "steps": 1})[0][0]
+    """Return the keyword arguments of the denoiser's first call when images of `samples` are made.
+
+    settings: those of `generate`. The denoiser computes only that call. Raises UserError as `generate` does.
+    """
+    with computing_once(pipeline) as calls:
+        generate(pipeline, samples, **settings)
+    return calls[0]
+
+
+def check_makes_images(pipeline, sample, **settings) -> None:
+    """Raise UserError if the pipeline cannot make an image of a caption alone with these settings of `generate`."""
+    takes = [name for name in MORE_THAN_A_CAPTION if name in inspect.signature(type(pipeline).__call__).parameters]
+    hint = f"; its call takes {', '.join(takes)} too, and here it gets a caption alone" if takes else ""
+    try:
+        first_call(pipeline, [sample], **settings)
+    except UserError as error:
+        raise UserError(f"{error}{hint}") from error
+    except Exception as error:  # each pipeline fails in its own way if it needs more than a caption
+        raise UserError(f"{type(pipeline).__name__} cannot make an image of {settings['image_size']} pixels a side of "
+                        f"a caption: {first_line(error)}{hint}") from error
+
+
+def one_step(pipeline, samples, **settings) -> None:
+    """Make images of `samples` in one step, or in all steps if the pipeline takes no single step."""
+    try:
+        generate(pipeline, samples, **{**settings, "steps": 1})
+    except UserError:
+        generate(pipeline, samples, **settings)
 
 
 def record_calls(pipeline, samples, keep: Callable = lambda value: value, **settings) -> List[Tuple[dict, object]]:

@@ -5,14 +5,18 @@ Only diffusers decides how a model is loaded: a bundled model, a folder and a hu
 from __future__ import annotations
 
 import inspect
-import warnings
-from contextlib import nullcontext
+import re
+import sys
+from contextlib import contextmanager, nullcontext
+from logging import CRITICAL
 from pathlib import Path
-from typing import List, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from pruning import UserError, check_name
-from pruning.models import portable, saving
+from pruning.models import hub, portable, saving, weights_files
+from pruning.models.hub import first_line
 from pruning.models.provenance import release
+from pruning.records.words import counted
 
 
 class Bundled(NamedTuple):
@@ -31,6 +35,8 @@ MODELS = {
 
 # How modules wait on the CPU when the GPU has too little memory: each as a whole, or layer by layer, which is slow.
 OFFLOADS = {"model": "enable_model_cpu_offload", "sequential": "enable_sequential_cpu_offload"}
+# What a text-to-image pipeline is called with, beside guidance, which not every pipeline takes.
+ARGUMENTS = ("prompt", "num_inference_steps", "height", "width", "generator", "output_type")
 # diffusers' keyword for the dtype: "dtype" is unknown before 0.40, "torch_dtype" is deprecated since then.
 DTYPE = "dtype" if release("diffusers") >= (0, 40) else "torch_dtype"
 
@@ -38,40 +44,52 @@ DTYPE = "dtype" if release("diffusers") >= (0, 40) else "torch_dtype"
 def load_pipeline(model: str, device: str = "cpu", dtype: str = "float32"):
     """Load a text-to-image pipeline from safetensors: a bundled name, a folder (also of a pruned model) or a hub id.
 
-    Raises UserError if there is no such model, its files cannot be read, or diffusers cannot run it here.
+    Raises UserError if there is no such model, its files cannot be read or lack tensors, diffusers cannot run it here,
+    or it makes no images of captions alone.
     """
     import torch
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils import logging as transformers_logging
+
+    logging.set_verbosity(CRITICAL)  # what matters of the libraries' messages is an error here
+    logging.disable_progress_bar()
+    transformers_logging.set_verbosity(CRITICAL)
+    transformers_logging.disable_progress_bar()
+    folder, config = model_files(model)
+    check_release(config)
+    check_class(config)
+    manifest = saving.read_manifest(folder)
+    pruned = {manifest["component"]: saving.load_denoiser(folder, manifest, dtype)} if manifest else {}
+    weights_files.check_files(folder, config, {*hub.left_out(config), *pruned})
+    known = portable.imported(*pruned.values()) if pruned else nullcontext()
+    with reading(f"model {model!r}"), known:
+        pipeline = DiffusionPipeline.from_pretrained(
+            folder, use_safetensors=True, **{DTYPE: getattr(torch, dtype)}, **{**hub.left_out(config), **pruned})
+        unused = weights_files.unused_tensors(pipeline, folder, set(pruned))
+    for name, tensors in unused.items():
+        print(f"{name} of {model} holds {counted(len(tensors), 'tensor')} that its class does not use: "
+              f"{weights_files.some(tensors)}", file=sys.stderr)
+    pipeline.set_progress_bar_config(disable=True)
+    try:
+        return pipeline.to(device)
+    except torch.cuda.OutOfMemoryError as error:
+        raise UserError(f"{device} has no memory for {model}; try --offload model or --dtype bfloat16 "
+                        f"({first_line(error)})") from error
+
+
+def model_files(model: str) -> Tuple[Path, Dict[str, Any]]:
+    """Return the folder of a model, fetched if it is on the hub, and its model_index.json.
+
+    Raises UserError if there is no such model, or it cannot be fetched or read.
+    """
+    from diffusers import DiffusionPipeline
 
     source = model_source(model)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    disable_progress_bar()  # transformers shows one for the text encoder
-    manifest = saving.read_manifest(Path(source)) if Path(source).is_dir() else None
-    pruned = {manifest["component"]: saving.load_denoiser(Path(source), manifest, dtype)} if manifest else {}
-    try:
-        with warnings.catch_warnings():  # the hub warns about its own arguments
-            warnings.simplefilter("ignore")
-            config = DiffusionPipeline.load_config(source)
-        check_release(config)
-        # A safety checker blackens pictures, and a metric would take the black for damage.
-        unchecked = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in config else {}
-        # diffusers demands every component unless it is named as None: Stable Diffusion 3 without its T5, say.
-        absent = {name: None for name, value in config.items() if value == [None, None]}
-        with portable.imported(*pruned.values()) if pruned else nullcontext():
-            pipeline = DiffusionPipeline.from_pretrained(
-                source, use_safetensors=True, **{DTYPE: getattr(torch, dtype)}, **{**absent, **unchecked, **pruned})
-    except UserError:
-        raise
-    except Exception as error:  # the hub, the disk and file formats each raise exceptions of their own
-        hint = "" if Path(source).is_dir() else (
-            ". Without a network, fetch the model on a machine that has one, with "
-            f"`hf download {model} --local-dir FOLDER`, and give the folder: --model FOLDER")
-        raise UserError(f"cannot load model {model!r}: {first_line(error)}{hint}") from error
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+    if not Path(source).is_dir():
+        return hub.fetch_folder(source)
+    with reading(f"model {model!r}"):
+        return Path(source), dict(DiffusionPipeline.load_config(source))
 
 
 def fetch(model: str) -> List[Path]:
@@ -79,15 +97,35 @@ def fetch(model: str) -> List[Path]:
 
     Raises UserError as load_pipeline does.
     """
-    from diffusers import DiffusionPipeline
+    return sorted(path for path in model_files(model)[0].rglob("*") if path.is_file())
 
-    source = model_source(model)
-    if not Path(source).is_dir():
-        try:
-            source = DiffusionPipeline.download(source, use_safetensors=True)
-        except Exception as error:  # the hub raises exceptions of many kinds
-            raise UserError(f"cannot fetch model {model!r}: {first_line(error)}") from error
-    return sorted(path for path in Path(source).rglob("*") if path.is_file())
+
+@contextmanager
+def reading(what: str):
+    """Turn whatever the block raises into a UserError, because file formats and classes each raise their own errors."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        why = first_line(error)
+        if "ignore_mismatched_sizes" in why:  # transformers points to a table that it has printed
+            why = "tensors in the weights file of a component have other shapes than its config.json says"
+        raise UserError(f"cannot load {what}: {why}") from error
+
+
+def check_class(config: Dict[str, Any]) -> None:
+    """Raise UserError if the pipeline class that a config names does not take what a text-to-image pipeline takes."""
+    import diffusers
+
+    name = config.get("_class_name")
+    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not isinstance(kind, type):
+        raise UserError(f"this release of diffusers, {diffusers.__version__}, has no pipeline class {name}")
+    lacking = [argument for argument in ARGUMENTS if argument not in inspect.signature(kind.__call__).parameters]
+    if lacking:
+        raise UserError(f"{name} is no text-to-image pipeline, whose call takes a prompt, a number of steps and an "
+                        f"image size: it does not take {', '.join(lacking)}")
 
 
 def check_release(config: dict) -> None:
@@ -118,13 +156,14 @@ def model_source(model: str) -> str:
 
 
 def label(model: str) -> str:
-    """Return the model's name in records: its bundled name or hub id, or a folder's own name."""
-    return Path(model).resolve().name if model not in MODELS and Path(model).is_dir() else model
+    """Return the model's name in records: its bundled name or hub id, or a folder's own name.
 
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's text without its full stop, or the error's class if it has no text."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    Raises UserError if the name is no text, which a record could not hold.
+    """
+    name = Path(model).resolve().name if model not in MODELS and Path(model).is_dir() else model
+    if name != name.encode(errors="replace").decode():
+        raise UserError(f"the name of the model {model!r} holds bytes that are no text; rename the folder")
+    return name
 
 
 def denoiser_name(pipeline) -> str:
@@ -152,7 +191,8 @@ def set_denoiser(pipeline, denoiser, device: str = "cpu", offload: Optional[str]
 def sampling_settings(pipeline, model: str, given: Optional[dict] = None) -> dict:
     """Return steps, guidance_scale and image_size (pixels a side): as given, else as the model is meant to be used.
 
-    Raises UserError if a guidance scale is given and the pipeline takes none, or if the image size is not known.
+    Raises UserError if a guidance scale is given and the pipeline takes none, or if the image size or the number of
+    steps is not known.
     """
     given = {name: value for name, value in (given or {}).items() if value is not None}
     manifest = saving.read_manifest(Path(model)) if model not in MODELS and Path(model).is_dir() else None
@@ -162,29 +202,37 @@ def sampling_settings(pipeline, model: str, given: Optional[dict] = None) -> dic
     if manifest:
         return {**manifest["sampling"], **given}
     guidance = getattr(takes.get("guidance_scale"), "default", None)  # absent or None if the pipeline does not guide
-    size = getattr(pipeline, "default_sample_size", None)
-    size = size or getattr(getattr(pipeline, denoiser_name(pipeline)).config, "sample_size", None)
-    own = MODELS.get(model)
+    sizes = (getattr(pipeline, "default_sample_size", None),
+             getattr(getattr(pipeline, denoiser_name(pipeline)).config, "sample_size", None))
+    size = next((each for each in sizes if isinstance(each, int)), None)
+    scale = getattr(pipeline, "vae_scale_factor", None)
+    steps, own = takes["num_inference_steps"].default, MODELS.get(model)
     settings = {
-        "steps": own.steps if own else takes["num_inference_steps"].default,
+        "steps": own.steps if own else steps if isinstance(steps, int) else None,
         "guidance_scale": own.guidance_scale if own else float(guidance or 1),
-        "image_size": size and size * pipeline.vae_scale_factor,
+        "image_size": size * scale if size and scale else None,
         **given,
     }
-    if settings["image_size"] is None:
-        raise UserError(f"{type(pipeline).__name__} does not say what size its images have; give --image_size")
+    for name, words in (("image_size", "what size its images have"), ("steps", "in how many steps it draws")):
+        if settings[name] is None:
+            raise UserError(f"{type(pipeline).__name__} does not say {words}; give --{name}")
     return settings
 
 
 def pick_device(device: Optional[str]) -> str:
-    """Return `device`, or if it is None the GPU if there is one. Raises UserError if CUDA is asked for and absent."""
+    """Return "cpu", "cuda" or "cuda:N": the device asked for, or if it is None the GPU if there is one.
+
+    Raises UserError if the device is another, or torch cannot use it.
+    """
     import torch
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise UserError(f"unknown device {device!r} (cpu, cuda or cuda:N)") from None
-    if kind == "cuda" and not torch.cuda.is_available():
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device, re.ASCII):
+        raise UserError(f"unknown device {device!r} (cpu, cuda or cuda:N)")
+    if device != "cpu" and not torch.cuda.is_available():
         raise UserError(f"device {device} was asked for, but torch {torch.__version__} finds no CUDA; use --device cpu")
+    try:
+        torch.empty(1, device=device)
+    except RuntimeError as error:
+        raise UserError(f"torch cannot use the device {device}: {first_line(error)}") from error
     return device

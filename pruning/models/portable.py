@@ -18,7 +18,7 @@ from typing import Any, Dict, Iterator, List
 
 from pruning.records.record import write_json
 
-MODULE = "pruned_denoiser"
+MODULE, DIFFERENCES = "pruned_denoiser", "pruned"  # the file, and the name in the config of what `rebuild` takes
 TEMPLATE = '''"""{name}: a {base} of which pruning has removed parts.
 
 Load the folder above with diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=True).
@@ -82,7 +82,7 @@ def write(denoiser, component: str, folder: Path) -> None:
     weights = folder / component
     (weights / f"{MODULE}.py").write_text(source_of(denoiser), encoding="utf-8")
     config = json.loads((weights / "config.json").read_text(encoding="utf-8"))
-    write_json({**config, "pruned": differences(denoiser)}, weights / "config.json")
+    write_json({**config, DIFFERENCES: differences(denoiser)}, weights / "config.json")
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     write_json({**index, component: [MODULE, f"Pruned{base}"]}, folder / "model_index.json")
 

@@ -10,16 +10,20 @@ Otherwise the folder also holds a Python file by which diffusers loads it withou
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Iterator, List, Optional
 
 from pruning import UserError
-from pruning.models import portable
-from pruning.records.record import write_json
+from pruning.models import portable, weights_files
+from pruning.models.hub import first_line
+from pruning.records.record import no_constant, write_json
 
 MANIFEST, FORMAT_VERSION = "pruning.json", 1
 DENOISERS = ("unet", "transformer")  # the pipeline's component that is pruned
+LARGEST_IMAGE, LARGEST_GUIDANCE = 8192, 1e6  # pixels a side, more than any pipeline draws at once; a scale
+FAR_MORE_TENSORS, FAR_MORE_NUMBERS = 10, 1000  # times as many as pruning leaves
 FIELDS = {"component": str, "base_class": str, "config": dict, "removals": list, "sampling": dict, "pruning": dict,
           "point": dict}
 
@@ -36,12 +40,14 @@ def save(pipeline, component: str, folder: Path, sampling: Dict[str, Any], pruni
     """
     if folder.exists():
         raise UserError(f"{folder} exists already; name another folder to save to")
+    from safetensors import SafetensorError
+
     denoiser = pruned = getattr(pipeline, component)
     if call is not None:
         denoiser = _plain(pruned, call)
         setattr(pipeline, component, denoiser)
     config = {name: value for name, value in denoiser.config.items() if name != "_name_or_path"}
-    part = folder.with_name(f".{folder.name}.part")
+    part = part_of(folder)
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -55,11 +61,29 @@ def save(pipeline, component: str, folder: Path, sampling: Dict[str, Any], pruni
                     "config": config, "removals": getattr(denoiser, "removals", []), "sampling": sampling,
                     "pruning": pruning, "point": point}, part / MANIFEST)
         part.rename(folder)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {folder}: {getattr(error, 'strerror', None) or first_line(error)}") from None
     finally:
         setattr(pipeline, component, pruned)
         shutil.rmtree(part, ignore_errors=True)
+
+
+def part_of(folder: Path) -> Path:
+    """Return the folder beside `folder` that is written first."""
+    return folder.with_name(f".{folder.name}.part")
+
+
+def check_room(folder: Path, size: int) -> None:
+    """Raise UserError unless `folder` can be made, on a disk with `size` bytes of room."""
+    try:
+        part_of(folder).mkdir(parents=True, exist_ok=True)
+        part_of(folder).rmdir()
+        free = shutil.disk_usage(folder.parent).free
+    except (OSError, ValueError) as error:  # pathlib raises ValueError for a path without a name
+        raise UserError(f"cannot write {folder}: {getattr(error, 'strerror', None) or first_line(error)}") from None
+    if free < size:
+        raise UserError(f"cannot write {folder}: the pruned pipeline takes at least {size / 1e9:,.1f} GB, and "
+                        f"{free / 1e9:,.1f} GB of the disk are free")
 
 
 def _plain(denoiser, call: Dict[str, Any]):
@@ -131,7 +155,7 @@ def read_manifest(folder: Path) -> Optional[Dict[str, Any]]:
     if not path.is_file():
         return None
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8"), parse_constant=no_constant)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
@@ -141,14 +165,62 @@ def read_manifest(folder: Path) -> Optional[Dict[str, Any]]:
             raise UserError(f"{path}: {name} must be {kind.__name__}")
     if manifest["component"] not in DENOISERS:
         raise UserError(f"{path}: component must be one of {', '.join(DENOISERS)}")
-    numbers = [manifest["sampling"].get(name) for name in ("steps", "image_size", "guidance_scale")]
-    if len(manifest["sampling"]) != 3 or [type(n) for n in numbers[:2]] != [int, int] or min(numbers[:2]) < 1 \
-            or type(numbers[2]) not in (int, float):
-        raise UserError(f"{path}: sampling must hold steps and image_size, whole numbers above 0, and guidance_scale")
+    check_sampling(manifest["sampling"], path)
     for plan in manifest["removals"]:
         if not isinstance(plan, dict) or not all(isinstance(keep, list) for keep in plan.values()):
             raise UserError(f"{path}: removals must be a list of objects of lists")
     return manifest
+
+
+def check_sampling(sampling: Dict[str, Any], path: Path) -> None:
+    """Raise UserError that names `path` unless the settings are those that the commands' flags could give."""
+    fits = {"steps": lambda value: type(value) is int and 1 <= value < 2 ** 32,
+            "image_size": lambda value: type(value) is int and 1 <= value <= LARGEST_IMAGE,
+            "guidance_scale": lambda value: type(value) in (int, float) and abs(value) < LARGEST_GUIDANCE}
+    if sampling.keys() != fits.keys() or not all(fits[name](value) for name, value in sampling.items()):
+        raise UserError(f"{path}: sampling must hold steps and image_size, whole numbers above 0 of which image_size "
+                        f"is at most {LARGEST_IMAGE}, and guidance_scale, a number")
+
+
+def check_size(kind, config: Dict[str, Any], files: List[Path]) -> None:
+    """Raise UserError if a denoiser of this config has far more tensors or numbers than its pruned weights hold.
+
+    The denoiser is built on the meta device, where sizes cost neither time nor memory, up to where that is clear.
+    """
+    import torch
+    from torch.nn.modules import module
+
+    shapes = [shape for file in files for shape in weights_files.tensor_shapes(file).values()]
+    if any(abs(value) > 10 ** 8 for value in _whole_numbers(config)):
+        raise UserError("it holds a number beyond 100,000,000")
+    left = [FAR_MORE_TENSORS * len(shapes) + 1000, FAR_MORE_NUMBERS * sum(map(math.prod, shapes)) + 10 ** 8]
+
+    def count(_module, _name, tensor):
+        if tensor is not None:
+            left[:] = left[0] - 1, left[1] - tensor.numel()
+        if min(left) < 0:
+            raise UserError("it asks for far more than the weights beside it hold")
+
+    hooks = [module.register_module_parameter_registration_hook(count),
+             module.register_module_buffer_registration_hook(count)]
+    try:
+        with torch.device("meta"):
+            kind.from_config(config)
+    except UserError:
+        raise
+    except Exception:  # a class may need real tensors, and what is wrong is said when it is built with these
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _whole_numbers(value) -> Iterator[int]:
+    """Yield the whole numbers in nested JSON."""
+    if isinstance(value, int):
+        yield value
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _whole_numbers(item)
 
 
 def load_denoiser(folder: Path, manifest: Dict[str, Any], dtype: str):
@@ -165,13 +237,21 @@ def load_denoiser(folder: Path, manifest: Dict[str, Any], dtype: str):
 
     path, weights = Path(folder) / MANIFEST, Path(folder) / manifest["component"]
     try:
-        base = json.loads((weights / "config.json").read_text(encoding="utf-8"))["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        written = json.loads((weights / "config.json").read_text(encoding="utf-8"))
+        base = written["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"cannot read the class of the denoiser in {weights / 'config.json'}: {error}") from None
     kind = getattr(diffusers, base, None) if isinstance(base, str) and base == manifest["base_class"] else None
     if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
         raise UserError(f"{path} describes a {manifest['base_class']}, {weights} holds a {base}; they must agree")
+    differing = sorted(name for name in {*written, *manifest["config"]} if not name.startswith("_")
+                       and name != portable.DIFFERENCES and written.get(name) != manifest["config"].get(name))
+    if differing:
+        raise UserError(f"{path} and {weights / 'config.json'} disagree about {weights_files.some(differing)}; one of "
+                        "them was changed after it was saved")
+    files = sorted(weights.glob("*.safetensors"))
     try:
+        check_size(kind, manifest["config"], files)
         with init_empty_weights():  # only of parameters: buffers are computed, no file holds them
             denoiser = kind.from_config(manifest["config"])
     except Exception as error:  # each class fails in its own way on unknown values
@@ -184,7 +264,7 @@ def load_denoiser(folder: Path, manifest: Dict[str, Any], dtype: str):
 
     tensors: Dict[str, torch.Tensor] = {}
     wide = tuple(getattr(denoiser, "_keep_in_fp32_modules", None) or ())
-    for file in sorted(weights.glob("*.safetensors")):
+    for file in files:
         for name, tensor in load_file(file).items():
             keep = not tensor.is_floating_point() or any(part in wide for part in name.split("."))
             tensors[name] = tensor.float() if keep and tensor.is_floating_point() else tensor.to(

@@ -31,7 +31,7 @@ def read_record(path) -> Record:
     A file that is not JSON raises BrokenRecordError, which is a UserError.
     """
     try:
-        return _parse(json.loads(Path(path).read_bytes(), parse_constant=_no_constant))
+        return _parse(json.loads(Path(path).read_bytes(), parse_constant=no_constant))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise BrokenRecordError(f"{path} is not JSON: {error}") from None
     except RecursionError:
@@ -42,7 +42,8 @@ def read_record(path) -> Record:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _no_constant(name):
+def no_constant(name):
+    """Refuse NaN and infinity, which Python's reader of JSON takes. For its parse_constant."""
     raise ValueError(f"{name} is not a number in JSON")
 
 
