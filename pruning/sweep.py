@@ -23,7 +23,7 @@ from pruning.models import pipelines, saving
 from pruning.records import report, store
 from pruning.records.plots import ROWS
 from pruning.records.record import BrokenRecordError, Point, Record, read_record, record_path, write_record
-from pruning.records.summaries import skipped_modules
+from pruning.records.summaries import reach
 from pruning.steps import image_file, load_images, prune_copy, pruned_origin, save_pruned, whole_images
 
 
@@ -59,8 +59,8 @@ def sweep(args, run_pruning_experiment: Callable[..., Optional[Point]]) -> Tuple
                 report.write_record_files(record, path.parent, experiment.images_folder, args.tolerance)
             if args.discard_images:
                 discard_images(experiment, [0.0, *(point.rate for point in record.points)] if record else [0.0])
-    if record and skipped_modules(record):
-        print(skipped_modules(record), file=sys.stderr)
+    if record and reach(record):
+        print(reach(record), file=sys.stderr)
     return path, record
 
 

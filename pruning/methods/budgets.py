@@ -22,9 +22,7 @@ def prices(denoiser: nn.Module, groups: List[Group], arguments: dict, budget: st
     """
     if budget == "parameters":
         return float(sum(parameter.numel() for parameter in denoiser.parameters())), {
-            group.name: sum((group.by_unit(layer.weight, dim).numel() + (layer.bias.numel() if dim == 0 and getattr(
-                layer, "bias", None) is not None else 0)) / group.units for layer, dim in group.layers())
-            for group in groups}
+            group.name: sum(own.numel() for _, _, own in group.owned()) / group.units for group in groups}
     measured = costs.module_macs(denoiser, arguments) if budget == "macs" else module_seconds(denoiser, arguments)
     names = {id(module): name for name, module in denoiser.named_modules()}
     found = {}

@@ -240,3 +240,4 @@ KINDS = (
 SIZES = {nn.Linear: ("out_features", "in_features"), nn.Conv2d: ("out_channels", "in_channels"),
          nn.GroupNorm: ("num_channels",), PrunedGroupNorm: ("num_channels",), nn.LayerNorm: ("normalized_shape",),
          normalization.RMSNorm: ("dim",)}
+NORMS = (nn.LayerNorm, normalization.RMSNorm)  # of the inner width: their statistics do not count what is gone

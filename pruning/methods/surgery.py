@@ -42,6 +42,19 @@ class Group(NamedTuple):
             if weight is not None and weight.shape[0] % inner == 0:  # a norm within each head is narrower
                 yield layers[path], 0
 
+    def owned(self) -> Iterator[Tuple[nn.Parameter, int, Tensor]]:
+        """Yield (parameter, dimension along which the units lie, view of what they own of it, see by_unit)."""
+        for layer, dim in self.layers():
+            yield layer.weight, dim, self.by_unit(layer.weight, dim)
+            if dim == 0 and getattr(layer, "bias", None) is not None:
+                yield layer.bias, 0, self.by_unit(layer.bias, 0)
+
+    def norms_across(self) -> List[str]:
+        """Return the norms whose statistics run over the units that are left, so that removal is not masking."""
+        layers = dict(self.module.named_modules())
+        across = {id(layer) for layer, _ in self.layers() if isinstance(layer, kinds.NORMS)}
+        return [path for path in self.kind.follows if id(layers.get(path)) in across]
+
     def column_layers(self) -> Dict[str, nn.Module]:
         """Return the layers some of whose inputs the units own, by the name of the weight in the denoiser."""
         layers = dict(self.module.named_modules())
@@ -138,6 +151,22 @@ def layer_obstacle(group: Group, owners: Dict[int, int]) -> str:
     return ""
 
 
+def reached(denoiser: nn.Module, groups: List[Group]) -> Dict[str, int]:
+    """Return how many numbers of each parameter the units of these groups own, by name."""
+    names, found = {id(parameter): name for name, parameter in denoiser.named_parameters()}, Counter()
+    for group in groups:
+        for parameter, _, own in group.owned():
+            found[names[id(parameter)]] += own.numel()
+    return dict(found)
+
+
+def inexact(groups: List[Group]) -> Dict[str, str]:
+    """Return the modules in which removal is not masking: {name: why}."""
+    return {group.name.rpartition(".")[0]: f"its {' and '.join(norms)} {'run' if len(norms) > 1 else 'runs'} across "
+            f"all {group.kind.unit}, so removing some scales the others anew"
+            for group in groups for norms in [group.norms_across()] if norms}
+
+
 def root_mean_square(group: Group) -> Tensor:
     """Return the root mean square of each unit's weights, without biases and norms: (units,), float32, on the CPU.
 
@@ -158,11 +187,8 @@ def root_mean_square(group: Group) -> Tensor:
 def mask(group: Group, keep: List[int]) -> None:
     """Zero, in place, all that units not in `keep` (indices, possibly none) own; shapes stay."""
     drop = sorted(set(range(group.units)) - set(keep))
-    for layer, dim in group.layers():
-        index = torch.tensor(drop, dtype=torch.long, device=layer.weight.device)
-        group.by_unit(layer.weight, dim).index_fill_(dim + 1, index, 0)
-        if dim == 0 and getattr(layer, "bias", None) is not None:
-            group.by_unit(layer.bias, 0).index_fill_(1, index, 0)
+    for parameter, dim, own in group.owned():
+        own.index_fill_(dim + 1, torch.tensor(drop, dtype=torch.long, device=parameter.device), 0)
 
 
 @torch.no_grad()

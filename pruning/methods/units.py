@@ -95,6 +95,7 @@ def prune(method: str, denoiser: nn.Module, rate: float, units: Sequence[str],
         else:
             kept = lowest_overall(groups, rate, partial(found.price, rate=rate) if found else surgery.root_mean_square,
                                   round_to)
+    reached, inexact = surgery.reached(denoiser, groups), surgery.inexact(groups)
     gone = {group.name: group.units - len(kept.get(group.name, range(group.units))) for group in groups}
     if refit and kept:
         aims = aims_of(denoiser, [group for group in groups if group.name in kept], calibration)
@@ -105,7 +106,8 @@ def prune(method: str, denoiser: nn.Module, rate: float, units: Sequence[str],
     layers = {group.name: LayerPruned(gone[group.name] / group.units,
                                       found.loss(group, gone[group.name]) if found and refit else None)
               for group in groups}
-    return Pruned(METHODS[method].unit, total, round(rate * total), sum(gone.values()), skipped, layers)
+    return Pruned(METHODS[method].unit, total, round(rate * total), sum(gone.values()), skipped, layers,
+                  reached, inexact=inexact)
 
 
 def rounding(denoiser: nn.Module, round_to: int) -> int:
