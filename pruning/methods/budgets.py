@@ -30,8 +30,9 @@ def prices(denoiser: nn.Module, groups: List[Group], arguments: dict, budget: st
         layers = {id(layer): measured.get(names[id(layer)], 0.0) for layer in group.module.modules()
                   if isinstance(layer, (nn.Linear, nn.Conv2d))}
         price = 0.0
-        for layer, dim in group.layers(scored=True):
-            price += layers[id(layer)] * group.by_unit(layer.weight, dim).numel() / layer.weight.numel()
+        for part in group.parts(scored=True):
+            own = group.by_unit(part.layer.weight, part)
+            price += layers[id(part.layer)] * own.numel() / part.layer.weight.numel()
         if group.kind.unit == "heads":
             price += max(measured.get(names[id(group.module)], 0.0) - sum(layers.values()), 0.0)
         found[group.name] = price / group.units

@@ -252,7 +252,7 @@ def with_blocks(dense: Case, plan: Plan, budget: str, total: float, rate: float)
 
 def tried(case: Case, steps: Steps) -> float:
     """Return the squared error of the final latents after these steps, which are taken with masks and undone."""
-    layers = [layer for group in case.groups for layer, _ in group.layers()]
+    layers = [part.layer for group in case.groups for part in group.parts()]
     layers += [case.denoiser.get_submodule(name) for basis in case.known.values() for name in basis.names]
     with losses.restored(layers):
         carry_out(case, steps, mask_only=True)

@@ -88,7 +88,7 @@ def parameters(denoiser: nn.Module, removes: bool) -> Dict[str, Unreached]:
 def units_of(denoiser: nn.Module) -> Dict[int, str]:
     """Return what other methods take out of each parameter: id of the parameter -> units."""
     modulated = {id(layer.weight): "ranks of AdaLN layers" for layer in ranks.modulation_layers(denoiser).values()}
-    groups, _, _ = surgery.find_groups(denoiser, {kind.unit for kind in KINDS})
+    groups, _ = surgery.find_groups(denoiser, {kind.unit for kind in KINDS})
     return {**modulated, **{id(own): group.kind.unit for group in groups for own, _, _ in group.owned()}}
 
 
