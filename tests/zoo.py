@@ -389,7 +389,7 @@ def build(name):
     for own, parameter in model.named_parameters():
         if parameter.dim() == 1:
             nn.init.normal_(parameter, mean=float("norm" in own and own.endswith("weight")), std=0.3)
-        elif not parameter.any():
+        elif not own.endswith("weight") or not parameter.any():  # tables and experts, which may be uninitialised
             nn.init.normal_(parameter, std=0.1)
     return model
 
