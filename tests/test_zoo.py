@@ -23,9 +23,9 @@ QUICK = ("ErnieImageTransformer2DModel", "Flux2Transformer2DModel", "HiDreamImag
          "OmniGenTransformer2DModel")
 # Classes whose heads or neurons cannot go one by one: rotary positions that differ between heads (LTX, Mochi), heads
 # of two attentions in one projection (Lumina-Next), a norm over all neurons (Cascade, Wuerstchen), one key head for
-# all (DreamLite).
+# all (DreamLite), feed-forwards of convolutions (Kandinsky 3).
 WITHOUT = {
-    "structured": {"StableCascadeUNet", "WuerstchenPrior"},
+    "structured": {"Kandinsky3UNet", "StableCascadeUNet", "WuerstchenPrior"},
     "attention_heads": {"DreamLiteUNetModel", "LTXVideoTransformer3DModel", "LuminaNextDiT2DModel",
                         "MochiTransformer3DModel"}}
 EACH = pytest.mark.parametrize("name", [

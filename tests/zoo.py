@@ -204,6 +204,11 @@ DENOISERS = {
         lambda r: dict(hidden_states=r(1, 2, 8, 8, 4), encoder_hidden_states=r(1, 5, 24), timestep=torch.tensor([4.0]),
                        pooled_projections=r(1, 16), visual_rope_pos=[torch.arange(2), torch.arange(4), torch.arange(4)],
                        text_rope_pos=torch.arange(5))),
+    "Kandinsky3UNet": (
+        dict(time_embedding_dim=16, groups=4, attention_head_dim=8, layers_per_block=2, block_out_channels=(32, 64),
+             cross_attention_dim=32, encoder_hid_dim=24),
+        lambda r: dict(sample=r(1, 4, 8, 8), timestep=torch.tensor([4]), encoder_hidden_states=r(1, 5, 24),
+                       encoder_attention_mask=torch.ones(1, 5))),
     "Krea2Transformer2DModel": (
         dict(in_channels=4, num_layers=1, attention_head_dim=16, num_attention_heads=4, num_key_value_heads=2,
              intermediate_size=48, timestep_embed_dim=16, text_hidden_dim=32, num_text_layers=2,
