@@ -13,6 +13,7 @@ from torch import nn
 from pruning import UserError, methods
 from pruning.methods import ranks, reach, surgery
 from pruning.methods.calibration import Calibration
+from pruning.models import portable
 from pruning.models.provenance import release
 
 UNITS = {"structured": ("neurons", "channels"), "attention_heads": ("heads",)}
@@ -83,6 +84,26 @@ def test_a_plan_replayed_on_the_meta_device_takes_the_weights(name, method):
         surgery.apply(rebuilt, plan)
     rebuilt.load_state_dict(pruned.state_dict(), strict=True, assign=True)
     assert torch.equal(zoo.run(name, rebuilt.eval()), zoo.run(name, pruned))
+
+
+@EACH
+def test_a_saved_folder_rebuilds_the_class_without_this_project(name):
+    pruned = zoo.build(name)
+    expected = zoo.run(name, pruned)
+    for method in UNITS:
+        if name not in WITHOUT[method]:
+            prune(method, pruned, 0.4)
+    if not hasattr(diffusers, type(pruned).__name__):
+        pytest.skip("diffusers does not export the class")
+    space = {}
+    exec(portable.source_of(pruned), space)
+    config = {key: value for key, value in pruned.config.items() if not key.startswith("_")}
+    rebuilt = space[f"Pruned{type(pruned).__name__}"](**config, pruned=portable.differences(pruned)).eval()
+    rebuilt.load_state_dict(pruned.state_dict(), strict=True)
+    with torch.no_grad():
+        output = zoo.tensor_of(rebuilt(**zoo.call_of(name)))
+    assert torch.equal(output, zoo.run(name, pruned))
+    assert not torch.equal(output, expected)
 
 
 def inputs_of(name, model, layers):

@@ -415,6 +415,11 @@ def run(name, model, seed=1):
         if "enable_gqa" in str(error):
             pytest.skip(f"{name} needs torch 2.5")
         raise
+    return tensor_of(output)
+
+
+def tensor_of(output):
+    """The tensor in what a denoiser returns."""
     while not isinstance(output, torch.Tensor):
         output = output[0] if isinstance(output, (tuple, list)) else next(iter(output.values()))
     return output
