@@ -76,10 +76,10 @@ def measure(name: str, device: str, calls: int, memory: float) -> list:
     ordered, width = behind[-1]
     rows = torch.randn(width // 4, width, device=device)
     matrix = rows.T @ rows / len(rows)
-    first, inner = ordered.span()
-    own = list(ordered.column_layers().values())[0]
-    places = own.weight[0, 0].numel()
-    columns = greedy.Columns(moments.as_rows(own).detach()[0], matrix, first * places, inner // ordered.units * places)
+    own = list(ordered.columns().values())[0]
+    places = own.layer.weight[0, 0].numel()
+    columns = greedy.Columns(moments.as_rows(own.layer).detach()[0], matrix, own.first * places,
+                             own.count // ordered.units * places)
     ordering, _ = timed(greedy.order, [columns], ordered.units, ordered.norm_groups)
     orders = ordering * sum(each ** 3 * len(other.column_layers()) for other, each in behind) / width ** 3
     peak = peak_resident_bytes() - before

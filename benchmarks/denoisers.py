@@ -103,9 +103,9 @@ def random_denoiser(model: Model, settings: dict, device: str) -> Tuple[Any, dic
             tensor.uniform_(-bound, bound) if tensor.dim() > 1 else tensor.fill_(float(key.endswith("weight")))
         for group in surgery.survey(denoiser, "heads", "neurons", "channels")[0]:
             scale = torch.exp2(2 * torch.rand(group.units) - 1)
-            for layer, dim in group.layers(scored=True):
-                own = group.by_unit(layer.weight, dim)
-                own.mul_(scale.to(own).view([-1 if d == dim + 1 else 1 for d in range(own.dim())]))
+            for part in group.parts(scored=True):
+                own = group.by_unit(part.layer.weight, part)
+                own.mul_(scale.to(own).view([-1 if d == part.dim + 1 else 1 for d in range(own.dim())]))
     return denoiser, random_inputs(model.inputs(settings["latent"]), denoiser)
 
 

@@ -110,6 +110,7 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
         pipeline = pipelines.load_pipeline(model, "cpu" if args.offload else device, dtype)
     generation.remember_prompts(pipeline)
     dense = pipelines.take_denoiser(pipeline)
+    methods.check_weights(dense)
     methods.check_memory(args.method, dense, int(args.calibration_memory * GIB), **options)
     sampling = {"seed": args.seed, **pipelines.sampling_settings(pipeline, model, {
         name: getattr(args, name) for name in ("steps", "guidance_scale", "image_size")})}

@@ -21,6 +21,7 @@ import numpy as np
 
 from pruning import UserError, cli, distributed, sweep
 from pruning.experiment import Dense, Experiment
+from pruning.methods import unreached_by_reason
 from pruning.metrics import METRICS, backbones, scores
 from pruning.records.record import Point
 from pruning.records.summaries import answer, sensitivity_summary, summary
@@ -70,6 +71,7 @@ def run_pruning_experiment(experiment: Experiment, rate: float, dense: Optional[
         measured = Point(
             rate=rate, sparsity=pruned.taken / pruned.total, unit=pruned.unit, units_total=pruned.total,
             units_asked=pruned.asked, units_taken=pruned.taken, skipped_modules=pruned.skipped_modules,
+            unreached=unreached_by_reason(pruned), inexact=pruned.inexact,
             layer_rates={name: layer.rate for name, layer in pruned.layers.items()},
             layer_errors={name: layer.error for name, layer in pruned.layers.items() if layer.error is not None},
             **counts, **times, compiled=compiled and compiled.compiled,

@@ -23,7 +23,7 @@ from pruning.models import pipelines, saving
 from pruning.records import report, store
 from pruning.records.plots import shown_images
 from pruning.records.record import BrokenRecordError, Point, Record, read_record, record_path, write_record
-from pruning.records.summaries import skipped_modules
+from pruning.records.summaries import reach
 from pruning.steps import image_file, load_images, prune_copy, pruned_origin, save_pruned, whole_images
 
 
@@ -60,8 +60,8 @@ def sweep(args, run_pruning_experiment: Callable[..., Optional[Point]]) -> Tuple
             if args.discard_images:
                 for point in [record.dense, *record.points] if record else ():
                     discard_images(experiment, point.rate, shown_images(record, args.tolerance))
-    if record and skipped_modules(record):
-        print(skipped_modules(record), file=sys.stderr)
+    if record and reach(record):
+        print(reach(record), file=sys.stderr)
     return path, record
 
 

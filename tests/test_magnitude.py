@@ -47,7 +47,7 @@ def test_every_rate_is_reached_to_the_weight_and_counted_in_the_denoiser(denoise
     for rate in RATES:  # ascending, so that each rate also starts from the zeros of the rate before
         pruned = prune("magnitude", denoiser, rate, scope=scope)
         zeros = int((flat(prunable_weights(denoiser)) == 0).sum())
-        assert pruned == ("weights", total, round(rate * total), round(rate * total), {}, shares(denoiser))
+        assert pruned[:6] == ("weights", total, round(rate * total), round(rate * total), {}, shares(denoiser))
         assert zeros == pruned.taken
 
 
@@ -109,7 +109,7 @@ def test_channels_last_weights_lose_the_same_and_keep_their_format(denoiser, sco
 def test_rate_zero_changes_nothing(denoiser):
     before = flat(prunable_weights(denoiser))
     zeros = int((before == 0).sum())  # a half-precision initialisation may hold one
-    assert prune("magnitude", denoiser, 0.0) == ("weights", before.numel(), 0, zeros, {}, shares(denoiser))
+    assert prune("magnitude", denoiser, 0.0)[:6] == ("weights", before.numel(), 0, zeros, {}, shares(denoiser))
     assert torch.equal(flat(prunable_weights(denoiser)), before)
 
 
@@ -118,14 +118,14 @@ def test_a_shared_weight_counts_once():
     second.weight = first.weight
     denoiser = nn.Sequential(first, second)
     assert list(prunable_weights(denoiser)) == ["0.weight"]
-    assert prune("magnitude", denoiser, 0.5) == ("weights", 20, 10, 10, {}, {"0.weight": (0.5, None)})
+    assert prune("magnitude", denoiser, 0.5)[:6] == ("weights", 20, 10, 10, {}, {"0.weight": (0.5, None)})
 
 
 def test_modules_with_other_matrices_are_skipped_by_name():
     denoiser = nn.ModuleDict({"layer": nn.Linear(4, 4), "table": nn.Embedding(3, 4), "norm": nn.LayerNorm(4)})
     before = denoiser["table"].weight.detach().clone()
     pruned = prune("magnitude", denoiser, 0.5)
-    assert pruned == ("weights", 16, 8, 8, {"table": "Embedding is neither Linear nor Conv2d"},
+    assert pruned[:6] == ("weights", 16, 8, 8, {"table": "Embedding is neither Linear nor Conv2d"},
                       {"layer.weight": (0.5, None)})
     assert torch.equal(denoiser["table"].weight, before)
 

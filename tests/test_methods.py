@@ -35,10 +35,10 @@ def state(module):
 
 @pytest.fixture
 def new_method(monkeypatch):
-    """A method of the table whose file returns what it was called with."""
+    """A method of the table whose report holds, in place of layers, what it was called with."""
     entry = Method("does nothing", "atoms", {"share": Option(0.5, float, "half"), "fast": Option(False, bool, "fast")})
     monkeypatch.setitem(METHODS, "new_method", entry)
-    file = SimpleNamespace(prune=lambda denoiser, rate, **given: (rate, given))
+    file = SimpleNamespace(prune=lambda denoiser, rate, **given: Pruned("atoms", 1, 0, 0, {}, {"rate": rate, **given}))
     monkeypatch.setitem(sys.modules, "pruning.methods.new_method", file)
     return entry
 
@@ -132,22 +132,26 @@ def test_an_option_that_is_on_by_default_is_named_if_it_is_off(monkeypatch):
 
 # ---- calling a method
 
+def called(rate, **options):
+    """What the new method is called with."""
+    return prune("new_method", nn.Linear(2, 2), rate, **options).layers
+
+
 def test_a_new_method_is_an_entry_and_a_file_and_is_given_every_option(new_method):
-    assert prune("new_method", None, 0.2) == (0.2, {"share": 0.5, "fast": False, "calibration": None})
-    assert prune("new_method", None, 0.2, share=0.125, fast=True)[1] == {
-        "share": 0.125, "fast": True, "calibration": None}
+    assert called(0.2) == {"rate": 0.2, "share": 0.5, "fast": False, "calibration": None}
+    assert called(0.2, share=0.125, fast=True) == {"rate": 0.2, "share": 0.125, "fast": True, "calibration": None}
 
 
 def test_only_a_method_that_needs_the_calibration_is_given_it(new_method, monkeypatch):
     calibration = Calibration(list, 0)
-    assert prune("new_method", None, 0.2, calibration=calibration)[1]["calibration"] is None
+    assert called(0.2, calibration=calibration)["calibration"] is None
     monkeypatch.setitem(METHODS, "new_method", new_method._replace(
         needs=lambda options: ("calls",) if options["fast"] else ()))
-    assert prune("new_method", None, 0.2, calibration=calibration)[1]["calibration"] is None
-    assert prune("new_method", None, 0.2, fast=True, calibration=calibration)[1]["calibration"] is calibration
-    assert prune("new_method", None, 0.0, fast=True)[1]["calibration"] is None
+    assert called(0.2, calibration=calibration)["calibration"] is None
+    assert called(0.2, fast=True, calibration=calibration)["calibration"] is calibration
+    assert called(0.0, fast=True)["calibration"] is None
     with pytest.raises(UserError, match="needs recorded calls"):
-        prune("new_method", None, 0.2, fast=True)
+        called(0.2, fast=True)
 
 
 def test_a_method_that_can_need_calibration_says_on_how_many_images():

@@ -257,8 +257,21 @@ def test_modules_that_a_method_cannot_prune_are_named_with_the_reason():
                "c.attn1": "its class NewAttention is not known"}
     for point in record.points:
         point.skipped_modules = modules
-    assert ("Not pruned: 2 modules (a.attn1, …): its class NewAttention is not known; 1 module (b.attn2): its "
-            "processor is Odd.") in flat(summaries.summary(record))
+    assert ("Not pruned: its class NewAttention is not known (2 modules: a.attn1, c.attn1); its processor is Odd "
+            "(1 module: b.attn2).") in flat(summaries.summary(record))
+
+
+def test_the_share_of_the_parameters_that_a_method_reaches_is_said_and_what_the_others_are():
+    record = make_record("attention_heads")
+    assert "can reach" not in summaries.summary(record)
+    total, last = record.dense.parameters, record.points[-1]
+    last.unreached = {"neurons": total // 2, "its class Odd is not known": total // 4, "biases": 1}
+    last.skipped_modules = {f"blocks.{n}.odd": "its class Odd is not known" for n in range(4)}
+    last.inexact = {"blocks.0.attn": "its norm_q runs across all heads"}
+    text = flat(summaries.summary(record))
+    assert ("attention_heads can reach 25.0 % of the parameters. The others: 50.0 % neurons; 25.0 % its class Odd is "
+            "not known (4 modules: blocks.0.odd, blocks.1.odd, blocks.2.odd, …); below 0.1 % biases.") in text
+    assert "Removing differs from masking: its norm_q runs across all heads (1 module: blocks.0.attn)." in text
 
 
 def test_times_of_rates_at_which_compilation_fell_back_are_told_apart(monkeypatch, tmp_path):

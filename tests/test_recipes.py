@@ -50,7 +50,7 @@ def run(root, *flags):
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory):
     root = tmp_path_factory.mktemp("extended")
-    assert make_additions(root) == 13
+    assert make_additions(root) == 12
     return root
 
 

@@ -44,6 +44,7 @@ def make_point(rate, images=3):
         intervals={"clip_score": [-60 * rate - 1, 1.0], "fid": None},
         per_image={"clip_score": [80.0 - 60 * rate] * images},
         seconds={"prune": 0.1, "generate": 5.0, "measure": 0.5}, skipped_modules={"a.attn1": "its class is not known"},
+        unreached={"its class is not known": 60}, inexact={"b": "its norm_q runs across all heads"},
         layer_rates={"a": rate, "b": 1.0}, layer_errors={"a": 0.25} if rate else {},
         layer_parameters={} if rate else {"a": 0.75, "b": 0.25}, layer_macs={} if rate else {"a": 0.5, "b": 0.5},
         floors={"fid": 1.5} if rate == 0 else {}, seed_spread={"clip_score": 0.8, "fid": None} if rate == 0 else {},
@@ -127,7 +128,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
 
 BROKEN = {
     "schema_version is missing": lambda d: d.pop("schema_version"),
-    "schema_version is 99, expected 3 to 9": lambda d: d.update(schema_version=99),
+    "schema_version is 99, expected 3 to 10": lambda d: d.update(schema_version=99),
     "model is missing": lambda d: d.pop("model"),
     "model must be text": lambda d: d.update(model=3),
     "method must be a name": lambda d: d.update(method="../../etc"),
@@ -150,6 +151,8 @@ BROKEN = {
     "dense.floors must be an object of numbers or null": lambda d: d["dense"].update(floors={"fid": "1.5"}),
     "dense.seed_spread must be an object of numbers": lambda d: d["dense"].update(seed_spread={"fid": [1]}),
     "dense.skipped_modules must be an object of texts": lambda d: d["dense"].update(skipped_modules=["a.attn1"]),
+    "dense.unreached must be an object of whole numbers": lambda d: d["dense"].update(unreached={"heads": 0.5}),
+    r"points\[0\].inexact must be an object of texts": lambda d: d["points"][0].update(inexact=["a.attn1"]),
     r"points\[1\].layer_rates must be an object of numbers": lambda d: d["points"][1].update(layer_rates={"a": None}),
     r"points\[0\].layer_errors must be an object of num": lambda d: d["points"][0].update(layer_errors=[0.25]),
     "dense.layer_parameters must be an object of numbers": lambda d: d["dense"].update(layer_parameters={"a": "3"}),

@@ -49,6 +49,13 @@ class LayerPruned(NamedTuple):
     error: Optional[float] = None  # relative squared error of the layer's output on calibration inputs, if measured
 
 
+class Unreached(NamedTuple):
+    """What a method cannot remove or zero of a parameter."""
+
+    parameters: int
+    why: str
+
+
 class Pruned(NamedTuple):
     """What a method did: `taken` of `total` units are pruned, and round(rate * total) were asked for."""
 
@@ -58,6 +65,17 @@ class Pruned(NamedTuple):
     taken: int
     skipped_modules: Dict[str, str] = {}  # modules that seem prunable and were not pruned: name -> why
     layers: Dict[str, LayerPruned] = {}
+    reached: Dict[str, int] = {}  # how many numbers of each parameter the method can remove or zero, at any rate
+    unreached: Dict[str, Unreached] = {}  # of each parameter what is left; {} if nothing was counted, as at rate 0
+    inexact: Dict[str, str] = {}  # modules in which removal is not masking: name -> why
+
+
+def unreached_by_reason(pruned: Pruned) -> Dict[str, int]:
+    """Return how many parameters a method cannot reach for each reason, the most first."""
+    found: Dict[str, int] = {}
+    for each in pruned.unreached.values():
+        found[each.why] = found.get(each.why, 0) + each.parameters
+    return dict(sorted(found.items(), key=lambda pair: -pair[1]))
 
 
 def one_of(what: str, names) -> Callable[[str], str]:
@@ -197,6 +215,12 @@ def needs(method: str, options: Dict[str, Any]) -> Tuple[str, ...]:
     return METHODS[method].needs({**default_options(method), **options})
 
 
+def check_weights(denoiser) -> None:
+    """Raise UserError that names the remedy if weights are not plain numbers: quantised, say, or an adapter's."""
+    from pruning.methods import reach  # here, because this table loads without torch
+    reach.check(denoiser)
+
+
 def check_memory(method: str, denoiser, memory: int, **options) -> None:
     """Raise UserError if the method gathers moments and those of one layer take more than `memory` bytes."""
     if "moments" in needs(method, options):
@@ -238,8 +262,8 @@ def prune(method: str, denoiser, rate: float, *, calibration=None, **options) ->
 
     options: those of the method that differ from their defaults. calibration: a calibration.Calibration, for methods
     that need it with these options. Raises UserError if the rate is not in [0, 1), if the method, an option or its
-    value is not known, if options exclude each other, if the denoiser has nothing that the method prunes, and for
-    whatever else the method's file names.
+    value is not known, if options exclude each other, if weights of the denoiser are not plain numbers (reach.check),
+    if it has nothing that the method prunes, and for whatever else the method's file names.
     """
     if not 0 <= rate < 1:
         raise UserError(f"a pruning rate is in [0, 1); got {rate}")
@@ -251,8 +275,12 @@ def prune(method: str, denoiser, rate: float, *, calibration=None, **options) ->
         calibration = None
     elif calibration is None:
         raise UserError(f"{method} needs recorded calls of the dense denoiser with these options; give a calibration")
+    check_weights(denoiser)
+    from pruning.methods import reach  # here, because this table loads without torch
+    whole = reach.parameters(denoiser, METHODS[method].removes)
     given.pop("calibration_images", None)  # is in the calibration
-    return importlib.import_module(f"{__name__}.{method}").prune(denoiser, rate, calibration=calibration, **given)
+    pruned = importlib.import_module(f"{__name__}.{method}").prune(denoiser, rate, calibration=calibration, **given)
+    return pruned._replace(unreached=reach.unreached(whole, pruned.reached, pruned.skipped_modules))
 
 
 def calibrate(method: str, denoiser, calibration, **options) -> None:

@@ -44,9 +44,9 @@ def lowest_overall(groups: List[Group], rate: float, score: Score, round_to: int
 def equal_shares(groups: List[Group], rate: float, score: Score, round_to: int = 1) -> Plan:
     """Plan to remove the same share of every group: its units of lowest score, equally many from each norm group.
 
-    A width that is a multiple of round_to stays one. With round_to=1 round(rate * n) of all n units go exactly, unless
-    every group is down to the one unit a norm group that must stay. Of equal scores the first in order go. Raises
-    UserError if a score is NaN.
+    A width that is a multiple of round_to stays one. Of all n units as near to round(rate * n) go as the smallest step
+    of a group allows, see step_of: exactly as many if it is 1, unless every group is down to the one unit a norm group
+    that must stay. Of equal scores the first in order go. Raises UserError if a score is NaN.
     """
     counts = drop_counts(groups, rate, round_to)
     return {group.name: highest(scores_of(group, score), counts[group.name], group.norm_groups)
@@ -64,7 +64,7 @@ def scores_of(group: Group, score: Score) -> Tensor:
 
 
 def drop_counts(groups: List[Group], rate: float, round_to: int = 1) -> Dict[str, int]:
-    """Return how many units each group loses: the same share, in sum round(rate * n) of all n units if possible.
+    """Return how many units each group loses: the same share, in sum the nearest to round(rate * n) of all n units.
 
     Groups with coarse steps are rounded first, and their rounding errors are spread evenly over the finer groups.
     """
@@ -77,7 +77,7 @@ def drop_counts(groups: List[Group], rate: float, round_to: int = 1) -> Dict[str
         step = steps[group.name]
         most = most_of(group, step)
         spare -= most
-        least = -(-max(left - spare, 0) // step) * step  # more than the later groups could lose
+        least = -(-max(left - spare, 0) // step) * step if spare else 0  # more than the later groups could lose
         counts[group.name] = min(max(round(left * group.units / units / step) * step, least), most)
         left -= counts[group.name]
         units -= group.units

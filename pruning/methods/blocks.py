@@ -44,13 +44,13 @@ def prune(denoiser: nn.Module, rate: float, *, refit: bool, mask_only: bool, rec
     found = bypass.find(denoiser, calibration.calls[0][0])
     if not found:
         raise UserError(f"{type(denoiser).__name__} has no blocks that return what they are given plus a change")
-    order = order_of(denoiser, found, calibration)
+    order, reached = order_of(denoiser, found, calibration), bypass.reached(denoiser, found)
     gone = {name: found[name] for name in order.names[:round(rate * len(found))]}
     aims = aims_of(denoiser, calibration) if refit and gone else None
     take_out(denoiser, gone, aims, mask_only, calibration)
     recovery.recover_at(rate, denoiser, {}, calibration, recovery_steps)
     return Pruned("blocks", len(found), len(gone), len(gone), {},
-                  {name: LayerPruned(float(name in gone), order.alone[name]) for name in found})
+                  {name: LayerPruned(float(name in gone), order.alone[name]) for name in found}, reached)
 
 
 def order_of(denoiser: nn.Module, found: Dict[str, bypass.Streams], calibration: Calibration) -> Order:

@@ -22,9 +22,7 @@ def prices(denoiser: nn.Module, groups: List[Group], arguments: dict, budget: st
     """
     if budget == "parameters":
         return float(sum(parameter.numel() for parameter in denoiser.parameters())), {
-            group.name: sum((group.by_unit(layer.weight, dim).numel() + (layer.bias.numel() if dim == 0 and getattr(
-                layer, "bias", None) is not None else 0)) / group.units for layer, dim in group.layers())
-            for group in groups}
+            group.name: sum(own.numel() for _, _, own in group.owned()) / group.units for group in groups}
     measured = costs.module_macs(denoiser, arguments) if budget == "macs" else module_seconds(denoiser, arguments)
     names = {id(module): name for name, module in denoiser.named_modules()}
     found = {}
@@ -32,8 +30,9 @@ def prices(denoiser: nn.Module, groups: List[Group], arguments: dict, budget: st
         layers = {id(layer): measured.get(names[id(layer)], 0.0) for layer in group.module.modules()
                   if isinstance(layer, (nn.Linear, nn.Conv2d))}
         price = 0.0
-        for layer, dim in group.layers(scored=True):
-            price += layers[id(layer)] * group.by_unit(layer.weight, dim).numel() / layer.weight.numel()
+        for part in group.parts(scored=True):
+            own = group.by_unit(part.layer.weight, part)
+            price += layers[id(part.layer)] * own.numel() / part.layer.weight.numel()
         if group.kind.unit == "heads":
             price += max(measured.get(names[id(group.module)], 0.0) - sum(layers.values()), 0.0)
         found[group.name] = price / group.units

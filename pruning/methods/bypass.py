@@ -107,6 +107,12 @@ def _streams(block: nn.Module, given: Dict[str, Any], output: Any) -> Optional[S
     return streams if any(streams) else None
 
 
+def reached(denoiser: nn.Module, blocks: Iterable[str]) -> Dict[str, int]:
+    """Return how many numbers of each parameter go with these blocks, by name: all but those of shortcuts."""
+    return {name: parameter.numel() for name, parameter in denoiser.named_parameters()
+            if inside(name, blocks) and ".conv_shortcut." not in name}
+
+
 def inside(name: str, blocks: Iterable[str]) -> bool:
     """Return whether what has this name lies in one of the blocks."""
     return any(name.startswith(f"{block}.") for block in blocks)

@@ -97,6 +97,7 @@ def prune(denoiser: nn.Module, rate: float, *, budget: str, mask_only: bool, rou
     if rate == 0:
         return Pruned(unit, 1, 0, 0, skipped, {group.name: LayerPruned(0.0) for group in groups})
     total, dense = case_of(denoiser, groups, calibration, budget, round_to)
+    reached, inexact = reached_by(dense), surgery.inexact(groups)
     plan = with_blocks(dense, best(dense, total, rate), budget, total, rate)
     case = dense
     if plan.bypassed:
@@ -108,7 +109,15 @@ def prune(denoiser: nn.Module, rate: float, *, budget: str, mask_only: bool, rou
     emptied = {group.name: LayerPruned(1.0) for group in groups if group.name not in case.paths}
     layers = {**layers_of(case, plan.steps), **emptied}
     return Pruned(unit, round(total * scale), round(rate * total * scale), round(saved * scale), skipped,
-                  {**{group.name: layers.pop(group.name) for group in groups}, **layers})
+                  {**{group.name: layers.pop(group.name) for group in groups}, **layers}, reached, inexact=inexact)
+
+
+def reached_by(dense: Case) -> Dict[str, int]:
+    """Return how many numbers of each parameter go with units, ranks or blocks, by name."""
+    layers = {name: dense.denoiser.get_submodule(name) for basis in dense.known.values() for name in basis.names}
+    found = bypass.find(dense.denoiser, dense.calibration.calls[0][0])
+    return {**surgery.reached(dense.denoiser, dense.groups), **modulation.reached(layers),
+            **bypass.reached(dense.denoiser, found)}
 
 
 def case_of(denoiser: nn.Module, groups: List[Group], calibration: Calibration, budget: str, round_to: int
@@ -243,7 +252,7 @@ def with_blocks(dense: Case, plan: Plan, budget: str, total: float, rate: float)
 
 def tried(case: Case, steps: Steps) -> float:
     """Return the squared error of the final latents after these steps, which are taken with masks and undone."""
-    layers = [layer for group in case.groups for layer, _ in group.layers()]
+    layers = [part.layer for group in case.groups for part in group.parts()]
     layers += [case.denoiser.get_submodule(name) for basis in case.known.values() for name in basis.names]
     with losses.restored(layers):
         carry_out(case, steps, mask_only=True)

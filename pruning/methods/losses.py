@@ -155,7 +155,7 @@ def guided(denoiser: nn.Module, call, calibration: Calibration) -> Tensor:
 def one_pruned(group: Group, keep: List[int], gathered: Moments) -> Iterator[None]:
     """Inside the block, the units of a group that do not stay are zeroed and the layers behind them re-fitted."""
     gone = sorted(set(range(group.units)) - set(keep))
-    with restored([layer for layer, _ in group.layers()]), torch.no_grad():
+    with restored([part.layer for part in group.parts()]), torch.no_grad():
         refitted = []
         for columns, (name, layer) in zip(units.columns_of(group, gathered), group.column_layers().items()):
             change, (_, mean) = greedy.change_without(columns, gone), gathered.of(name, layer.weight.device)

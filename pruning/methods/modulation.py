@@ -40,7 +40,7 @@ def prune(denoiser: nn.Module, rate: float, *, mask_only: bool, recovery_steps: 
     layers = adaln_layers(denoiser)
     if rate == 0:
         return Pruned("ranks", next(iter(layers.values())).in_features, 0, 0, {},
-                      {f"{name}.weight": LayerPruned(0.0) for name in layers})
+                      {f"{name}.weight": LayerPruned(0.0) for name in layers}, reached(layers))
     known = {basis.names[0]: basis for basis in bases(denoiser, calibration)}
     total = sum(len(basis.mean) for basis in known.values())
     asked = round(rate * total)
@@ -52,7 +52,12 @@ def prune(denoiser: nn.Module, rate: float, *, mask_only: bool, recovery_steps: 
         found.update({f"{each}.weight": LayerPruned(1 - stay[name] / width, float(basis.lost[stay[name]]))
                       for each in basis.names})
     recovery.recover_at(rate, denoiser, {}, calibration, recovery_steps)
-    return Pruned("ranks", total, asked, total - sum(stay.values()), {}, found)
+    return Pruned("ranks", total, asked, total - sum(stay.values()), {}, found, reached(layers))
+
+
+def reached(layers: Dict[str, nn.Linear]) -> Dict[str, int]:
+    """Return how many numbers of each parameter of dense AdaLN layers a low rank can save, by name."""
+    return {f"{name}.weight": layer.in_features * layer.out_features for name, layer in layers.items()}
 
 
 def adaln_layers(denoiser: nn.Module) -> Dict[str, nn.Linear]:

@@ -8,16 +8,19 @@ from collections import Counter
 from typing import Dict, List, Optional, Sequence
 
 import torch
-from diffusers.models import normalization
 from torch import Tensor, nn
 
 from pruning import UserError
 
-# Modules whose `linear` makes scale, shift and gate of an embedding of time, guidance and pooled text (AdaLN).
-MODULATED = tuple(getattr(normalization, name) for name in (
-    "AdaLayerNorm", "AdaLayerNormZero", "AdaLayerNormZeroSingle", "AdaLayerNormSingle", "AdaLayerNormContinuous",
-    "SD35AdaLayerNormZeroX", "AdaGroupNorm", "LuminaRMSNormZero", "LuminaLayerNormContinuous", "CogVideoXLayerNormZero")
-    if hasattr(normalization, name))
+# Names of classes -> the layer that makes scale, shift and gate of an embedding of time, guidance and pooled text
+# (AdaLN). In a Sequential whose own name ends in SEQUENTIAL it is the last.
+MODULATED = {
+    **dict.fromkeys((
+        "AdaLayerNorm", "AdaLayerNormZero", "AdaLayerNormZeroSingle", "AdaLayerNormSingle", "AdaLayerNormContinuous",
+        "SD35AdaLayerNormZeroX", "AdaGroupNorm", "LuminaRMSNormZero", "CogVideoXLayerNormZero", "Flux2Modulation",
+        "Flux3Modulation"), "linear"),
+    "Kandinsky5Modulation": "out_layer", "Modulation": "lin"}
+SEQUENTIAL = ("_mod", "modulation")
 
 
 class LowRank(nn.Module):
@@ -41,8 +44,12 @@ class LowRank(nn.Module):
 
 def modulation_layers(denoiser: nn.Module) -> Dict[str, nn.Linear]:
     """Return the Linear layers of the MODULATED modules, by the name of the layer; shared weights are left out."""
-    found = {f"{name}.linear".lstrip("."): module.linear for name, module in denoiser.named_modules()
-             if type(module) in MODULATED and type(getattr(module, "linear", None)) is nn.Linear}
+    found = {}
+    for name, module in denoiser.named_modules():
+        last = isinstance(module, nn.Sequential) and name.endswith(SEQUENTIAL)
+        path = str(len(module) - 1) if last else MODULATED.get(type(module).__name__, "")
+        if type(getattr(module, path, None)) is nn.Linear:
+            found[f"{name}.{path}".lstrip(".")] = getattr(module, path)
     owners = Counter(id(parameter) for layer in denoiser.modules() for parameter in layer._parameters.values())
     return {name: layer for name, layer in found.items()
             if all(owners[id(parameter)] == 1 for parameter in layer.parameters())}

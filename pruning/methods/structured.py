@@ -15,7 +15,7 @@ UNITS = ("neurons", "channels")
 def prune(denoiser: nn.Module, rate: float, *, calibration=None, **options) -> Pruned:
     """Remove (or, with mask_only, zero) round(rate * n) of all n neurons and inner channels, in place.
 
-    A few may be missing, as norm groups and round_to allow (see allocation). options: see units.prune. Raises UserError
-    if the denoiser has neither neurons nor inner channels to prune.
+    The count is as near as norm groups and round_to allow (see allocation.equal_shares). options: see units.prune.
+    Raises UserError if the denoiser has neither neurons nor inner channels to prune.
     """
     return units.prune("structured", denoiser, rate, UNITS, calibration=calibration, **options)

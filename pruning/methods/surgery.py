@@ -14,9 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from pruning import UserError
-from pruning.methods import bypass, kinds, ranks
+from pruning.methods import bypass, feedforwards, kinds, ranks
 
 Plan = Dict[str, List[int]]  # {group name: indices of the units kept, ascending}
+
+
+class Part(NamedTuple):
+    """What the units of a group own of a layer: `count` places from `first` along a dimension of its weight."""
+
+    path: str  # of the layer in the module
+    layer: nn.Module
+    dim: int
+    first: int
+    count: int
 
 
 class Group(NamedTuple):
@@ -28,40 +38,59 @@ class Group(NamedTuple):
     units: int
     norm_groups: int  # norm groups, which must lose equally many units
 
-    def layers(self, scored: bool = False) -> Iterator[Tuple[nn.Module, int]]:
-        """Yield (layer, dimension of its weight along which the units lie); with `scored`, only layers that count."""
-        layers, (_, inner) = dict(self.module.named_modules()), self.span()
-        for path in self.kind.rows:
-            if path in layers:
-                yield layers[path], 0
-        for path in self.kind.columns:
-            if path in layers:
-                yield layers[path], 1
-        for path in () if scored else self.kind.follows:
-            weight = getattr(layers.get(path), "weight", None)
-            if weight is not None and weight.shape[0] % inner == 0:  # a norm within each head is narrower
-                yield layers[path], 0
+    def parts(self, scored: bool = False) -> List[Part]:
+        """Return what the units own of each layer; with `scored`, only of layers that count."""
+        layers, kind = dict(self.module.named_modules()), self.kind
+        found = [self._part(path, layers[path], dim) for dim, paths in enumerate((kind.rows, kind.columns))
+                 for path in paths if path in layers]
+        if scored:
+            return found
+        widths = {part.count for part in found if part.dim == 0}
+        for path in kind.follows:
+            weight = getattr(layers.get(path), "weight", None)  # a norm within each head is narrower
+            if weight is not None and (weight.shape[0] in widths or weight.shape[0] % self.inner == 0):
+                found.append(self._part(path, layers[path], 0))
+        return found
+
+    def _part(self, path: str, layer: nn.Module, dim: int) -> Part:
+        span = self.kind.spans.get(path)
+        return Part(path, layer, dim, *(span(self.module) if span else (0, layer.weight.shape[dim])))
+
+    @property
+    def inner(self) -> int:
+        """The inner width: how many inputs of the first layer behind the units belong to them."""
+        return self._part(self.kind.columns[0], self.module.get_submodule(self.kind.columns[0]), 1).count
+
+    def columns(self) -> Dict[str, Part]:
+        """Return what the units own of the layers behind them, by the name of the weight in the denoiser."""
+        return {self.path(f"{part.path}.weight"): part for part in self.parts(scored=True) if part.dim == 1}
 
     def column_layers(self) -> Dict[str, nn.Module]:
         """Return the layers some of whose inputs the units own, by the name of the weight in the denoiser."""
-        layers = dict(self.module.named_modules())
-        return {self.path(f"{path}.weight"): layers[path] for path in self.kind.columns if path in layers}
+        return {name: part.layer for name, part in self.columns().items()}
 
     def path(self, inner: str) -> str:
         """Return the denoiser's name for what the module calls `inner`."""
         return f"{self.name.rpartition('.')[0]}.{inner}".lstrip(".")
 
-    def span(self) -> Tuple[int, int]:
-        """Return the first of the columns that belong to the units, and how many do, which is the inner width."""
-        if self.kind.span:
-            return self.kind.span(self.module)
-        return 0, self.module.get_submodule(self.kind.columns[0]).weight.shape[1]
+    def by_unit(self, tensor: Tensor, part: Part) -> Tensor:
+        """View what the units own of a layer's weight or bias: its dimension as (blocks, units, places a unit).
 
-    def by_unit(self, tensor: Tensor, dim: int) -> Tensor:
-        """View what the units own of a layer's weight or bias: dimension `dim` as (blocks, units, places a unit)."""
-        start, inner = self.span()
-        own = tensor.narrow(1, start, inner) if dim == 1 else tensor
-        return own.unflatten(dim, (own.shape[dim] // inner, self.units, inner // self.units))
+        There is one block for each time that the inner width fits.
+        """
+        own, blocks = tensor.narrow(part.dim, part.first, part.count), max(part.count // self.inner, 1)
+        return own.unflatten(part.dim, (blocks, self.units, part.count // blocks // self.units))
+
+    def owned(self) -> Iterator[Tuple[nn.Parameter, Part, Tensor]]:
+        """Yield each parameter, the part of its layer, and a view of what the units own of it, see by_unit."""
+        for part in self.parts():
+            yield part.layer.weight, part, self.by_unit(part.layer.weight, part)
+            if part.dim == 0 and getattr(part.layer, "bias", None) is not None:
+                yield part.layer.bias, part, self.by_unit(part.layer.bias, part)
+
+    def norms_across(self) -> List[str]:
+        """Return the norms whose statistics run over the units that are left, so that removal is not masking."""
+        return [part.path for part in self.parts() if isinstance(part.layer, kinds.NORMS)]
 
 
 def survey(denoiser: nn.Module, *units: str) -> Tuple[List[Group], Dict[str, str]]:
@@ -71,48 +100,69 @@ def survey(denoiser: nn.Module, *units: str) -> Tuple[List[Group], Dict[str, str
     cannot be sliced (adapters, quantised weights, weights shared between layers), and those of classes that KINDS does
     not know and whose names suggest such units.
     """
-    groups, skipped, known = find_groups(denoiser, units)
-    return groups, {**skipped, **unknown_modules(denoiser, units, known)}
+    groups, skipped = find_groups(denoiser, units)
+    return groups, {**skipped, **unknown_modules(denoiser, units, groups)}
 
 
-def find_groups(denoiser: nn.Module, units: Iterable[str]) -> Tuple[List[Group], Dict[str, str], List[nn.Module]]:
-    """Return the groups of these units, the known modules skipped ({name: why}), and all known modules."""
-    groups, skipped, known, seen = [], {}, [], set()
+def find_groups(denoiser: nn.Module, units: Iterable[str]) -> Tuple[List[Group], Dict[str, str]]:
+    """Return the groups of these units, and the known modules skipped: {name: why}."""
+    groups, skipped, seen = [], {}, set()
     owners = Counter(id(p) for module in denoiser.modules() for p in module._parameters.values() if p is not None)
     for name, module in denoiser.named_modules():
-        for kind in kinds.KINDS:
-            if kind.unit not in units or type(module) is not kind.module or not kind.units(module):
+        for unit in units:
+            rows = [kind for kind in kinds.KINDS if kind.unit == unit and kind.fits(module) and kind.units(module)]
+            kind = next((kind for kind in rows if not kind.obstacle(module)), rows[0] if rows else None)
+            if kind is None:
                 continue
-            group = Group(f"{name}.{kind.unit}", module, kind, kind.units(module), kind.norm_groups(module))
+            group = Group(f"{name}.{unit}", module, kind, kind.units(module), kind.norm_groups(module))
             layers = dict(module.named_modules())
-            own = {(kind.unit, id(layers[path])) for path in kind.rows if path in layers}
+            own = {(unit, id(layers[path])) for path in kind.rows if path in layers}
             if own & seen:  # an attention whose heads belong to the block around it
                 continue
             seen |= own
             why = kind.obstacle(module) or layer_obstacle(group, owners)
-            known.append(module)
             if why:
                 skipped[name] = why
             else:
                 groups.append(group)
-    return groups, skipped, known
+    if "neurons" in units:
+        groups += probed_groups(denoiser, owners)
+    places = {name: place for place, (name, _) in enumerate(denoiser.named_modules())}
+    return sorted(groups, key=lambda group: places[group.name.rpartition(".")[0]]), skipped
 
 
-def unknown_modules(denoiser: nn.Module, units: Iterable[str], known: List[nn.Module]) -> Dict[str, str]:
+def probed_groups(denoiser: nn.Module, owners: Dict[int, int]) -> List[Group]:
+    """Return the neurons of feed-forwards that no row of KINDS names."""
+    modules = dict(denoiser.named_modules())
+    groups = [Group(f"{name}.neurons", modules[name], kind, kind.units(modules[name]), 1)
+              for name, kind in feedforwards.find(denoiser, known_modules(denoiser)).items()]
+    return [group for group in groups if not layer_obstacle(group, owners)]
+
+
+def known_modules(denoiser: nn.Module) -> List[nn.Module]:
+    """Return the modules that a row of KINDS names, for any unit, and those that stand in for pruned ones."""
+    emptied = tuple(kind.empty for kind in kinds.KINDS if isinstance(kind.empty, type))
+    return [module for module in denoiser.modules()
+            if isinstance(module, (*emptied, ranks.LowRank)) or any(kind.fits(module) for kind in kinds.KINDS)]
+
+
+def unknown_modules(denoiser: nn.Module, units: Iterable[str], groups: List[Group]) -> Dict[str, str]:
     """Return {name: why} of the innermost modules whose class name suggests such units, and that are not known.
 
-    Modules that stand in for emptied ones are known, and so are all modules that contain known ones.
+    All modules that contain known ones are known, and so are those in groups.
     """
-    emptied = tuple(kind.empty for kind in kinds.KINDS if isinstance(kind.empty, type))
-    known = known + [module for module in denoiser.modules() if isinstance(module, emptied)]
-    covered = {id(part) for module in known for part in module.modules()}
+    covered = {id(part) for module in [*known_modules(denoiser), *(group.module for group in groups)]
+               for part in module.modules()}
     patterns = [kind.lookalikes for kind in kinds.KINDS if kind.unit in units and kind.lookalikes]
     names = {}
     for name, module in denoiser.named_modules():
-        if (any(re.search(pattern, type(module).__name__, re.IGNORECASE) for pattern in patterns)
-                and any(True for _ in module.parameters())
+        own = type(module).__name__
+        if (any(re.search(pattern, own, re.IGNORECASE) for pattern in patterns)
+                and any(parameter.dim() > 1 for parameter in module.parameters())
                 and not any(id(part) in covered for part in module.modules())):
-            names[name] = f"its class {type(module).__name__} is not known"
+            known = any(own in kind.modules for kind in kinds.KINDS)
+            names[name] = (f"it has other layers than a {own} is known with" if known else
+                           f"its class {type(module).__module__.rpartition('.')[2]}.{own} is not known")
     return {name: why for name, why in names.items() if not any(other.startswith(f"{name}.") for other in names)}
 
 
@@ -125,17 +175,34 @@ def layer_obstacle(group: Group, owners: Dict[int, int]) -> str:
     for path in kind.rows + kind.columns:
         if path in layers and type(layers[path]) not in kinds.SIZES:
             return f"its {path} is a {type(layers[path]).__name__}"
-    names = {id(layer): path for path, layer in layers.items()}
-    for layer, _ in group.layers():
-        sizes = kinds.SIZES.get(type(layer))
+    for part in group.parts():
+        path, layer, sizes = part.path, part.layer, kinds.SIZES.get(type(part.layer))
         if sizes is None:
-            return f"its {names[id(layer)]} is a {type(layer).__name__}"
+            return f"its {path} is a {type(layer).__name__}"
         size = getattr(layer, sizes[0])
         if "weight" not in layer._parameters or layer.weight.shape[0] != (size[0] if isinstance(size, tuple) else size):
-            return f"its {names[id(layer)]} has no plain weight"
+            return f"its {path} has no plain weight"
         if any(owners[id(p)] > 1 for p in layer.parameters()):
-            return f"its {names[id(layer)]} shares its weights with another layer"
+            return f"its {path} shares its weights with another layer"
+        if part.count % (max(part.count // group.inner, 1) * group.units):
+            return f"its {path} cannot be shared out among {group.units} {group.kind.unit}"
     return ""
+
+
+def reached(denoiser: nn.Module, groups: List[Group]) -> Dict[str, int]:
+    """Return how many numbers of each parameter the units of these groups own, by name."""
+    names, found = {id(parameter): name for name, parameter in denoiser.named_parameters()}, Counter()
+    for group in groups:
+        for parameter, _, own in group.owned():
+            found[names[id(parameter)]] += own.numel()
+    return dict(found)
+
+
+def inexact(groups: List[Group]) -> Dict[str, str]:
+    """Return the modules in which removal is not masking: {name: why}."""
+    return {group.name.rpartition(".")[0]: f"its {' and '.join(norms)} {'run' if len(norms) > 1 else 'runs'} across "
+            f"all {group.kind.unit}, so removing some scales the others anew"
+            for group in groups for norms in [group.norms_across()] if norms}
 
 
 def root_mean_square(group: Group) -> Tensor:
@@ -145,9 +212,9 @@ def root_mean_square(group: Group) -> Tensor:
     the order is that of the L2 norm.
     """
     squares, count = torch.zeros(group.units), 0
-    for layer, dim in group.layers(scored=True):
-        weight = group.by_unit(layer.weight.detach(), dim)
-        others = [d for d in range(weight.dim()) if d != dim + 1]
+    for part in group.parts(scored=True):
+        weight = group.by_unit(part.layer.weight.detach(), part)
+        others = [d for d in range(weight.dim()) if d != part.dim + 1]
         wide = torch.promote_types(weight.dtype, torch.float32)
         squares += torch.linalg.vector_norm(weight, dim=others, dtype=wide).float().cpu() ** 2
         count += weight.numel() // group.units
@@ -158,30 +225,27 @@ def root_mean_square(group: Group) -> Tensor:
 def mask(group: Group, keep: List[int]) -> None:
     """Zero, in place, all that units not in `keep` (indices, possibly none) own; shapes stay."""
     drop = sorted(set(range(group.units)) - set(keep))
-    for layer, dim in group.layers():
-        index = torch.tensor(drop, dtype=torch.long, device=layer.weight.device)
-        group.by_unit(layer.weight, dim).index_fill_(dim + 1, index, 0)
-        if dim == 0 and getattr(layer, "bias", None) is not None:
-            group.by_unit(layer.bias, 0).index_fill_(1, index, 0)
+    for parameter, part, own in group.owned():
+        own.index_fill_(part.dim + 1, torch.tensor(drop, dtype=torch.long, device=parameter.device), 0)
 
 
 @torch.no_grad()
 def remove(group: Group, keep: List[int]) -> None:
     """Slice the module's layers, in place, down to the units in `keep` (at least one); works on the meta device too."""
-    start, inner = group.span()
-
-    def sliced(parameter: nn.Parameter, dim: int) -> nn.Parameter:
+    def sliced(parameter: nn.Parameter, part: Part) -> nn.Parameter:
+        dim, end = part.dim, part.first + part.count
         index = torch.tensor(keep, dtype=torch.long, device=parameter.device)
-        kept = group.by_unit(parameter, dim).index_select(dim + 1, index).flatten(dim, dim + 2)
-        if dim == 1 and inner < parameter.shape[1]:  # columns that do not belong to the units stay
-            kept = torch.cat([parameter[:, :start], kept, parameter[:, start + inner:]], 1)
+        kept = group.by_unit(parameter, part).index_select(dim + 1, index).flatten(dim, dim + 2)
+        if part.count < parameter.shape[dim]:  # places that do not belong to the units stay
+            kept = torch.cat([parameter.narrow(dim, 0, part.first), kept,
+                              parameter.narrow(dim, end, parameter.shape[dim] - end)], dim)
         return nn.Parameter(kept, requires_grad=parameter.requires_grad)
 
     changes = []  # all are sliced before any is replaced, because by_unit reads the module's inner width
-    for layer, dim in group.layers():
-        bias = getattr(layer, "bias", None)
-        changes.append((layer, dim, sliced(layer.weight, dim),
-                        bias if dim == 1 or bias is None else sliced(bias, 0)))
+    for part in group.parts():
+        bias = getattr(part.layer, "bias", None)
+        changes.append((part.layer, part.dim, sliced(part.layer.weight, part),
+                        bias if part.dim == 1 or bias is None else sliced(bias, part)))
     for layer, dim, weight, bias in changes:
         layer.weight = weight
         if bias is not None:

@@ -95,6 +95,7 @@ def prune(method: str, denoiser: nn.Module, rate: float, units: Sequence[str],
         else:
             kept = lowest_overall(groups, rate, partial(found.price, rate=rate) if found else surgery.root_mean_square,
                                   round_to)
+    reached, inexact = surgery.reached(denoiser, groups), surgery.inexact(groups)
     gone = {group.name: group.units - len(kept.get(group.name, range(group.units))) for group in groups}
     if refit and kept:
         aims = aims_of(denoiser, [group for group in groups if group.name in kept], calibration)
@@ -105,7 +106,8 @@ def prune(method: str, denoiser: nn.Module, rate: float, units: Sequence[str],
     layers = {group.name: LayerPruned(gone[group.name] / group.units,
                                       found.loss(group, gone[group.name]) if found and refit else None)
               for group in groups}
-    return Pruned(METHODS[method].unit, total, round(rate * total), sum(gone.values()), skipped, layers)
+    return Pruned(METHODS[method].unit, total, round(rate * total), sum(gone.values()), skipped, layers,
+                  reached, inexact=inexact)
 
 
 def rounding(denoiser: nn.Module, round_to: int) -> int:
@@ -165,13 +167,12 @@ def sensitivities(denoiser: nn.Module, groups: List[Group], alike: Dict[str, Tup
 
 def columns_of(group: Group, gathered: Moments) -> List[greedy.Columns]:
     """Return the layers behind a group's units with their moments."""
-    first, inner = group.span()
     found = []
-    for name, layer in group.column_layers().items():
-        matrix, _ = gathered.of(name, layer.weight.device)
-        places = layer.weight[0, 0].numel()
-        found.append(greedy.Columns(as_rows(layer).detach()[0].float(), matrix[0], first * places,
-                                    inner // group.units * places))
+    for name, part in group.columns().items():
+        matrix, _ = gathered.of(name, part.layer.weight.device)
+        places = part.layer.weight[0, 0].numel()
+        found.append(greedy.Columns(as_rows(part.layer).detach()[0].float(), matrix[0], part.first * places,
+                                    part.count // group.units * places))
     return found
 
 
@@ -180,12 +181,11 @@ def kept_columns(groups: List[Group], plan: Plan) -> Dict[str, Tensor]:
     stays: Dict[str, Tensor] = {}
     for group in groups:
         if group.name in plan:
-            first, inner = group.span()
             unit = torch.zeros(group.units, dtype=torch.bool)
             unit[plan[group.name]] = True
-            for name, layer in group.column_layers().items():
-                channels = stays.setdefault(name, torch.ones(layer.weight.shape[1], dtype=torch.bool))
-                channels[first:first + inner] &= unit.repeat_interleave(inner // group.units)
+            for name, part in group.columns().items():
+                channels = stays.setdefault(name, torch.ones(part.layer.weight.shape[1], dtype=torch.bool))
+                channels[part.first:part.first + part.count] &= unit.repeat_interleave(part.count // group.units)
     layers = column_layers(groups)
     return {name: channels.repeat_interleave(layers[name].weight[0, 0].numel()).nonzero().flatten()
             for name, channels in stays.items()}

@@ -62,7 +62,9 @@ def prune(method: str, denoiser: nn.Module, rate: float, solve: Solve, counts: D
     weights = {name: layer.weight for name, layer in layers.items()}
     recovery.recover_at(rate, denoiser, weights, calibration, recovery_steps)
     pruned = zeroing.report(denoiser, weights, rate, method, errors)
-    return pruned._replace(skipped_modules={**pruned.skipped_modules, **{n: why for n, why in faults.items() if why}})
+    faults = {name: why for name, why in faults.items() if why}
+    return pruned._replace(skipped_modules={**pruned.skipped_modules, **faults},
+                           reached={name: count for name, count in pruned.reached.items() if name not in faults})
 
 
 def prune_by_score(method: str, denoiser: nn.Module, rate: float, score: zeroing.Score,

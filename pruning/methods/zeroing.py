@@ -222,18 +222,28 @@ def with_zeros(weights: Dict[str, Tensor]) -> Set[str]:
 
 def report(denoiser: nn.Module, weights: Dict[str, Tensor], rate: float, method: str,
            errors: Optional[Dict[str, float]] = None) -> Pruned:
-    """Return what was done, counted in the pruned denoiser. Skipped are modules with other weight matrices.
+    """Return what was done, counted in the pruned denoiser. Skipped are other parameters of two dimensions or more.
 
     method: a name in METHODS, which says what the unit is called. errors: relative output error of layers, by name.
     """
     total = sum(weight.numel() for weight in weights.values())
-    skipped = {name: f"{type(module).__name__} is neither Linear nor Conv2d"
-               for name, module in denoiser.named_modules() if not isinstance(module, PRUNABLE)
-               and isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() > 1}
+    skipped = {}
+    for name, parameter in denoiser.named_parameters():
+        module, _, own = name.rpartition(".")
+        if name not in weights and parameter.dim() > 1 and parameter.numel():
+            skipped[module if own == "weight" else name] = why_not(denoiser.get_submodule(module), own)
     zeros = {name: count_zeros(weight) for name, weight in weights.items()}
     layers = {name: LayerPruned(zeros[name] / weight.numel(), (errors or {}).get(name))
               for name, weight in weights.items()}
-    return Pruned(METHODS[method].unit, total, round(rate * total), sum(zeros.values()), skipped, layers)
+    reached = {name: weight.numel() for name, weight in weights.items()}
+    return Pruned(METHODS[method].unit, total, round(rate * total), sum(zeros.values()), skipped, layers, reached)
+
+
+def why_not(module: nn.Module, name: str) -> str:
+    """Return why a module's parameter of two dimensions or more is no prunable weight."""
+    if name == "weight":
+        return f"{type(module).__name__} is neither Linear nor Conv2d"
+    return f"{name} of {type(module).__name__} is not the weight of a layer"
 
 
 def count_zeros(weight: Tensor) -> int:

@@ -54,9 +54,11 @@ def rebuild(model, pruned):
     """Give a dense model the modules, numbers and shapes that pruning left, in place; weights are loaded later.
 
     pruned: "modules", name -> class of those that took the place of others, outer ones first; "numbers", name of a
-    module -> attributes; "shared", name of a module -> attributes that are other modules; "shapes", name -> shape.
+    module -> attributes; "shared", name of a module -> attributes that are other modules; "shapes", name -> shape;
+    "processors", name of an attention -> class of diffusers.
     """
     import torch
+    from diffusers.models import attention_processor
     from torch import nn
 
     device = next(model.parameters()).device
@@ -74,6 +76,8 @@ def rebuild(model, pruned):
         module, _, own = name.rpartition(".")
         parameter = None if shape is None else nn.Parameter(torch.empty(shape, device=device))
         model.get_submodule(module).register_parameter(own, parameter)
+    for name, kind in pruned["processors"].items():
+        model.get_submodule(name).set_processor(getattr(attention_processor, kind)())
 
 
 def write(denoiser, component: str, folder: Path) -> None:
@@ -136,12 +140,15 @@ def differences(denoiser) -> Dict[str, Dict[str, Any]]:
         dense = type(denoiser).from_config({name: value for name, value in denoiser.config.items()
                                             if not name.startswith("_")})
     before, names = dict(dense.named_modules()), {module: name for name, module in denoiser.named_modules()}
-    found: Dict[str, Dict[str, Any]] = {"modules": {}, "numbers": {}, "shared": {}, "shapes": {}}
+    found: Dict[str, Dict[str, Any]] = {"modules": {}, "numbers": {}, "shared": {}, "shapes": {}, "processors": {}}
     for name, module in denoiser.named_modules():
         old = before.get(name)
         if any(name.startswith(f"{new}.") for new in found["modules"]) or type(old) is not type(module):
             old = None
             found["modules"][name] = type(module).__name__
+        processor = type(getattr(module, "processor", None))
+        if old is not None and processor is not type(getattr(old, "processor", None)):
+            found["processors"][name] = processor.__name__
         known = {} if old is None else _numbers(old)
         numbers = {key: value for key, value in _numbers(module).items() if key not in known or known[key] != value}
         shared = {key: names[value] for key, value in vars(module).items() if isinstance(value, nn.Module)}

@@ -1,4 +1,4 @@
-"""Records of earlier versions, read as version 9. No torch."""
+"""Records of earlier versions, read as version 10. No torch."""
 from __future__ import annotations
 
 import copy
@@ -18,6 +18,8 @@ from pruning.records.schema import (
     check,
 )
 
+# What a method could not reach, which earlier versions did not say.
+REACH = {"unreached": {}, "inexact": {}}
 # What became of each layer, which earlier versions did not say.
 LAYERS = {"layer_rates": {}, "layer_errors": {}, "layer_parameters": {}, "layer_macs": {}}
 
@@ -38,8 +40,14 @@ COUNTED = {  # notes until version 8, which named no caption
 }
 
 
+def from_version_9(data: dict) -> dict:
+    """Return a version 9 object as a version 10 object. Raises ValueError that names a part that version 9 has not."""
+    check(data, {"dense": OBJECT, "points": POINTS}, "")
+    return {**data, "dense": {**REACH, **data["dense"]}, "points": [{**REACH, **point} for point in data["points"]]}
+
+
 def from_version_8(data: dict) -> dict:
-    """Return a version 8 object as a version 9 object. Raises ValueError that names a part that version 8 has not.
+    """Return a version 8 object as a version 10 object. Raises ValueError that names a part that version 8 has not.
 
     Until version 8, a record counted captions that were skipped or cut but named none, and it had no hash of the real
     images that it compared with. It did not say how large a saved file would be, nor how much ratios of times vary.
@@ -51,12 +59,13 @@ def from_version_8(data: dict) -> dict:
     faults = {what: {"count": count, "first": []} for what, count in counts.items() if count}
     unknown = dict.fromkeys(REAL_IMAGES, "unknown") if notes["reference_images"] else {}
     unmeasured = {"file_bytes": None, "ratio_intervals": {}}
-    return {**data, "settings": {**data["settings"], **unknown}, "notes": {**notes, "faults": faults},
-            "dense": {**unmeasured, **data["dense"]}, "points": [{**unmeasured, **point} for point in data["points"]]}
+    return from_version_9({
+        **data, "settings": {**data["settings"], **unknown}, "notes": {**notes, "faults": faults},
+        "dense": {**unmeasured, **data["dense"]}, "points": [{**unmeasured, **point} for point in data["points"]]})
 
 
 def from_version_7(data: dict) -> dict:
-    """Return a version 7 object as a version 9 object. Raises ValueError that names a part that version 7 has not.
+    """Return a version 7 object as a version 10 object. Raises ValueError that names a part that version 7 has not.
 
     Until version 7, a record did not say which rates were asked for.
     """
@@ -65,7 +74,7 @@ def from_version_7(data: dict) -> dict:
 
 
 def from_version_6(data: dict) -> dict:
-    """Return a version 6 object as a version 9 object. Raises ValueError that names a part that version 6 has not.
+    """Return a version 6 object as a version 10 object. Raises ValueError that names a part that version 6 has not.
 
     Until version 6, widths were not rounded by default, which in float32 they are not today either.
     """
@@ -75,7 +84,7 @@ def from_version_6(data: dict) -> dict:
 
 
 def from_version_5(data: dict) -> dict:
-    """Return a version 5 object as a version 9 object. Raises ValueError that names a part that version 5 has not.
+    """Return a version 5 object as a version 10 object. Raises ValueError that names a part that version 5 has not.
 
     Until version 5, units went by norm and nothing was re-fitted.
     """
@@ -85,14 +94,14 @@ def from_version_5(data: dict) -> dict:
 
 
 def from_version_4(data: dict) -> dict:
-    """Return a version 4 object as a version 9 object. Raises ValueError that names a part that version 4 has not."""
+    """Return a version 4 object as a version 10 object. Raises ValueError that names a part that version 4 has not."""
     check(data, {"dense": OBJECT, "points": POINTS}, "")
     return from_version_5({**data, "dense": {**LAYERS, **data["dense"]},
                            "points": [{**LAYERS, **point} for point in data["points"]]})
 
 
 def from_version_3(data: dict) -> dict:
-    """Return a version 3 object as a version 9 object. Raises ValueError that names a part that version 3 has not.
+    """Return a version 3 object as a version 10 object. Raises ValueError that names a part that version 3 has not.
 
     Version 3 kept a method's options in settings, and skipped modules, floors and the spread of seeds in notes.
     """

@@ -114,6 +114,8 @@ class Point:
     per_image: Dict[str, List[float | None]] = field(LISTS)
     seconds: Dict[str, float] = field(NUMBERS)  # wall time of each stage
     skipped_modules: Dict[str, str] = field(NAMED_TEXTS, dict)  # modules that the method cannot prune: name -> why
+    unreached: Dict[str, int] = field(COUNTS, dict)  # parameters that the method cannot remove or zero: why -> how many
+    inexact: Dict[str, str] = field(NAMED_TEXTS, dict)  # modules in which removing is not masking: name -> why
     floors: Dict[str, float | None] = field(NUMBERS_OR_NULL, dict)  # dense only: metric -> its value for real images
     seed_spread: Dict[str, float | None] = field(NUMBERS_OR_NULL, dict)  # dense only: what another seed changes
     layer_rates: Dict[str, float] = field(NUMBERS, dict)  # share that each layer or group of units lost

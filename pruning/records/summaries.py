@@ -51,7 +51,7 @@ def summary(record: Record, tolerance: float = TOLERANCE) -> str:
     parts = [wrapped(answer(record, tolerance)), _header(record), str(metric_table(record, tolerance)),
              _legend(record), str(cost_table(record)), wrapped(compile_note(record)),
              wrapped(_collapse(record)), wrapped(_gain(record, tolerance)), wrapped(_noise(record)),
-             wrapped(skipped_modules(record)), "\n".join(map(wrapped, sentences(record.notes.faults))),
+             wrapped(reach(record)), "\n".join(map(wrapped, sentences(record.notes.faults))),
              wrapped(bias_note(record))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -242,14 +242,34 @@ def compile_note(record: Record) -> str:
             "are those of plain execution.") if rates else ""
 
 
-def skipped_modules(record: Record) -> str:
-    """Return which modules the method could not prune and why, "" if there are none."""
-    reasons: Dict[str, List[str]] = {}
+def reach(record: Record) -> str:
+    """Return what share of the parameters the method can reach, what the others are, and where removal is inexact."""
+    last, total = all_points(record)[-1], record.dense.parameters
+    names: Dict[str, List[str]] = {}
     for name, why in {name: why for point in all_points(record) for name, why in point.skipped_modules.items()}.items():
-        reasons.setdefault(why, []).append(name)
-    parts = [f"{counted(len(names), 'module')} ({names[0]}{', …' if len(names) > 1 else ''}): {why}"
-             for why, names in reasons.items()]
-    return f"Not pruned: {'; '.join(parts)}." if parts else ""
+        names.setdefault(why, []).append(name)
+    text = ""
+    if last.unreached:
+        others = [f"{_share(count / total)} {why}{_named(names.get(why, []))}" for why, count in last.unreached.items()]
+        text = (f"{record.variant} can reach {_share(1 - sum(last.unreached.values()) / total)} of the parameters. "
+                f"The others: {'; '.join(others)}.")
+    elif names:  # a record that does not say how many parameters these hold
+        text = f"Not pruned: {'; '.join(f'{why}{_named(those)}' for why, those in names.items())}."
+    if last.inexact:
+        text += f" Removing differs from masking: {next(iter(last.inexact.values()))}{_named(list(last.inexact))}."
+    return text.strip()
+
+
+def _named(names: List[str], most: int = 3) -> str:
+    """Return the number of names and the first of them, in brackets."""
+    some = f"{', '.join(names[:most])}{', …' if len(names) > most else ''}"
+    return f" ({counted(len(names), 'module')}: {some})" if names else ""
+
+
+def _share(share: float) -> str:
+    """Return a share in percent; what is small is not nothing, and what is large not all."""
+    shown = f"{100 * share:.1f}"
+    return f"{'below 0.1' if shown == '0.0' and share else 'over 99.9' if shown == '100.0' and share < 1 else shown} %"
 
 
 def bias_note(record: Record) -> str:

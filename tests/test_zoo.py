@@ -1,0 +1,398 @@
+"""The denoiser classes of diffusers as tiny random models: units are apart, removed equals masked, all is counted."""
+from __future__ import annotations
+
+import copy
+
+import diffusers
+import pytest
+import torch
+import zoo
+from accelerate import init_empty_weights
+from torch import nn
+
+from pruning import UserError, methods
+from pruning.methods import ranks, reach, surgery
+from pruning.methods.calibration import Calibration
+from pruning.models import portable
+from pruning.models.provenance import release
+
+UNITS = {"structured": ("neurons", "channels"), "attention_heads": ("heads",)}
+# One for each sort of rows: fused, grouped and joint heads, probed feed-forwards, experts, neurons beside heads.
+QUICK = ("ErnieImageTransformer2DModel", "Flux2Transformer2DModel", "HiDreamImageTransformer2DModel",
+         "HunyuanVideoTransformer3DModel", "JoyImageEditTransformer3DModel", "Kandinsky5Transformer3DModel",
+         "Lumina2Transformer2DModel", "PRXTransformer2DModel", "UNet2DConditionModel/kandinsky",
+         "OmniGenTransformer2DModel")
+# Classes whose heads or neurons cannot go one by one: rotary positions that differ between heads (LTX, Mochi), heads
+# of two attentions in one projection (Lumina-Next), a norm over all neurons (Cascade, Wuerstchen), one key head for
+# all (DreamLite), feed-forwards of convolutions (Kandinsky 3).
+WITHOUT = {
+    "structured": {"Kandinsky3UNet", "StableCascadeUNet", "WuerstchenPrior"},
+    "attention_heads": {"DreamLiteUNetModel", "LTXVideoTransformer3DModel", "LuminaNextDiT2DModel",
+                        "MochiTransformer3DModel"}}
+EACH = pytest.mark.parametrize("name", [
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in zoo.NAMES])
+METHODS = pytest.mark.parametrize("method", list(UNITS))
+
+
+def prune(method, model, rate, **options):
+    return methods.prune(method, model, rate, criterion="norm", refit=False, **options)
+
+
+def in_reach(model, units, asked):
+    """How many units all groups together can lose of those asked for, and half of the smallest step of a group."""
+    groups, _ = surgery.find_groups(model, units)
+    most = sum(group.units if group.kind.empty else group.units - group.norm_groups for group in groups)
+    return min(asked, most), min(group.norm_groups for group in groups) / 2
+
+
+@EACH
+@METHODS
+def test_removed_equals_masked_or_the_class_is_known_to_have_no_such_units(name, method):
+    dense = zoo.build(name)
+    expected = zoo.run(name, dense)
+    if name in WITHOUT[method]:
+        with pytest.raises(UserError, match=f"{method} can remove"):
+            prune(method, dense, 0.5)
+        return
+    for rate in (0.1, 0.5, 0.9):
+        removed, masked = copy.deepcopy(dense), copy.deepcopy(dense)
+        done = prune(method, removed, rate)
+        assert done == prune(method, masked, rate, mask_only=True)
+        expected_count, off = in_reach(dense, UNITS[method], done.asked)
+        assert abs(done.taken - expected_count) <= (off if off >= 1 else 0)
+        one, other = zoo.run(name, removed), zoo.run(name, masked)
+        if not done.inexact:
+            assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+        if done.taken:
+            assert removed.num_parameters() < dense.num_parameters()
+            assert not torch.allclose(one, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+@EACH
+@METHODS
+def test_a_plan_replayed_on_the_meta_device_takes_the_weights(name, method):
+    if name in WITHOUT[method]:
+        pytest.skip("no such units")
+    pruned = zoo.build(name)
+    zoo.run(name, pruned)  # skips the test if torch is too old
+    for each in (method, "structured"):
+        if name not in WITHOUT[each]:
+            prune(each, pruned, 0.4)
+    with init_empty_weights():
+        rebuilt = type(pruned).from_config(pruned.config)
+    for plan in pruned.removals:
+        surgery.apply(rebuilt, plan)
+    rebuilt.load_state_dict(pruned.state_dict(), strict=True, assign=True)
+    assert torch.equal(zoo.run(name, rebuilt.eval()), zoo.run(name, pruned))
+
+
+@EACH
+def test_a_saved_folder_rebuilds_the_class_without_this_project(name):
+    pruned = zoo.build(name)
+    expected = zoo.run(name, pruned)
+    for method in UNITS:
+        if name not in WITHOUT[method]:
+            prune(method, pruned, 0.4)
+    if not hasattr(diffusers, type(pruned).__name__):
+        pytest.skip("diffusers does not export the class")
+    space = {}
+    exec(portable.source_of(pruned), space)
+    config = {key: value for key, value in pruned.config.items() if not key.startswith("_")}
+    rebuilt = space[f"Pruned{type(pruned).__name__}"](**config, pruned=portable.differences(pruned)).eval()
+    rebuilt.load_state_dict(pruned.state_dict(), strict=True)
+    with torch.no_grad():
+        output = zoo.tensor_of(rebuilt(**zoo.call_of(name)))
+    assert torch.equal(output, zoo.run(name, pruned))
+    assert not torch.equal(output, expected)
+
+
+def inputs_of(name, model, layers):
+    """The inputs of layers when they are first called: name of the weight -> tensor."""
+    seen = {}
+
+    def watch(own):
+        return lambda _layer, inputs: seen.setdefault(own, inputs[0].clone()) is None or None
+
+    hooks = [layer.register_forward_pre_hook(watch(own)) for own, layer in layers.items()]
+    zoo.run(name, model)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@EACH
+def test_a_unit_decides_its_own_inputs_of_the_layers_behind_and_no_other(name):
+    """The probe: what a unit owns of the rows gets other values, and what changes behind them is looked at."""
+    model = zoo.build(name)
+    groups, _ = surgery.find_groups(model, ("heads", "neurons", "channels"))
+    one_of_each = {(type(group.module), group.kind.unit, tuple(p.path for p in group.parts())): group
+                   for group in groups if not group.norms_across() and group.kind.unit != "channels"}
+    assert one_of_each or all(group.norms_across() or group.kind.unit == "channels" for group in groups)
+    for group in one_of_each.values():
+        unit, columns = group.units // 2, group.columns()
+        dense = inputs_of(name, model, group.column_layers())
+        kept = {part.layer: part.layer.weight.detach().clone() for part in group.parts(scored=True) if part.dim == 0}
+        with torch.no_grad():
+            for part in group.parts(scored=True):
+                if part.dim == 0:
+                    group.by_unit(part.layer.weight, part).select(1, unit).normal_()
+        changed = inputs_of(name, model, group.column_layers())
+        for layer, weight in kept.items():
+            layer.weight.data.copy_(weight)
+        for own, part in columns.items():
+            channels = 1 if isinstance(part.layer, nn.Conv2d) else -1
+            difference = (changed[own] - dense[own]).movedim(channels, -1).flatten(0, -2).abs().amax(0)
+            width = part.count // group.units
+            mine = slice(part.first + unit * width, part.first + (unit + 1) * width)
+            others = torch.ones(len(difference), dtype=torch.bool)
+            others[mine] = False
+            assert difference[mine].max() > 1e-4
+            assert difference[others].max() <= 1e-5
+
+
+@EACH
+@METHODS
+def test_no_parameter_is_left_out_in_silence(name, method):
+    """Counted anew: every number is either of a unit, as a mask of all units shows, or named with a reason."""
+    model = zoo.build(name)
+    if name in WITHOUT[method]:
+        pytest.skip("no such units")
+    done = prune(method, model, 0.0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1)
+        for group in surgery.find_groups(model, UNITS[method])[0]:
+            surgery.mask(group, [])
+    for own, parameter in model.named_parameters():
+        zeros = int((parameter == 0).sum())
+        assert done.reached.get(own, 0) == zeros
+        if zeros < parameter.numel():
+            left, why = done.unreached[own]
+            assert (left, bool(why)) == (parameter.numel() - zeros, True)
+
+
+@pytest.mark.slow
+def test_at_least_forty_classes_have_heads_and_neurons_or_channels():
+    if release("diffusers") < (0, 42):
+        pytest.skip("an older diffusers has fewer classes")
+    both = {name.split("/")[0] for name in zoo.NAMES if not any(name in without for without in WITHOUT.values())}
+    assert len(both) >= 40
+
+
+def calibration(name, model, count=4):
+    """Recorded calls of the model."""
+    calls = [(call, zoo.run(name, model, seed)) for seed in range(10, 10 + count) for call in [zoo.call_of(name, seed)]]
+    return Calibration(lambda: calls, seed=0)
+
+
+@pytest.mark.parametrize("name", [pytest.param(each, marks=[] if each == "Lumina2Transformer2DModel" else
+                                               pytest.mark.slow) for each in QUICK if each in zoo.NAMES])
+@METHODS
+def test_removed_equals_masked_after_the_refit_too(name, method):
+    dense = zoo.build(name)
+    known = calibration(name, dense)
+    removed, masked = copy.deepcopy(dense), copy.deepcopy(dense)
+    done = methods.prune(method, removed, 0.5, calibration=known)
+    assert done == methods.prune(method, masked, 0.5, calibration=known, mask_only=True)
+    one, other = zoo.run(name, removed), zoo.run(name, masked)
+    assert done.inexact or (one - other).abs().max() <= 1e-5 * other.abs().max()
+
+
+@pytest.mark.parametrize("name", [each for each in ("QwenImageTransformer2DModel", "Lumina2Transformer2DModel")
+                                  if each in zoo.NAMES])
+def test_adaln_layers_in_a_sequential_get_a_low_rank_and_are_no_feed_forwards_then(name):
+    dense = zoo.build(name)
+    known = calibration(name, dense)
+    removed, masked = copy.deepcopy(dense), copy.deepcopy(dense)
+    done = methods.prune("modulation", removed, 0.8, calibration=known)
+    assert done == methods.prune("modulation", masked, 0.8, calibration=known, mask_only=True)
+    one, other = zoo.run(name, removed), zoo.run(name, masked)
+    assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+    before, after = (surgery.find_groups(model, ("neurons",))[0] for model in (dense, removed))
+    assert [group.name for group in after] == [group.name for group in before]
+
+
+PUBLISHED = {
+    "Stable Diffusion 1.5": ("UNet2DConditionModel", dict(cross_attention_dim=768)),
+    "Stable Diffusion XL": ("UNet2DConditionModel", dict(
+        cross_attention_dim=2048, block_out_channels=(320, 640, 1280), attention_head_dim=(5, 10, 20),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True,
+        transformer_layers_per_block=(1, 2, 10), addition_embed_type="text_time", addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816)),
+    "Stable Diffusion 3.5 Large": ("SD3Transformer2DModel", dict(
+        num_layers=38, num_attention_heads=38, caption_projection_dim=2432, qk_norm="rms_norm",
+        pos_embed_max_size=96)),
+    "Flux": ("FluxTransformer2DModel", dict(guidance_embeds=True)),
+    "Flux.2": ("Flux2Transformer2DModel", {}),
+    "Qwen-Image": ("QwenImageTransformer2DModel", {}),
+    "Z-Image": ("ZImageTransformer2DModel", {}),
+    "Chroma": ("ChromaTransformer2DModel", {}),
+    "Lumina-Image 2": ("Lumina2Transformer2DModel", dict(cap_feat_dim=2304)),
+    "PixArt-Σ": ("PixArtTransformer2DModel", dict(caption_channels=4096)),
+    "Sana": ("SanaTransformer2DModel", {}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_units_and_ranks_hold_most_of_a_published_model(model):
+    kind, config = PUBLISHED[model]
+    if not hasattr(diffusers, kind):
+        pytest.skip(f"diffusers has no {kind}")
+    with init_empty_weights():
+        denoiser = getattr(diffusers, kind)(**config)
+    groups, skipped = surgery.survey(denoiser, "heads", "neurons", "channels")
+    reached = surgery.reached(denoiser, groups)
+    for name, layer in ranks.modulation_layers(denoiser).items():
+        reached[f"{name}.weight"] = layer.weight.numel()
+    left = reach.unreached(reach.parameters(denoiser, removes=True), reached, skipped)
+    total = denoiser.num_parameters()
+    assert sum(reached.values()) + sum(each.parameters for each in left.values()) == total
+    assert sum(reached.values()) >= 0.85 * total
+
+
+# ---- a family that nobody knows
+
+class Plain(nn.Module):
+    """A feed-forward with names of its own."""
+
+    def __init__(self, width=12, hidden=20):
+        super().__init__()
+        self.there, self.back = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x):
+        return self.back(self.there(x).relu())
+
+
+class Glu(Plain):
+    """A gate and a value in two layers, of which the last is written first."""
+
+    def __init__(self, width=12, hidden=20):
+        super().__init__(width, hidden)
+        self.gate = nn.Linear(width, hidden)
+
+    def forward(self, x):
+        return self.back(self.there(x) * self.gate(x).sigmoid())
+
+
+class FusedGlu(Plain):
+    """A gate and a value in one layer, one after the other."""
+
+    def __init__(self, width=12, hidden=20):
+        super().__init__(width, hidden)
+        self.there = nn.Linear(width, 2 * hidden)
+
+    def forward(self, x):
+        value, gate = self.there(x).chunk(2, -1)
+        return self.back(value * nn.functional.silu(gate))
+
+
+class InterleavedGlu(FusedGlu):
+    """A gate and a value in one layer, in turns."""
+
+    def forward(self, x):
+        pairs = self.there(x).unflatten(-1, (-1, 2))
+        return self.back(pairs[..., 0] * pairs[..., 1])
+
+
+class Normed(Plain):
+    """Neurons that a norm scales together."""
+
+    def forward(self, x):
+        return self.back(nn.functional.normalize(self.there(x).relu(), dim=-1))
+
+
+class Shifted(Plain):
+    """Neurons that are not zero when their rows are."""
+
+    def forward(self, x):
+        return self.back(self.there(x).cos())
+
+
+class Peeking(Plain):
+    """Neurons that something else reads too."""
+
+    def forward(self, x):
+        hidden = self.there(x).relu()
+        return self.back(hidden) + hidden.mean()
+
+
+class OddAttention(nn.Module):
+    """An attention with names of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads, self.writes = nn.Linear(12, 36), nn.Linear(12, 12)
+
+    def forward(self, x):
+        q, k, v = self.reads(x).unflatten(-1, (3, 2, 6)).permute(2, 0, 3, 1, 4)
+        return self.writes(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+
+
+class Stranger(nn.Module):
+    """A denoiser of which no row of KINDS knows a part."""
+
+    def __init__(self, feed_forward):
+        super().__init__()
+        self.steps = nn.ModuleList([nn.ModuleList([OddAttention(), feed_forward()]) for _ in range(2)])
+
+    def forward(self, x):
+        for mix, change in self.steps:
+            x = x + mix(x)
+            x = x + change(x)
+        return x
+
+
+@pytest.mark.parametrize("feed_forward", [Plain, Glu, FusedGlu])
+def test_feed_forwards_of_an_unknown_family_are_found_by_probing(feed_forward):
+    torch.manual_seed(0)
+    dense = Stranger(feed_forward).eval()
+    x = torch.randn(2, 5, 12)
+    for rate in (0.1, 0.5, 0.9):
+        removed, masked = copy.deepcopy(dense), copy.deepcopy(dense)
+        done = prune("structured", removed, rate)
+        assert done == prune("structured", masked, rate, mask_only=True)
+        assert (done.total, done.taken) == (40, round(40 * rate))
+        assert torch.allclose(removed(x), masked(x), atol=1e-6)
+        assert not torch.allclose(removed(x), dense(x), atol=1e-3)
+    rebuilt = Stranger(feed_forward).to("meta")
+    surgery.apply(rebuilt, removed.removals[0])
+    rebuilt.load_state_dict(removed.state_dict(), strict=True, assign=True)
+    assert torch.equal(rebuilt.eval()(x), removed(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_probing_works_in_half_precision(dtype):
+    assert prune("structured", Stranger(FusedGlu).to(dtype).eval(), 0.5, round_to=1).taken == 20
+
+
+@pytest.mark.parametrize("feed_forward", [InterleavedGlu, Normed, Shifted, Peeking])
+def test_what_the_probe_refuses_is_left_alone_and_counted_with_its_share(feed_forward):
+    torch.manual_seed(0)
+    model = Stranger(feed_forward).eval()
+    with pytest.raises(UserError, match="Stranger has no neurons"):
+        prune("structured", model, 0.5)
+    model.steps[0][1] = Plain()
+    done = prune("structured", model, 0.5)
+    assert (done.total, done.taken) == (20, 10)
+    refused = {name: left for name, left in done.unreached.items() if name.startswith("steps.1.1")}
+    assert sum(left.parameters for left in refused.values()) == sum(p.numel() for p in model.steps[1][1].parameters())
+
+
+def test_an_attention_of_an_unknown_family_is_named_with_its_share():
+    model = Stranger(Plain).eval()
+    with pytest.raises(UserError, match=r"steps\.0\.0: its class test_zoo\.OddAttention is not known"):
+        prune("attention_heads", model, 0.5)
+    assert prune("structured", model, 0.5).unreached["steps.0.0.reads.weight"].parameters == 36 * 12
+
+
+def test_what_lies_in_no_list_of_modules_is_no_feed_forward():
+    """Only what lies in a list of modules is probed, so that embeddings of time and text stay as they are."""
+    class Embedded(Stranger):
+        def __init__(self):
+            super().__init__(Plain)
+            self.time = Plain()
+
+    names = {group.name for group in surgery.find_groups(Embedded().eval(), ("neurons",))[0]}
+    assert names == {"steps.0.1.neurons", "steps.1.1.neurons"}
