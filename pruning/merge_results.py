@@ -15,10 +15,10 @@ if __package__ in (None, ""):
 
 from pruning import UserError, cli
 from pruning.records import report
+from pruning.records.answers import answer
 from pruning.records.comparability import by_variant
 from pruning.records.record import find_records, merge, read_record, write_record
 from pruning.records.store import only_writer
-from pruning.records.summaries import answer
 
 
 def main(argv=None) -> None:

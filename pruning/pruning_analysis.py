@@ -23,8 +23,9 @@ from pruning import UserError, cli, distributed, sweep
 from pruning.experiment import Dense, Experiment
 from pruning.methods import unreached_by_reason
 from pruning.metrics import METRICS, backbones, scores
+from pruning.records.answers import answer
 from pruning.records.record import Point
-from pruning.records.summaries import answer, sensitivity_summary, summary
+from pruning.records.summaries import sensitivity_summary, summary
 from pruning.steps import (
     add_seconds,
     compile_denoisers,

@@ -15,7 +15,7 @@ if __package__ in (None, ""):
 
 from pruning import cli, distributed, sweep
 from pruning.pruning_analysis import run_pruning_experiment
-from pruning.records.summaries import answer
+from pruning.records.answers import answer
 from pruning.records.tables import single_rate_table
 
 OWN = ROOT / "results" / "single_rate"

@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from pruning import cli
 from pruning.records import report
+from pruning.records.answers import answer
 from pruning.records.comparability import by_dataset, comparable, of_several_models, read_records
 from pruning.records.findings import in_order
 from pruning.records.record import find_records, folder_name
-from pruning.records.summaries import answer
 
 
 def main(argv=None) -> None:

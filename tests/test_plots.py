@@ -14,6 +14,7 @@ from pruning.methods import METHODS, default_options
 from pruning.metrics import METRICS
 from pruning.metrics.intervals import mean_interval
 from pruning.records import comparisons, drawing, findings, plots, report, summaries, tables
+from pruning.records.answers import answer
 from pruning.records.record import Notes, Point, Record, read_record, record_path, write_record
 from pruning.records.store import image_file
 
@@ -308,19 +309,19 @@ def test_too_few_images_decide_nothing_and_the_answer_says_how_many_would():
     point.metrics["clip_score"] = 80 - lost.mean()
     point.intervals["clip_score"] = mean_interval(-lost)
     assert findings.holds(point, dense, 0.05) is None
-    assert summaries.answer(record) == (
+    assert answer(record) == (
         "How far? magnitude pruning of shapes-unet: 8 images are too few to decide whether rate 0.3 stays within 5 % "
         "of dense by clip_score. It has 97.2 % of dense (95 % interval 84.3 to 103.6; 1 of 8 images loses over 5 %, "
         "the worst 22 %); about 270 images would decide.")
     record.settings["seeds"] = 2
     record.samples = record.samples[:4]
-    assert "unknown, because there are 4 samples" in summaries.answer(record)
+    assert "unknown, because there are 4 samples" in answer(record)
     near = make_record(rates=(0.3,), clip=(80, 76), images=8)  # no number of images tells the mean from the limit
-    assert "too few to decide whether rate 0.3" in summaries.answer(near)
-    assert "; more than 10,000 images would decide." in summaries.answer(near)
+    assert "too few to decide whether rate 0.3" in answer(near)
+    assert "; more than 10,000 images would decide." in answer(near)
     near.points[0].per_image = {}
-    assert "too few to decide whether rate 0.3" in summaries.answer(near)
-    assert "; more would decide." in summaries.answer(near)
+    assert "too few to decide whether rate 0.3" in answer(near)
+    assert "; more would decide." in answer(near)
 
 
 def test_an_image_that_is_not_finite_fails_and_leaves_nothing_to_decide():
@@ -329,7 +330,7 @@ def test_an_image_that_is_not_finite_fails_and_leaves_nothing_to_decide():
     record.points[1].intervals["clip_score"] = None
     assert findings.holds(record.points[1], record.dense, 0.05) is False
     assert findings.failures(record.points[1], record.dense, 0.05) == (1, 1.0)
-    assert "The next rate, 0.2, does not: it has no finite clip_score." in summaries.answer(record)
+    assert "The next rate, 0.2, does not: it has no finite clip_score." in answer(record)
 
 
 def test_images_that_fail_are_counted_beside_the_mean():
@@ -342,8 +343,8 @@ def test_images_that_fail_are_counted_beside_the_mean():
     assert findings.failures(record.dense, record.dense, 0.05) == (0, 0)
     alone = dataclasses.replace(record, points=record.points[:1])
     assert findings.worst_images(alone, 2) == (record.points[0], [20, 3])
-    assert "; 3 of 32 images lose over 5 %, the worst 17 %) and" in summaries.answer(alone)
-    assert "; no image loses over 20 %) and" in summaries.answer(record, 0.2)
+    assert "; 3 of 32 images lose over 5 %, the worst 17 %) and" in answer(alone)
+    assert "; no image loses over 20 %) and" in answer(record, 0.2)
     assert tables.failures_cell(record.points[0], record.dense, 0.05) == "3, −17 %"
     row = next(line for line in summaries.summary(record).splitlines() if line.split()[:1] == ["0.1"])
     assert row.endswith(" 3, −17 %")

@@ -13,6 +13,7 @@ from PIL import Image, PngImagePlugin
 from pruning import UserError, whole_file
 from pruning.metrics.intervals import mean_interval
 from pruning.records import store
+from pruning.records.answers import answer
 from pruning.records.record import (
     SCHEMA_VERSION,
     Notes,
@@ -26,7 +27,7 @@ from pruning.records.record import (
     write_record,
 )
 from pruning.records.report import write_record_files
-from pruning.records.summaries import answer, summary
+from pruning.records.summaries import summary
 
 VERSION_3 = Path(__file__).parent / "data" / "version_3.json"  # bundled structured record, cut to 2 rates, 6 samples
 EMPTY = "Captions skipped because they are empty"
