@@ -107,6 +107,16 @@ def add_tolerance(parser: Parser) -> None:
                         help=f"share of the dense model's {QUALITY} that pruning may cost")
 
 
+def add_sampling_flags(parser: Parser) -> None:
+    """Add the flags that say how and where images are drawn."""
+    parser.add_argument("--steps", type=positive, help="denoising steps (default: the model's own)")
+    parser.add_argument("--guidance_scale", type=guidance, help="guidance scale (default: the model's own)")
+    parser.add_argument("--image_size", type=pixels, help="pixels a side (default: the model's own)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is a GPU)")
+    parser.add_argument("--dtype", type=one_of("dtype", ("float32", "float16", "bfloat16")),
+                        help="dtype of the model (default: float32 on the CPU, else bfloat16)")
+
+
 def add_measuring_flags(parser: Parser) -> None:
     """Add the flags that measuring one rate and a sweep share."""
     defaults = ", ".join(f"{dataset.default_model} for {name}" for name, dataset in DATASETS.items())
@@ -119,14 +129,9 @@ def add_measuring_flags(parser: Parser) -> None:
     parser.add_argument("--seed", type=not_negative, default=0, help="chooses samples and noise")
     parser.add_argument("--seeds", type=noise_seeds, default=1,
                         help="noise seeds: each sample is drawn once for each, and dense is compared with itself")
-    parser.add_argument("--steps", type=positive, help="denoising steps (default: the model's own)")
-    parser.add_argument("--guidance_scale", type=guidance, help="guidance scale (default: the model's own)")
-    parser.add_argument("--image_size", type=pixels, help="pixels a side (default: the model's own)")
+    add_sampling_flags(parser)
     parser.add_argument("--batch_size", type=positive,
                         help="images made together (default: as many as fit in GPU memory; 8 on a CPU)")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is a GPU)")
-    parser.add_argument("--dtype", type=one_of("dtype", ("float32", "float16", "bfloat16")),
-                        help="dtype of the model (default: float32 on the CPU, else bfloat16)")
     parser.add_argument("--offload", type=one_of("offload", OFFLOADS),
                         help="keep waiting parts of the model on the CPU: model (whole modules) or sequential (layers)")
     parser.add_argument("--compile", action="store_true", help="compile the denoiser with torch.compile before timing")

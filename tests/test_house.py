@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PRUNING = ROOT / "pruning"
 COMMANDS = {"pruning_analysis", "test_single_rate", "visualize_results", "generate_synthetic_graph", "merge_results",
-            "prefetch"}
+            "prefetch", "check_model"}
 SLOW_TO_IMPORT = {"torch", "scipy", "diffusers", "transformers", "pooch", "requests"}
 TOP = COMMANDS | {"cli", "sweep", "experiment", "steps"}  # may import rooms; no room may import them
 

@@ -5,13 +5,14 @@ none: to zero or slice it changes nothing, or something else.
 """
 from __future__ import annotations
 
+import importlib
 from typing import Callable, Dict, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pruning import UserError
-from pruning.methods import Unreached, ranks, surgery
+from pruning.methods import METHODS, Unreached, modulation, ranks, surgery
 from pruning.methods.kinds import KINDS
 from pruning.methods.zeroing import PRUNABLE, why_not
 
@@ -90,6 +91,26 @@ def units_of(denoiser: nn.Module) -> Dict[int, str]:
     modulated = {id(layer.weight): "ranks of AdaLN layers" for layer in ranks.modulation_layers(denoiser).values()}
     groups, _ = surgery.find_groups(denoiser, {kind.unit for kind in KINDS})
     return {**modulated, **{id(own): group.kind.unit for group in groups for own, _, _ in group.owned()}}
+
+
+def by_method(denoiser: nn.Module) -> Dict[str, Dict[str, int]]:
+    """Return how many numbers of each parameter each method can remove or zero, by the name of the method.
+
+    {} stands for a method that can do nothing here. Works on the meta device. Blocks are left out, as only a call of
+    the denoiser shows which can be bypassed.
+    """
+    weights = {f"{name}.weight": layer.weight.numel() for name, layer in denoiser.named_modules()
+               if isinstance(layer, PRUNABLE)}
+    found = {}
+    for method, entry in METHODS.items():
+        if not entry.removes:
+            found[method] = weights
+        elif method == "modulation":
+            found[method] = modulation.reached(ranks.modulation_layers(denoiser))
+        elif method != "blocks":
+            units = importlib.import_module(f"pruning.methods.{method}").UNITS
+            found[method] = surgery.reached(denoiser, surgery.find_groups(denoiser, units)[0])
+    return found
 
 
 def reason(module: nn.Module, name: str, parameter: nn.Parameter) -> str:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import contextmanager
 from logging import CRITICAL
 from pathlib import Path
 from typing import Any, Dict, Iterator, Tuple
@@ -23,16 +24,24 @@ def fetch_folder(model: str) -> Tuple[Path, Dict[str, Any]]:
     Parts that are left out (see left_out) are not fetched. Raises UserError with the remedy if the hub refuses.
     """
     from diffusers import DiffusionPipeline
+
+    with asking(f"cannot fetch model {model!r}", model):
+        config = dict(DiffusionPipeline.load_config(model))
+        return Path(DiffusionPipeline.download(model, use_safetensors=True, **left_out(config))), config
+
+
+@contextmanager
+def asking(what: str, model: str) -> Iterator[None]:
+    """Inside the block, the hub's libraries print nothing, and what they raise is a UserError with the remedy."""
     from huggingface_hub.utils import logging
 
     logging.set_verbosity(CRITICAL)  # it logs each time it tries again
     try:
         with warnings.catch_warnings():  # the hub warns about its own arguments
             warnings.simplefilter("ignore")
-            config = dict(DiffusionPipeline.load_config(model))
-            return Path(DiffusionPipeline.download(model, use_safetensors=True, **left_out(config))), config
+            yield
     except Exception as error:  # the hub, the network and the disk each raise exceptions of their own
-        raise UserError(f"cannot fetch model {model!r}: {remedy(error, model)}") from error
+        raise UserError(f"{what}: {remedy(error, model)}") from error
 
 
 def left_out(config: Dict[str, Any]) -> Dict[str, Any]:

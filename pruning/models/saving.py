@@ -228,10 +228,30 @@ def load_denoiser(folder: Path, manifest: Dict[str, Any], dtype: str):
 
     dtype: of the weights, a name that torch knows. Raises UserError if manifest, config and weights disagree.
     """
-    import diffusers
     import torch
-    from accelerate import init_empty_weights
     from safetensors.torch import load_file
+
+    path, weights = Path(folder) / MANIFEST, Path(folder) / manifest["component"]
+    denoiser = empty_denoiser(folder, manifest)
+    tensors: Dict[str, torch.Tensor] = {}
+    wide = tuple(getattr(denoiser, "_keep_in_fp32_modules", None) or ())
+    for file in sorted(weights.glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            keep = not tensor.is_floating_point() or any(part in wide for part in name.split("."))
+            tensors[name] = tensor.float() if keep and tensor.is_floating_point() else tensor.to(
+                tensor.dtype if keep else getattr(torch, dtype))
+    try:
+        denoiser.load_state_dict(tensors, strict=True, assign=True)
+    except RuntimeError as error:
+        first = " ".join(str(error).split())[:200]
+        raise UserError(f"the weights in {weights} do not match {path}: {first}") from None
+    return denoiser.eval()
+
+
+def empty_denoiser(folder: Path, manifest: Dict[str, Any]):
+    """Return the pruned denoiser of a folder with its parameters on the meta device. Raises as load_denoiser does."""
+    import diffusers
+    from accelerate import init_empty_weights
 
     from pruning.methods import surgery
 
@@ -249,9 +269,8 @@ def load_denoiser(folder: Path, manifest: Dict[str, Any], dtype: str):
     if differing:
         raise UserError(f"{path} and {weights / 'config.json'} disagree about {weights_files.some(differing)}; one of "
                         "them was changed after it was saved")
-    files = sorted(weights.glob("*.safetensors"))
     try:
-        check_size(kind, manifest["config"], files)
+        check_size(kind, manifest["config"], sorted(weights.glob("*.safetensors")))
         with init_empty_weights():  # only of parameters: buffers are computed, no file holds them
             denoiser = kind.from_config(manifest["config"])
     except Exception as error:  # each class fails in its own way on unknown values
@@ -261,17 +280,4 @@ def load_denoiser(folder: Path, manifest: Dict[str, Any], dtype: str):
             surgery.apply(denoiser, plan)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-
-    tensors: Dict[str, torch.Tensor] = {}
-    wide = tuple(getattr(denoiser, "_keep_in_fp32_modules", None) or ())
-    for file in files:
-        for name, tensor in load_file(file).items():
-            keep = not tensor.is_floating_point() or any(part in wide for part in name.split("."))
-            tensors[name] = tensor.float() if keep and tensor.is_floating_point() else tensor.to(
-                tensor.dtype if keep else getattr(torch, dtype))
-    try:
-        denoiser.load_state_dict(tensors, strict=True, assign=True)
-    except RuntimeError as error:
-        first = " ".join(str(error).split())[:200]
-        raise UserError(f"the weights in {weights} do not match {path}: {first}") from None
-    return denoiser.eval()
+    return denoiser

@@ -1,0 +1,111 @@
+"""Say what of a model each method can reach, and about what a sweep takes, before anything large is fetched.
+
+Only configs are read, no weights.
+
+example:
+  python pruning/check_model.py --model stabilityai/stable-diffusion-3.5-medium --num_images 50
+"""
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # instead of pruning/, whose names must not shadow packages
+
+from collections import Counter
+from typing import Dict, List
+
+from pruning import cli
+from pruning.data import DATASETS
+from pruning.models import pipelines
+from pruning.records.tables import Table, wrapped
+
+POINTS = 10  # of a sweep: nine rates and the dense model
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+TRAINED = 16  # bytes a parameter in recovery: weight, gradient and two moments of AdamW in float32
+
+
+def reach_table(denoiser) -> Table:
+    """A row for each group of methods that reach the same, with the share of the parameters that these are."""
+    from pruning.methods import reach
+    total = sum(parameter.numel() for parameter in denoiser.parameters())
+    shares: Dict[str, List[str]] = {}
+    reached = reach.by_method(denoiser)
+    for method, own in reached.items():
+        shares.setdefault(f"{100 * sum(own.values()) / total:.1f}", []).append(method)
+    together: Counter = Counter()
+    for method in ("structured", "attention_heads", "modulation"):
+        together.update(reached[method])
+    left = Counter()
+    for each in reach.unreached(reach.parameters(denoiser, removes=True), together, {}).values():
+        left[each.why] += each.parameters
+    notes = [f"Not reached by any method that removes units: {each}" for each in [", ".join(
+        f"{100 * count / total:.1f} % {why}" for why, count in left.most_common())] if each]
+    return Table("", ["methods", "reach, in % of the denoiser"], [[", ".join(names), share]
+                                                                  for share, names in shares.items()], notes,
+                 ["left", "right"])
+
+
+def memory_text(found, dtype: str) -> str:
+    """Return what the parts of a pipeline weigh, and what a sweep needs beside them."""
+    sizes = {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in found.parts.items()}
+    own = sizes.pop(found.denoiser)
+    unknown = "".join(f" Not counted: {name} ({why})." for name, why in found.unknown.items())
+    return (f"Weights in {dtype}: {_gb(own * BYTES[dtype])} for the denoiser of {own / 1e6:,.1f} million parameters, "
+            f"{_gb(sum(sizes.values()) * BYTES[dtype])} for the other parts.{unknown} A sweep holds the denoiser "
+            "twice, dense and pruned. Methods that calibrate gather moments within --calibration_memory. Recovery and "
+            f"iterative train in float32, which takes {_gb(own * TRAINED)}.")
+
+
+def time_text(found, args, device: str, dtype: str) -> str:
+    """Return about how long the denoiser works for an image and for a sweep, by a matrix product on this device."""
+    from pruning.models import skeleton
+    settings = skeleton.sampling(found, {name: getattr(args, name) for name in (
+        "steps", "guidance_scale", "image_size")}, args.model)
+    macs, speed = skeleton.count_macs(found, settings["image_size"]), skeleton.macs_a_second(device, dtype)
+    calls = settings["steps"] * (2 if settings["guidance_scale"] > 1 and skeleton.guides_twice(found) else 1)
+    seconds = calls * macs / speed
+    return (f"An image of {settings['image_size']} x {settings['image_size']} pixels in {settings['steps']} steps at "
+            f"guidance {settings['guidance_scale']:g} takes the denoiser about {_macs(calls * macs)}. On {device} a "
+            f"matrix product in {dtype} makes {_macs(speed)} a second. So an image takes {_duration(seconds)} or more, "
+            f"and a sweep of {args.num_images} images at {POINTS - 1} rates and dense "
+            f"{_duration(POINTS * args.num_images * seconds)} or more.")
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+def _macs(count: float) -> str:
+    scale, unit = (1e12, "trillion") if count >= 1e12 else (1e9, "billion")
+    return f"{float(f'{count / scale:.2g}'):,g} {unit} multiply-accumulates"
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{float(f'{seconds:.1g}'):g} s"
+
+
+def main(argv=None) -> None:
+    """Print what of the command line's model the methods can reach, and what a sweep takes."""
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--model", default=DATASETS["shapes"].default_model,
+                        help="a bundled model, a pipeline folder or a hub id")
+    parser.add_argument("--num_images", type=cli.positive, default=32, help="images a rate")
+    cli.add_sampling_flags(parser)
+    args = parser.parse_args(argv)
+    from pruning.models import skeleton  # here, so that --help needs no torch
+    device = pipelines.pick_device(args.device)
+    dtype = args.dtype or ("float32" if device == "cpu" else "bfloat16")
+    found = skeleton.load(args.model)
+    denoiser = found.parts[found.denoiser]
+    print("\n\n".join([f"{args.model}: a {found.pipeline.__name__}, of which a {type(denoiser).__name__} is pruned",
+                       str(reach_table(denoiser)), wrapped(memory_text(found, dtype)),
+                       wrapped(time_text(found, args, device, dtype))]))
+
+
+if __name__ == "__main__":
+    cli.run(main)
