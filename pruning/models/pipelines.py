@@ -12,7 +12,7 @@ from logging import CRITICAL
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
-from pruning import UserError, check_name
+from pruning import UserError, check_name, distributed
 from pruning.models import hub, portable, saving, weights_files
 from pruning.models.hub import first_line
 from pruning.models.provenance import release
@@ -67,7 +67,7 @@ def load_pipeline(model: str, device: str = "cpu", dtype: str = "float32"):
         pipeline = DiffusionPipeline.from_pretrained(
             folder, use_safetensors=True, **{DTYPE: getattr(torch, dtype)}, **{**hub.left_out(config), **pruned})
         unused = weights_files.unused_tensors(pipeline, folder, set(pruned))
-    for name, tensors in unused.items():
+    for name, tensors in unused.items() if distributed.is_main else ():
         print(f"{name} of {model} holds {counted(len(tensors), 'tensor')} that its class does not use: "
               f"{weights_files.some(tensors)}", file=sys.stderr)
     pipeline.set_progress_bar_config(disable=True)
