@@ -61,6 +61,9 @@ def found(tmp_path_factory):
         record.samples[0]["caption"] = MARKUP
         paths.append(save(folder, record, images))
     (paths[0].parent / "images/structured/0.2/0003.png").write_bytes(b"\x89PNG\r\n")
+    layer = {"change": [0.001, 0.2], "parameters": 0.5, "macs": 0.5}
+    layers = {"first.weight": layer, "last.weight": layer}
+    (paths[0].parent / "structured_sensitivity.json").write_text(json.dumps({"rates": [0.3, 0.7], "layers": layers}))
     return {path: read_record(path) for path in paths}
 
 
@@ -365,6 +368,9 @@ def test_the_map_of_layers_names_the_layer_under_the_arrow_keys(report, opened):
         tab.keyboard.press(key)
     lost = 0.2 * (0.5 + 1 / len(LAYERS))
     assert tab.locator("#tip").inner_text().startswith(f"{LAYERS[1]}\nrate 0.2: share lost {lost:.4g}\n")
+    tab.get_by_label("change of the guided output if this layer alone is pruned").focus()
+    tab.keyboard.press("ArrowUp")
+    assert tab.locator("#tip").inner_text().startswith("first.weight\nrate 0.7: change of the guided output")
 
 
 def downloaded(tab, name):

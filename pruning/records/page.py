@@ -157,7 +157,7 @@ def _answer(record: Record, tolerance: float) -> Dict[str, Any]:
         undecided = holds(beyond, record.dense, tolerance) is None
         after = f"{beyond.rate:g}: {_kept(beyond, record)}"
     if undecided and QUALITY in beyond.intervals:
-        after += f"\n{needed(beyond, record, tolerance)} would decide"
+        after += f"\nneeds {needed(beyond, record, tolerance)}"
     return {"safe": record.points.index(good) + 1 if good else None,
             "rate": rate_label(good.rate) if good else "undecided" if undecided else "none", "next": after,
             "words": answer(record, tolerance)[len("How far? "):]}
@@ -219,6 +219,7 @@ def _point(record: Record, point: Point, tolerances: Sequence[float], drawn: Seq
         "metrics": {name: list(map(_short, (point.metrics[name], *interval(name, point, record.dense))))
                     for name in metrics_of(record)},
         "savings": {name: _short(saving.share(point, record.dense)) for name, saving in SAVINGS.items()},
+        "reach": {name: [_short(1 - end) for end in ends] for name, ends in point.ratio_intervals.items() if ends},
         "cells": _cells(record, point), **of_images,
     }
 

@@ -99,7 +99,8 @@ function showSafe() {
   const safe = data.variants.map(variant => variant.points[variant.answers[chosen].safe]);
   data.variants.forEach((variant, i) => {
     const point = safe[i], answer = variant.answers[chosen];
-    const texts = {rate: answer.rate, next: answer.next, ...point && point.cells, failing: point && failing(variant, point)};
+    const texts = {rate: answer.rate, next: answer.next, ...point && point.cells,
+      failing: point && point.failing && failing(variant, point)};
     for (const cell of document.querySelectorAll(`[data-variant="${i}"] [data-cell]`)) {
       const name = cell.dataset.cell, saved = safe.map(each => each ? each.savings[name] : 0);
       cell.textContent = texts[name] || "–";
@@ -192,10 +193,11 @@ function drawFrontier() {
       make("path", {class: "curve", d: line.map((place, i) => `${i ? "L" : "M"}${place}`).join(""),
         "stroke-dasharray": variant.dashed ? "9 6" : "none"}));
     own.forEach((point, i) => {
-      const [, low, high] = point.metrics[y], [left, top] = line[i];
+      const [, low, high] = point.metrics[y], [left, top] = line[i], reach = point.reach[x];
       if (known(low) && high > low) {
         group.append(make("line", {class: "whisker", x1: left, x2: left, y1: py(low), y2: py(high)}));
       }
+      if (reach) group.append(make("line", {class: "whisker", x1: px(reach[0]), x2: px(reach[1]), y1: top, y2: top}));
       if (seen.includes(point)) group.append(reachable(variant, point, left, top, y));
     });
     svg.append(group);
