@@ -52,8 +52,8 @@ from pruning.records.summaries import (
     units,
 )
 from pruning.records.tables import Table, cost_table, metric_table, results_csv, time_cell
-from pruning.records.thumbnails import Thumbnails, thumbnails
-from pruning.records.words import rate_label
+from pruning.records.thumbnails import SHOWN, Thumbnails, thumbnails
+from pruning.records.words import listed, rate_label
 
 TEMPLATE = Path(__file__).parent / "template"
 # Positions of the slider: shares of the dense model's QUALITY that may be lost. The tolerance asked for is added.
@@ -108,7 +108,7 @@ def page(found: Dict[Path, Record], tolerance: float = TOLERANCE, warning: str =
     environment.globals["file"] = lambda name: Markup((TEMPLATE / name).read_text("utf-8"))
     return environment.get_template("report.html").render(
         data=data, records=records, setup=setup(records[0]), warning=warning, left_out=left_out,
-        notes=_notes(records), unreadable=images.unreadable,
+        notes=_notes(records), shown=SHOWN, unreadable=images.unreadable,
         equal_savings=[_equal_savings(records, what) for what in SAVED if len(records) > 1],
         tables=[(record.variant, [metric_table(record, tolerance), cost_table(record)]) for record in records],
         provenance=_provenance(found))
@@ -172,9 +172,8 @@ def _lead(records: Sequence[Record], tolerance: float) -> str:
     within = f"Within {100 * tolerance:g} % of the dense {QUALITY}"
     if len(records) == 1:
         (record, point), = good
-        gains = " and ".join(_gains(record, point)) or "saves nothing"
-        return (f"{within}, {record.variant} pruning goes up to rate {point.rate:g}. It keeps {_kept(point, record)} "
-                f"and {gains}.")
+        gains = listed([f"keeps {_kept(point, record)}", *(_gains(record, point) or ["saves nothing"])])
+        return f"{within}, {record.variant} pruning goes up to rate {point.rate:g}. It {gains}."
     best: Dict[str, List[str]] = {}  # variant and rate -> what it saves most of
     for name in ("macs", "parameters"):
         record, point = max(good, key=lambda pair, name=name: SAVINGS[name].share(pair[1], pair[0].dense))
