@@ -16,7 +16,9 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.colors import LogNorm, Normalize, to_hex
 
+from pruning.data.faults import sentences
 from pruning.metrics import METRICS
+from pruning.records.answers import answer, needed
 from pruning.records.drawing import Line, noise_levels, variant_lines
 from pruning.records.findings import (
     ARROWS,
@@ -41,16 +43,7 @@ from pruning.records.findings import (
 )
 from pruning.records.layers import FLOOR, share_of
 from pruning.records.record import Point, Record
-from pruning.records.summaries import (
-    answer,
-    best_at_equal_savings,
-    bias_note,
-    compile_note,
-    needed,
-    setup,
-    skipped_modules,
-    units,
-)
+from pruning.records.summaries import best_at_equal_savings, bias_note, compile_note, reach, setup, units
 from pruning.records.tables import Table, cost_table, metric_table, results_csv, time_cell
 from pruning.records.thumbnails import SHOWN, Thumbnails, thumbnails
 from pruning.records.words import listed, rate_label
@@ -292,8 +285,8 @@ def _notes(records: Sequence[Record]) -> List[str]:
     if not all(map(removes, records)):
         notes.append("Zeros shrink no file and make no dense kernel faster; only removal does.")
     for record in records:
-        notes += [f"{record.variant}: {note}" for note in (skipped_modules(record), compile_note(record)) if note]
-    return [note for note in (*notes, bias_note(records[0])) if note]
+        notes += [reach(record), compile_note(record)]
+    return [note for note in (*notes, *sentences(records[0].notes.faults), bias_note(records[0])) if note]
 
 
 def _provenance(found: Dict[Path, Record]) -> List[tuple]:
