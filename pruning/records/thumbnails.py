@@ -35,55 +35,45 @@ def thumbnails(found: Dict[Path, Record], budget: int = BUDGET) -> Thumbnails:
     """
     edge, most = EDGES[0], SHOWN
     while True:
-        made = _encode(found, edge, most)
-        size = sum(map(len, made.files)) * 3 / 4
-        if size <= budget or most == 0:
-            return made
+        rows = {record.variant: _rows(path.parent / "images", record, most) for path, record in found.items()}
+        paths = [path for of_variant in rows.values() for row in of_variant.values() for path in row if path.is_file()]
+        for tried in (paths[::16], paths):  # a few first, because many do not fit at full size
+            made = {path: _webp(path, edge) for path in tried}
+            size = sum(map(len, set(filter(None, made.values())))) * 3 / 4 * len(paths) / max(1, len(tried))
+            if size > budget:
+                break
+        else:
+            break
         if edge > EDGES[1]:
             edge = max(EDGES[1], int(0.95 * edge * math.sqrt(budget / size)))
         else:
             most = min(most - 1, int(most * budget / size))
+    files = list(dict.fromkeys(filter(None, made.values())))
+    place_of = {file: place for place, file in enumerate(files)}
+    return Thumbnails(files, {variant: {k: [place_of.get(made.get(path)) for path in row] for k, row in each.items()}
+                              for variant, each in rows.items()},
+                      [path for path, file in made.items() if file is None])
 
 
-def _encode(found: Dict[Path, Record], edge: int, most: int) -> Thumbnails:
-    made, place_of = Thumbnails([], {}, []), {}
-    for path, record in found.items():
-        rows = made.places[record.variant] = {}
-        folder = path.parent / "images"
-        files = {k: [image_file(folder, record.variant, point.rate, k) for point in all_points(record)]
-                 for k in range(len(record.samples))}
-        kept = [k for k, row in files.items() if any(file.is_file() for file in row)]
-        for k in _chosen(record, kept, most):
-            rows[k] = [_place(_webp(file, edge, made.unreadable), made.files, place_of) for file in files[k]]
-    return made
-
-
-def _chosen(record: Record, kept: List[int], most: int) -> List[int]:
-    """Return which of the kept samples are shown, ascending."""
+def _rows(folder: Path, record: Record, most: int) -> Dict[int, List[Path]]:
+    """Return the images of dense and of each rate of the samples that are shown, by the position of the sample."""
+    rows = {k: [image_file(folder, record.variant, point.rate, k) for point in all_points(record)]
+            for k in range(len(record.samples))}
+    kept = {k: row for k, row in rows.items() if any(path.is_file() for path in row)}
     _, order = worst_images(record, images_of(record))
-    worst = [k for k in order if k in set(kept)][:most // 4]
+    worst = [k for k in order if k in kept][:most // 4]
     others = [k for k in kept if k not in worst]
-    return sorted([*worst, *others[:most - len(worst)]])
+    return {k: kept[k] for k in sorted([*worst, *others[:most - len(worst)]])}
 
 
-def _place(webp: Optional[str], files: List[str], place_of: Dict[str, int]) -> Optional[int]:
-    """Return the place of a file in `files`, where it is added if it is new; None for None."""
-    if webp is not None and webp not in place_of:
-        place_of[webp] = len(files)
-        files.append(webp)
-    return place_of.get(webp)
-
-
-def _webp(file: Path, edge: int, unreadable: List[Path]) -> Optional[str]:
-    if not file.is_file():
-        return None
+def _webp(path: Path, edge: int) -> Optional[str]:
+    """Return an image as WebP in base64, its longer side `edge` at most; None if it cannot be read."""
     try:
-        with Image.open(file) as image:
+        with Image.open(path) as image:
             small = image.convert("RGB")
         small.thumbnail((edge, edge), Image.LANCZOS)
     except (OSError, SyntaxError, ValueError):
-        unreadable.append(file)
         return None
     content = io.BytesIO()
-    small.save(content, format="WEBP", quality=QUALITY)
+    small.save(content, format="WEBP", quality=QUALITY, method=2)
     return base64.b64encode(content.getvalue()).decode()
