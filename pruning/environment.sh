@@ -25,4 +25,4 @@ fi
 "$PYTHON" -c 'import importlib.util as u, sys
 missing = [m for m in sys.argv[1:] if u.find_spec(m) is None]
 sys.exit("error: this environment lacks " + ", ".join(missing) + "; run: pip install -r requirements.txt" if missing else 0)' \
-  torch diffusers transformers accelerate torch_fidelity torchmetrics lpips pycocotools pooch tabulate matplotlib || exit 2
+  torch diffusers transformers accelerate torch_fidelity torchmetrics lpips pycocotools pooch tabulate jinja2 matplotlib || exit 2

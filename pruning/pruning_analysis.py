@@ -177,6 +177,8 @@ def main(argv=None) -> None:
     if distributed.is_main:
         print(summary(record, args.tolerance))
         print(path)
+        if not args.shard:
+            print(path.with_name("report.html"))
         print(answer(record, args.tolerance))
 
 

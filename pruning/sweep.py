@@ -21,6 +21,7 @@ from pruning.methods import variant_name
 from pruning.metrics import costs
 from pruning.models import pipelines, saving
 from pruning.records import report, store
+from pruning.records.comparability import beside
 from pruning.records.plots import shown_images
 from pruning.records.record import BrokenRecordError, Point, Record, read_record, record_path, write_record
 from pruning.records.summaries import reach
@@ -57,6 +58,8 @@ def sweep(args, run_pruning_experiment: Callable[..., Optional[Point]]) -> Tuple
             record = read_record(path) if known and path.exists() else None
             if record and not args.shard:
                 report.write_record_files(record, path.parent, experiment.images_folder, args.tolerance)
+                found, left_out = beside(path, record)
+                report.write_report(found, path.parent, args.tolerance, left_out=left_out)
             if args.discard_images:
                 for point in [record.dense, *record.points] if record else ():
                     discard_images(experiment, point.rate, shown_images(record, args.tolerance))

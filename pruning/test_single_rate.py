@@ -40,6 +40,7 @@ def main(argv=None) -> None:
         record = replace(record, points=[point for point in record.points if point.rate == args.rate])
         print(single_rate_table(record, args.tolerance))
         print(path)
+        print(path.with_name("report.html"))
         print(answer(record, args.tolerance))
 
 

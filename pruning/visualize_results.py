@@ -1,4 +1,4 @@
-"""Draw records again: the figures and the summary of each record, or with --compare all variants together.
+"""Draw records again: figures and summary of each record, or with --compare all variants together; and the report.
 
 example:
   python pruning/visualize_results.py --methods magnitude structured --compare
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from pruning import cli
 from pruning.records import report
 from pruning.records.answers import answer
-from pruning.records.comparability import by_dataset, comparable, of_several_models, read_records
+from pruning.records.comparability import by_dataset, comparable, measured_alike, of_several_models, read_records
 from pruning.records.findings import in_order
 from pruning.records.record import find_records, folder_name
 
@@ -42,16 +42,19 @@ def main(argv=None) -> None:
     warned = comparable(found, args.force) if args.compare else [(group, "") for group in by_dataset(found).values()]
     tasks = []  # function and arguments, which return the paths written
     for group, warning in warned:
-        folder, records = _folder(args.output_dir, group, alone=len(warned) == 1), list(group.values())
+        folder = _folder(args.output_dir, group, alone=len(warned) == 1)
+        together = folder or next(iter(group)).parent
         if args.compare:
-            tasks.append((report.write_comparison, records, folder or next(iter(group)).parent, args.tolerance,
-                          warning))
+            tasks += [(report.write_comparison, list(group.values()), together, args.tolerance, warning),
+                      (report.write_report, group, together, args.tolerance, warning)]
         else:
             tasks += [(_draw, record, folder or path.parent, path.parent / "images", args.tolerance)
                       for path, record in group.items()]
+            alike, left_out = measured_alike(group)
+            tasks.append((report.write_report, alike, together, args.tolerance, warning, left_out))
     if args.compare:
-        together, reasons = of_several_models([group for group, _ in warned])
-        tasks += [(report.write_models, records, args.output_dir or args.results_dir) for records in together]
+        of_models, reasons = of_several_models([group for group, _ in warned])
+        tasks += [(report.write_models, records, args.output_dir or args.results_dir) for records in of_models]
         for reason in reasons:
             print(reason, file=sys.stderr)
     for function, *arguments in tqdm(tasks, desc="drawing", leave=False):

@@ -194,7 +194,7 @@ def test_every_promised_file_is_there_and_no_other(measured):
     record, folder = measured
     own = folder / record.model / record.dataset
     ends = (".json", ".png", "_metrics.png", "_cost.png", "_images.png", "_layers.png", ".txt")
-    promised = {f"{record.variant}{end}" for end in ends}
+    promised = {"report.html", "results.csv", *(f"{record.variant}{end}" for end in ends)}
     assert {path.name for path in own.iterdir() if path.is_file()} == promised
     assert not list(folder.rglob("*.part"))
     for path in own.glob("*.png"):

@@ -78,8 +78,8 @@ def test_a_metric_is_an_entry_and_a_line(weighed):
 
 
 def test_an_output_file_is_a_function_and_an_entry(weighed):
-    lines = (weighed[0] / "input_rms+power=0.5.csv").read_text().splitlines()
-    assert [line.split(",")[0] for line in lines] == ["rate", "0.0", "0.5"]
+    lines = (weighed[0] / "input_rms+power=0.5.md").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in lines] == ["rate", "---", "0", "0.5"]
 
 
 def test_a_unit_is_a_row_and_a_data_set_a_function_and_an_entry(extended, tmp_path):

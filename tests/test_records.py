@@ -553,7 +553,8 @@ def test_features_are_computed_once_for_a_key_and_the_content_of_images(tmp_path
 
 def test_one_writer_removes_its_own_half_written_files_and_no_others(tmp_path):
     """Another variant's record may be written at the same time."""
-    own = [".magnitude.json.0a.part", ".magnitude.png.0a.part", ".magnitude_metrics.png.0a.part"]
+    own = [".magnitude.json.0a.part", ".magnitude.png.0a.part", ".magnitude_metrics.png.0a.part",
+           ".report.html.0a.part"]
     others = [".magnitude+scope=global.json.0a.part", ".magnitude+scope=global.png.0a.part",
               ".magnitude.1of2.json.0a.part"]
     images = tmp_path / "images"

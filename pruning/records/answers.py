@@ -45,7 +45,7 @@ def answer(record: Record, tolerance: float = TOLERANCE) -> str:
         has, decided = share_of_dense(beyond, dense, tolerance), holds(beyond, dense, tolerance) is not None
     few = "" if decided else f"{counted(images_of(record), 'image')} are too few to decide"
     if few:
-        has += f"; {_needed(beyond, record, tolerance)} would decide"
+        has += f"; {needed(beyond, record, tolerance)} would decide"
     if good is None and few:
         return f"{begin}: {few} whether rate {beyond.rate:g} stays {within}. It has {has}."
     if good is None:
@@ -59,7 +59,7 @@ def answer(record: Record, tolerance: float = TOLERANCE) -> str:
     return f"{text} The next rate, {beyond.rate:g}, does not: it has {has}."
 
 
-def _needed(point: Point, record: Record, tolerance: float) -> str:
+def needed(point: Point, record: Record, tolerance: float) -> str:
     """Return 'about 110': how many samples would decide whether a point holds."""
     count = samples_to_decide(point, record, tolerance)
     noun = "image" if record.settings["seeds"] == 1 else "caption"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Dict, List, Sequence, Tuple
 
 from pruning import UserError, check_name
-from pruning.records.record import Record, merge, protocol_differences, read_record
+from pruning.records.record import Record, find_records, merge, protocol_differences, read_record
 
 Found = Dict[Path, Record]
 
@@ -63,6 +63,37 @@ def comparable(found: Found, force: bool = False) -> List[Tuple[Found, str]]:
             raise UserError(f"{'; '.join(texts)}: measure them alike, or draw them with a warning by --force")
         warned.append((group, "; ".join(dict.fromkeys(name for names in differences.values() for name in names))))
     return warned
+
+
+def measured_alike(found: Found) -> Tuple[Found, List[str]]:
+    """Return the records that were measured as the first one was, and why the others do not join it."""
+    (path, first), *others = found.items()
+    alike, reasons = {path: first}, []
+    for other, record in others:
+        differences = protocol_differences(first, record)
+        if differences:
+            reasons.append(f"{other.name} was measured differently: {'; '.join(differences)}")
+        else:
+            alike[other] = record
+    return alike, reasons
+
+
+def beside(path: Path, record: Record) -> Tuple[Found, List[str]]:
+    """Return a record and those of its folder that were measured as it was, and why others do not join it."""
+    others, reasons = {}, []
+    for other in find_records(path.parents[2]):
+        try:
+            others.update({other: read_record(other)} if other.parent == path.parent else {})
+        except UserError as error:
+            reasons.append(str(error))
+    found = {path: record}
+    for (_, _, variant), shards in by_variant(others).items():
+        try:
+            found.update({min(shards): merge(shards)} if variant != record.variant else {})
+        except UserError as error:
+            reasons.append(str(error))
+    alike, differing = measured_alike(found)
+    return alike, [*reasons, *differing]
 
 
 def of_several_models(groups: Sequence[Found]) -> Tuple[List[List[Record]], List[str]]:

@@ -33,7 +33,7 @@ def draw_layers(record: Record, path: Path) -> Optional[Path]:
     if any(point.layer_errors for point in points):
         errors = np.array([[point.layer_errors.get(name, np.nan) for name in names] for point in points])
         maps.append(("output error", errors.clip(FLOOR), LogNorm(FLOOR, 1)))
-    shares = {what: {name: _share(name, each) for name in names} for what, each in (
+    shares = {what: {name: share_of(name, each) for name in names} for what, each in (
         ("parameters", record.dense.layer_parameters), ("multiply-accumulates", record.dense.layer_macs)) if each}
     errors = "of this layer alone, squared, relative to its dense output"
     if record.method == "blocks":
@@ -105,7 +105,7 @@ def _draw(title: str, names: List[str], rates: Sequence[float], rate_label: str,
     return save(figure, path)
 
 
-def _share(name: str, shares: Dict[str, float]) -> float:
+def share_of(name: str, shares: Dict[str, float]) -> float:
     """Return the share of a layer, of a module, or of the module whose units a name such as "attn1.heads" means."""
     if name in shares:
         return shares[name]

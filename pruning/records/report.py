@@ -2,13 +2,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import List, Sequence
+from typing import Dict, List, Sequence
 
 from pruning import whole_file
 from pruning.records import comparisons, layers, plots
 from pruning.records.findings import TOLERANCE, metrics_of
+from pruning.records.page import page
 from pruning.records.record import Record, write_json
 from pruning.records.summaries import comparison_summary, sensitivity_summary, summary
+from pruning.records.tables import results_csv
 
 
 def write_text(text: str, path: Path) -> Path:
@@ -44,6 +46,16 @@ def write_record_files(record: Record, folder, images_folder, tolerance: float =
     written = [write(record, path, images_folder, tolerance)
                for path, write in zip(record_files(record, folder), RECORD_FILES.values())]
     return [path for path in written if path]
+
+
+def write_report(found: Dict[Path, Record], folder, tolerance: float = TOLERANCE, warning: str = "",
+                 left_out: Sequence[str] = ()) -> List[Path]:
+    """Write report.html and results.csv of the variants of one model and dataset, and return their paths.
+
+    found: records by path. warning: how they were measured differently, if they were. left_out: why others are missing.
+    """
+    return [write_text(page(found, tolerance, warning, left_out), Path(folder) / "report.html"),
+            write_text(results_csv(list(found.values())), Path(folder) / "results.csv")]
 
 
 def write_sensitivity(found: dict, folder) -> Path:

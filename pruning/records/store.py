@@ -148,7 +148,7 @@ def check_no_shard_is_written(path: Path) -> None:
 
 
 def _half_written(path: Path):
-    """Return a test for parts of the record at `path` and of its figures, but not of other records in the folder."""
+    """Return a test for parts of the record at `path`, of its figures and of the report, but not of other records."""
     name, stem = re.escape(path.name), re.escape(path.stem)
-    pattern = re.compile(rf"\.({name}|{stem}(_\w+)?\.(?!json)\w+)\.[0-9a-f]+\.part")
+    pattern = re.compile(rf"\.({name}|{stem}(_\w+)?\.(?!json)\w+|report\.html|results\.csv)\.[0-9a-f]+\.part")
     return lambda part: pattern.fullmatch(part.name) is not None

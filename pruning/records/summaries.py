@@ -1,7 +1,7 @@
 """Records -> texts made of sentences and tables. No torch."""
 from __future__ import annotations
 
-from typing import Dict, List, Sequence
+from typing import Dict, List, Sequence, Tuple
 
 from pruning.data.faults import sentences
 from pruning.methods import METHODS
@@ -203,7 +203,7 @@ def comparison_summary(records: Sequence[Record], tolerance: float = TOLERANCE, 
     parts = [wrapped(f"WARNING: {warning}") if warning else "",
              "\n".join(wrapped(answer(record, tolerance)) for record in records),
              f"Pruning methods on {first.model}\n" + wrapped(f"{setup(first)}, on {first.settings['device']}"),
-             *(_best_at_equal_savings(records, what) for what in SAVED),
+             *(_equal_savings(records, what) for what in SAVED),
              *map(str, comparison_tables(records, tolerance)),
              wrapped(f"{units(records)} Only removal makes the denoiser smaller and faster.")]
     if any(None in point.metrics.values() for record in records for point in all_points(record)):
@@ -213,18 +213,23 @@ def comparison_summary(records: Sequence[Record], tolerance: float = TOLERANCE, 
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _best_at_equal_savings(records: Sequence[Record], what: str) -> str:
-    """Return a line for each share saved of `what`, one of SAVED, with the best variant; "" if nothing is saved."""
-    if QUALITY not in metrics_of(*records):
-        return ""
-    lines = []
-    for level in LEVELS:
-        reached = [scored for scored in (at_saving(record, SAVED[what], level) for record in records) if scored]
-        if reached:
-            lines.append(f"  {level:>5g}  {_best(reached)}")
+def _equal_savings(records: Sequence[Record], what: str) -> str:
+    rows = best_at_equal_savings(records, what)
     title = wrapped(f"Best {QUALITY} at equal shares of {what}, interpolated between measured rates at most {GAP:g} "
                     "apart, and variants that may be as good by the 95 % interval of paired differences")
-    return "\n".join([title, *lines]) if lines else ""
+    return "\n".join([title, *(f"  {level:>5g}  {best}" for level, best in rows)]) if rows else ""
+
+
+def best_at_equal_savings(records: Sequence[Record], what: str) -> List[Tuple[float, str]]:
+    """Return (share saved, the best variant there and those that may be as good) for each of LEVELS that is reached.
+
+    what: is saved, one of SAVED.
+    """
+    if QUALITY not in metrics_of(*records):
+        return []
+    reached = {level: [scored for scored in (at_saving(record, SAVED[what], level) for record in records) if scored]
+               for level in LEVELS}
+    return [(level, _best(measured)) for level, measured in reached.items() if measured]
 
 
 def _best(measured: Sequence[Scored]) -> str:

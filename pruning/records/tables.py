@@ -1,6 +1,8 @@
 """Records -> tables as rows of text, and tables -> lines of text. No torch."""
 from __future__ import annotations
 
+import csv
+import io
 import math
 import textwrap
 from typing import List, NamedTuple, Sequence
@@ -193,3 +195,25 @@ def sensitivity_table(found: dict, names: Sequence[str]) -> Table:
     header = ["layer", *(f"{rate:g}" for rate in found["rates"]), "parameters", "MACs"]
     return Table("Change of the guided output at each rate of the layer, and the layer's share of the denoiser, in %",
                  header, rows, align=["left"] + ["right"] * (len(header) - 1))
+
+
+# ---- every point
+
+def results_csv(records: Sequence[Record]) -> str:
+    """Return every point of the records as comma-separated values: a row a point, a column a number.
+
+    A metric has the two ends of its 95 % interval beside it, in its own unit. What is not known is empty.
+    """
+    fields = [name for name, value in vars(records[0].dense).items() if not isinstance(value, (dict, list))]
+    metrics = [name for name in METRICS if any(name in record.dense.metrics for record in records)]
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["model", "dataset", "variant", *fields,
+                    *(name + end for name in metrics for end in ("", "_low", "_high"))])
+    for record in in_order(records):
+        for point in all_points(record):
+            ends = {name: interval(name, point, record.dense) for name in point.metrics}
+            table.writerow([record.model, record.dataset, record.variant, *(getattr(point, name) for name in fields),
+                            *("" if value is None or value != value else value for name in metrics
+                              for value in (point.metrics.get(name), *ends.get(name, ("", ""))))])
+    return text.getvalue()
