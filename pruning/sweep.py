@@ -20,8 +20,9 @@ from pruning.experiment import Dense, Experiment, checkpoint_file, prepare, rele
 from pruning.methods import variant_name
 from pruning.metrics import costs
 from pruning.models import pipelines, saving
-from pruning.records import report, store
+from pruning.records import card, report, store
 from pruning.records.comparability import beside
+from pruning.records.findings import all_points
 from pruning.records.plots import shown_images
 from pruning.records.record import BrokenRecordError, Point, Record, read_record, record_path, write_record
 from pruning.records.summaries import reach
@@ -60,6 +61,9 @@ def sweep(args, run_pruning_experiment: Callable[..., Optional[Point]]) -> Tuple
                 report.write_record_files(record, path.parent, experiment.images_folder, args.tolerance)
                 found, left_out = beside(path, record)
                 report.write_report(found, path.parent, args.tolerance, left_out=left_out)
+            for rate, folder in saved_folders(args).items() if record else ():
+                if folder.is_dir() and rate in [point.rate for point in all_points(record)]:
+                    card.write(record, rate, folder, experiment.images_folder, args.tolerance)
             if args.discard_images:
                 for point in [record.dense, *record.points] if record else ():
                     discard_images(experiment, point.rate, shown_images(record, args.tolerance))
