@@ -198,16 +198,19 @@ def test_removed_equals_masked_after_the_refit_too(name, method):
     assert done.inexact or (one - other).abs().max() <= 1e-5 * other.abs().max()
 
 
-@pytest.mark.parametrize("name", [each for each in ("QwenImageTransformer2DModel", "Lumina2Transformer2DModel")
-                                  if each in zoo.NAMES])
-def test_adaln_layers_in_a_sequential_get_a_low_rank_and_are_no_feed_forwards_then(name):
+@pytest.mark.parametrize("name", [pytest.param(each, marks=[] if each in ("QwenImageTransformer2DModel",) else
+                                               pytest.mark.slow) for each in zoo.NAMES])
+def test_adaln_layers_get_a_low_rank_and_are_no_feed_forwards_then(name):
     dense = zoo.build(name)
+    if not ranks.modulation_layers(dense) or name == "UVit2DModel":  # which denoises no latents
+        pytest.skip("no AdaLN layers")
     known = calibration(name, dense)
     removed, masked = copy.deepcopy(dense), copy.deepcopy(dense)
     done = methods.prune("modulation", removed, 0.8, calibration=known)
     assert done == methods.prune("modulation", masked, 0.8, calibration=known, mask_only=True)
     one, other = zoo.run(name, removed), zoo.run(name, masked)
     assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+    assert not torch.equal(one, zoo.run(name, dense))
     before, after = (surgery.find_groups(model, ("neurons",))[0] for model in (dense, removed))
     assert [group.name for group in after] == [group.name for group in before]
 
