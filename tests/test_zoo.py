@@ -11,7 +11,7 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from pruning import UserError, methods
-from pruning.methods import ranks, reach, surgery
+from pruning.methods import blocks, bypass, ranks, reach, surgery
 from pruning.methods.calibration import Calibration
 from pruning.models import portable
 from pruning.models.provenance import release
@@ -104,6 +104,20 @@ def test_a_saved_folder_rebuilds_the_class_without_this_project(name):
         output = zoo.tensor_of(rebuilt(**zoo.call_of(name)))
     assert torch.equal(output, zoo.run(name, pruned))
     assert not torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("name", [each for each in ("Lumina2Transformer2DModel", "Flux2Transformer2DModel")
+                                  if each in zoo.NAMES])
+def test_blocks_of_probed_feed_forwards_are_zeroed_as_they_are_bypassed(name):
+    dense = zoo.build(name)
+    zoo.run(name, dense)  # skips the test if torch is too old
+    found = bypass.find(dense, zoo.call_of(name))
+    gone = dict(list(found.items())[-1:])
+    removed, masked = copy.deepcopy(dense), copy.deepcopy(dense)
+    bypass.take_out(removed, gone)
+    blocks.zero(masked, gone, zoo.call_of(name))
+    one, other = zoo.run(name, removed), zoo.run(name, masked)
+    assert (one - other).abs().max() <= 1e-5 * other.abs().max()
 
 
 def inputs_of(name, model, layers):
