@@ -88,7 +88,7 @@ def called(module: nn.Module, layers: Dict[str, nn.Linear], x: Tensor) -> List[s
 
 
 def is_apart(module: nn.Module, layers: Dict[str, nn.Linear], order: List[str], x: Tensor, unit: int) -> bool:
-    """Return whether a unit's places in the rows decide its place in the column alone, and that alone decides the output."""
+    """Return whether a unit acts through its own place in the column alone. order: paths in the order of the calls."""
     column, hidden = layers[order[-1]], layers[order[-1]].in_features
     rows = [layers[path] for path in order[:-1]]
     others = torch.arange(hidden, device=x.device) != unit
