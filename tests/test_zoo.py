@@ -24,9 +24,9 @@ QUICK = ("ErnieImageTransformer2DModel", "Flux2Transformer2DModel", "HiDreamImag
          "OmniGenTransformer2DModel")
 # Classes whose heads or neurons cannot go one by one: rotary positions that differ between heads (LTX, Mochi), heads
 # of two attentions in one projection (Lumina-Next), a norm over all neurons (Cascade, Wuerstchen), one key head for
-# all (DreamLite), feed-forwards of convolutions (Kandinsky 3).
+# all (DreamLite).
 WITHOUT = {
-    "structured": {"Kandinsky3UNet", "StableCascadeUNet", "WuerstchenPrior"},
+    "structured": {"StableCascadeUNet", "WuerstchenPrior"},
     "attention_heads": {"DreamLiteUNetModel", "LTXVideoTransformer3DModel", "LuminaNextDiT2DModel",
                         "MochiTransformer3DModel"}}
 EACH = pytest.mark.parametrize("name", [
@@ -306,6 +306,18 @@ class FusedGlu(Plain):
         return self.back(value * nn.functional.silu(gate))
 
 
+class Pointwise(Plain):
+    """A feed-forward of convolutions, for a picture of tokens."""
+
+    def __init__(self, width=12, hidden=20):
+        super().__init__()
+        self.there, self.back = nn.Conv2d(width, hidden, 1), nn.Conv2d(hidden, width, 1)
+
+    def forward(self, x):
+        return super().forward(x.transpose(1, 2)[..., None])[..., 0].transpose(1, 2) if x.dim() == 3 else \
+            super().forward(x)
+
+
 class InterleavedGlu(FusedGlu):
     """A gate and a value in one layer, in turns."""
 
@@ -374,7 +386,7 @@ class Stranger(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("feed_forward", [Plain, Glu, FusedGlu])
+@pytest.mark.parametrize("feed_forward", [Plain, Glu, FusedGlu, Pointwise])
 def test_feed_forwards_of_an_unknown_family_are_found_by_probing(feed_forward):
     torch.manual_seed(0)
     dense = Stranger(feed_forward).eval()
