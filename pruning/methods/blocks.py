@@ -129,9 +129,11 @@ def zero(denoiser: nn.Module, blocks: Dict[str, bypass.Streams], call: Dict[str,
 
     Raises UserError if a block still changes its stream in a call with these keyword arguments.
     """
+    groups = surgery.find_groups(denoiser, UNITS)[0]
     for name in blocks:
         block = denoiser.get_submodule(name)
-        writers = [layer for group in surgery.find_groups(block, UNITS)[0] for layer in group.column_layers().values()]
+        writers = [layer for group in groups if bypass.inside(group.name, [name])
+                   for layer in group.column_layers().values()]
         for layer in writers + [layer for layer in [getattr(block, "proj_out", None)] if layer is not None]:
             for parameter in layer.parameters():
                 parameter.zero_()

@@ -270,7 +270,7 @@ KINDS = (
          units=lambda m: m.conv_point.in_channels, shrink=shrink_depthwise),
     Kind("channels", ("ResnetBlock2D",), rows=("conv1", "time_emb_proj"), columns=("conv2",), follows=("norm2",),
          units=lambda m: m.conv2.in_channels, obstacle=resnet_obstacle,
-         norm_groups=lambda m: m.norm2.num_groups, shrink=shrink_resnet, lookalikes="res_?net|resblock"),
+         norm_groups=lambda m: m.norm2.num_groups, shrink=shrink_resnet, lookalikes="res_?net|resblock|convnext"),
 )
 # Norms of the inner width: their statistics do not count what is gone.
 NORMS = (nn.LayerNorm, normalization.RMSNorm, nn.RMSNorm)

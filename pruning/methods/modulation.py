@@ -5,7 +5,8 @@ calibration calls, the layers keep the r directions that carry most of their out
 
     W z + b ≈ W R Q_r [Q_rᵀ R⁻¹ (z − μ)] + W μ + b,   R = C^½,   Q the eigenvectors of R (Wᵀ W) R
 
-Each layer's rows count in inverse proportion to the variance of their outputs. The bracket is computed once and shared.
+Without a bias, μ is 0. Each layer's rows count in inverse proportion to the variance of their outputs. The bracket is
+computed once and shared.
 """
 from __future__ import annotations
 
@@ -79,29 +80,35 @@ def bases(denoiser: nn.Module, calibration: Calibration) -> List[Basis]:
     layers = ranks.modulation_layers(denoiser)
     sets = same_inputs(denoiser, layers, calibration)
     gathered = moments.gather(denoiser, calibration, layers={f"{names[0]}.weight": layers[names[0]] for names in sets})
-    return [basis_of(names, [layers[name].weight.detach() for name in names],
-                     *gathered.of(f"{names[0]}.weight", layers[names[0]].weight.device)) for names in sets]
+    found = []
+    for names in sets:
+        matrix, mean = gathered.of(f"{names[0]}.weight", layers[names[0]].weight.device)
+        if any(layers[name].bias is None for name in names):  # nothing can hold what the mean input makes
+            mean = torch.zeros_like(mean)
+        found.append(basis_of(names, [layers[name].weight.detach() for name in names], matrix, mean))
+    return found
 
 
 def same_inputs(denoiser: nn.Module, layers: Dict[str, nn.Linear], calibration: Calibration) -> List[List[str]]:
-    """Return the names of the layers in sets whose inputs are equal in a recorded call."""
-    seen: List[tuple] = []
-
-    def note(name, _layer, x):
-        for known, names in seen:
-            if known.shape == x.shape and torch.equal(known, x):
-                names.append(name)
-                return
-        seen.append((x.detach().clone(), [name]))
-
-    with torch.no_grad(), moments.watched(layers, note):
+    """Return the names of the layers in sets whose inputs are equal, each time that they run, in a recorded call."""
+    seen: Dict[str, List[Tensor]] = {}
+    sets: List[List[str]] = []
+    with torch.no_grad(), moments.watched(layers, lambda name, _, x: seen.setdefault(name, []).append(x.clone())):
         answer(denoiser, calibration.calls[0][0])
-    return [names for _, names in seen]
+    for name, inputs in seen.items():
+        same = (names for names in sets if len(seen[names[0]]) == len(inputs)
+                and all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(seen[names[0]], inputs)))
+        names = next(same, None)
+        if names is None:
+            sets.append([name])
+        else:
+            names.append(name)
+    return sets
 
 
 @torch.no_grad()
 def basis_of(names: List[str], weights: List[Tensor], matrix: Tensor, mean: Tensor) -> Basis:
-    """Return the basis of layers from their weights (rows, d) and the moments of their input."""
+    """Return the basis of layers from their weights (rows, d) and the moments of their input, about `mean`."""
     matrix, mean = matrix[0].double(), mean[0].double()
     covariance = matrix - torch.outer(mean, mean)
     covariance.diagonal().add_(DAMPING * covariance.diagonal().mean().clamp_min(1e-30))

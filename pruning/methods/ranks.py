@@ -4,6 +4,7 @@ y = U (V x + c) + b in place of y = W x + b. V and c are held by the first layer
 """
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Dict, List, Optional, Sequence
 
@@ -12,15 +13,10 @@ from torch import Tensor, nn
 
 from pruning import UserError
 
-# Names of classes -> the layer that makes scale, shift and gate of an embedding of time, guidance and pooled text
-# (AdaLN). In a Sequential whose own name ends in SEQUENTIAL it is the last.
-MODULATED = {
-    **dict.fromkeys((
-        "AdaLayerNorm", "AdaLayerNormZero", "AdaLayerNormZeroSingle", "AdaLayerNormSingle", "AdaLayerNormContinuous",
-        "SD35AdaLayerNormZeroX", "AdaGroupNorm", "LuminaRMSNormZero", "CogVideoXLayerNormZero", "Flux2Modulation",
-        "Flux3Modulation"), "linear"),
-    "Kandinsky5Modulation": "out_layer", "Modulation": "lin"}
-SEQUENTIAL = ("_mod", "modulation")
+# A layer that makes scale, shift and gate of an embedding of time, guidance and pooled text (AdaLN) is one of LAYERS in
+# a module whose class name has this pattern, or ends a Sequential, or is itself, whose own name ends in NAMES.
+MODULATED, LAYERS = re.compile("Ada[A-Z]|NormZero|Modulation"), ("linear", "lin", "out_layer")
+NAMES = ("_mod", "modulation")
 
 
 class LowRank(nn.Module):
@@ -43,13 +39,16 @@ class LowRank(nn.Module):
 
 
 def modulation_layers(denoiser: nn.Module) -> Dict[str, nn.Linear]:
-    """Return the Linear layers of the MODULATED modules, by the name of the layer; shared weights are left out."""
+    """Return the AdaLN layers by name; shared weights are left out."""
     found = {}
     for name, module in denoiser.named_modules():
-        last = isinstance(module, nn.Sequential) and name.endswith(SEQUENTIAL)
-        path = str(len(module) - 1) if last else MODULATED.get(type(module).__name__, "")
-        if type(getattr(module, path, None)) is nn.Linear:
-            found[f"{name}.{path}".lstrip(".")] = getattr(module, path)
+        paths = LAYERS if MODULATED.search(type(module).__name__) else ()
+        if isinstance(module, nn.Sequential) and name.endswith(NAMES):
+            paths = (str(len(module) - 1),)
+        found.update({f"{name}.{path}".lstrip("."): getattr(module, path) for path in paths if hasattr(module, path)})
+        if name.endswith(NAMES):
+            found[name] = module
+    found = {name: layer for name, layer in found.items() if type(layer) is nn.Linear}
     owners = Counter(id(parameter) for layer in denoiser.modules() for parameter in layer._parameters.values())
     return {name: layer for name, layer in found.items()
             if all(owners[id(parameter)] == 1 for parameter in layer.parameters())}
