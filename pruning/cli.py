@@ -20,6 +20,8 @@ from pruning.models.saving import LARGEST_GUIDANCE, LARGEST_IMAGE
 from pruning.records.findings import QUALITY, TOLERANCE
 
 ROOT = Path(__file__).resolve().parents[1]
+# Where results go: in a clone of the repository there, else, as an installed package, in the folder of the shell.
+RESULTS = ROOT / "results" if (ROOT / "run_pruning_analysis.sh").is_file() else Path("results")
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -81,7 +81,7 @@ def share(text: str) -> float:
 def main(argv=None) -> None:
     """Parse the command line, write both files, and print their paths."""
     parser = cli.Parser(__doc__)
-    parser.add_argument("--output_dir", metavar="DIR", type=Path, default=ROOT / "results" / "synthetic",
+    parser.add_argument("--output_dir", metavar="DIR", type=Path, default=cli.RESULTS / "synthetic",
                         help="where to write synthetic.json and synthetic.png")
     parser.add_argument("--noise", type=share, default=0.05, help="standard deviation of the noise on each value")
     parser.add_argument("--seed", type=cli.not_negative, default=42, help="seed of the noise")

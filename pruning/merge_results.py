@@ -24,7 +24,7 @@ from pruning.records.store import only_writer
 def main(argv=None) -> None:
     """Parse the command line, merge all shards in memory, then write each record, remove its shards and draw it."""
     parser = cli.Parser(__doc__)
-    parser.add_argument("--results_dir", metavar="DIR", type=Path, default=ROOT / "results", help="where records are")
+    parser.add_argument("--results_dir", metavar="DIR", type=Path, default=cli.RESULTS, help="where records are")
     parser.add_argument("--partial", action="store_true",
                         help="merge although rates of the sweep are missing, and keep the parts")
     cli.add_tolerance(parser)

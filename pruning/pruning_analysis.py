@@ -154,7 +154,7 @@ def main(argv=None) -> None:
     parser.add_argument("--num_images", type=cli.positive, default=32, help="images a rate")
     parser.add_argument("--rates", nargs="+", type=cli.rate,
                         help=f"rates to measure (default: {' '.join(map(str, RATES))})")
-    parser.add_argument("--results_dir", type=Path, default=ROOT / "results", help="where records and graphs go")
+    parser.add_argument("--results_dir", type=Path, default=cli.RESULTS, help="where records and graphs go")
     parser.add_argument("--shard", type=cli.shard, metavar="i/n",
                         help="measure every n-th rate from the i-th on, as a part for merge_results.py")
     parser.add_argument("--sensitivity", action="store_true",

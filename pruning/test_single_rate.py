@@ -18,7 +18,7 @@ from pruning.pruning_analysis import run_pruning_experiment
 from pruning.records.answers import answer
 from pruning.records.tables import single_rate_table
 
-OWN = ROOT / "results" / "single_rate"
+OWN = cli.RESULTS / "single_rate"
 __test__ = False  # pytest takes the file's name for a test's
 
 

@@ -34,7 +34,7 @@ def main(argv=None) -> None:
     parser.add_argument("--force", action="store_true",
                         help="with --compare: draw records that were measured differently too, with a warning")
     cli.add_tolerance(parser)
-    parser.add_argument("--results_dir", metavar="DIR", type=Path, default=ROOT / "results", help="where records are")
+    parser.add_argument("--results_dir", metavar="DIR", type=Path, default=cli.RESULTS, help="where records are")
     args = parser.parse_args(argv)
 
     found = read_records([args.results_file] if args.results_file else find_records(args.results_dir),
