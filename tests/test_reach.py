@@ -197,6 +197,14 @@ def test_what_another_method_reaches_is_said(family):
     assert ("channels" in why, "ranks of AdaLN layers" in why) == (family == "sd15", family != "sd15")
 
 
+@NEEDS_TORCH_25
+@pytest.mark.parametrize(("method", "other"), [("structured", "heads"), ("attention_heads", "neurons")])
+def test_a_layer_that_two_sorts_of_units_share_is_the_others_where_a_method_does_not_reach(method, other):
+    done = methods.prune(method, build("flux_dev"), 0.0, criterion="norm", refit=False)
+    name = "single_transformer_blocks.0.proj_out.weight"
+    assert done.unreached[name] == (64 * (64 if other == "heads" else 256), other)
+
+
 # ---- removal that is not exact
 
 def test_a_norm_across_heads_is_told():

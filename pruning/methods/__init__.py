@@ -277,9 +277,10 @@ def prune(method: str, denoiser, rate: float, *, calibration=None, **options) ->
         raise UserError(f"{method} needs recorded calls of the dense denoiser with these options; give a calibration")
     check_weights(denoiser)
     from pruning.methods import reach  # here, because this table loads without torch
-    whole = reach.parameters(denoiser, METHODS[method].removes)
+    module = importlib.import_module(f"{__name__}.{method}")
+    whole = reach.parameters(denoiser, METHODS[method].removes, getattr(module, "UNITS", ()))
     given.pop("calibration_images", None)  # is in the calibration
-    pruned = importlib.import_module(f"{__name__}.{method}").prune(denoiser, rate, calibration=calibration, **given)
+    pruned = module.prune(denoiser, rate, calibration=calibration, **given)
     return pruned._replace(unreached=reach.unreached(whole, pruned.reached, pruned.skipped_modules))
 
 

@@ -6,7 +6,7 @@ none: to zero or slice it changes nothing, or something else.
 from __future__ import annotations
 
 import importlib
-from typing import Callable, Dict, NamedTuple
+from typing import Callable, Dict, NamedTuple, Sequence
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -72,12 +72,12 @@ def check(denoiser: nn.Module) -> None:
                             f"it computes; {disguise.remedy}")
 
 
-def parameters(denoiser: nn.Module, removes: bool) -> Dict[str, Unreached]:
+def parameters(denoiser: nn.Module, removes: bool, units: Sequence[str] = ()) -> Dict[str, Unreached]:
     """Return every parameter by name, how many numbers it holds, and what it is to a method that does not reach it.
 
-    A shared parameter counts once. removes: whether the method takes units out.
+    A shared parameter counts once. removes: whether the method takes units out. units: those that it takes.
     """
-    owned = units_of(denoiser) if removes else {}
+    owned = others_units(denoiser, units) if removes else {}
     found = {}
     for name, parameter in denoiser.named_parameters():
         module, _, own = name.rpartition(".")
@@ -86,10 +86,10 @@ def parameters(denoiser: nn.Module, removes: bool) -> Dict[str, Unreached]:
     return found
 
 
-def units_of(denoiser: nn.Module) -> Dict[int, str]:
-    """Return what other methods take out of each parameter: id of the parameter -> units."""
+def others_units(denoiser: nn.Module, units: Sequence[str]) -> Dict[int, str]:
+    """Return which other units own a part of each parameter: id of the parameter -> their name."""
     modulated = {id(layer.weight): "ranks of AdaLN layers" for layer in ranks.modulation_layers(denoiser).values()}
-    groups, _ = surgery.find_groups(denoiser, {kind.unit for kind in KINDS})
+    groups, _ = surgery.find_groups(denoiser, dict.fromkeys(kind.unit for kind in KINDS if kind.unit not in units))
     return {**modulated, **{id(own): group.kind.unit for group in groups for own, _, _ in group.owned()}}
 
 

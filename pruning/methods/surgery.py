@@ -97,7 +97,7 @@ def survey(denoiser: nn.Module, *units: str) -> Tuple[List[Group], Dict[str, str
     """Return the groups of these units, in module order, and the modules skipped: {name: why}.
 
     Three sorts of modules are skipped: those of a known class whose removal would not be exact, those with layers that
-    cannot be sliced (of other classes, or whose weights are shared between layers), and those of classes that KINDS
+    cannot be sliced (of other classes, or with weights that another layer shares), and those of classes that KINDS
     does not know and whose names suggest such units.
     """
     groups, skipped = find_groups(denoiser, units)
