@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -10,12 +11,14 @@ import zoo
 from accelerate import init_empty_weights
 from torch import nn
 
+from benchmarks import families
 from pruning import UserError, methods
-from pruning.methods import blocks, bypass, ranks, reach, surgery
+from pruning.methods import blocks, bypass, ranks, surgery
 from pruning.methods.calibration import Calibration
 from pruning.models import portable
 from pruning.models.provenance import release
 
+ROOT = Path(__file__).resolve().parents[1]
 UNITS = {"structured": ("neurons", "channels"), "attention_heads": ("heads",)}
 # One for each sort of rows: fused, grouped and joint heads, probed feed-forwards, experts, neurons beside heads.
 QUICK = ("ErnieImageTransformer2DModel", "Flux2Transformer2DModel", "HiDreamImageTransformer2DModel",
@@ -230,44 +233,24 @@ def test_adaln_layers_get_a_low_rank_and_are_no_feed_forwards_then(name):
     assert [group.name for group in after] == [group.name for group in before]
 
 
-PUBLISHED = {
-    "Stable Diffusion 1.5": ("UNet2DConditionModel", dict(cross_attention_dim=768)),
-    "Stable Diffusion XL": ("UNet2DConditionModel", dict(
-        cross_attention_dim=2048, block_out_channels=(320, 640, 1280), attention_head_dim=(5, 10, 20),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True,
-        transformer_layers_per_block=(1, 2, 10), addition_embed_type="text_time", addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816)),
-    "Stable Diffusion 3.5 Large": ("SD3Transformer2DModel", dict(
-        num_layers=38, num_attention_heads=38, caption_projection_dim=2432, qk_norm="rms_norm",
-        pos_embed_max_size=96)),
-    "Flux": ("FluxTransformer2DModel", dict(guidance_embeds=True)),
-    "Flux.2": ("Flux2Transformer2DModel", {}),
-    "Qwen-Image": ("QwenImageTransformer2DModel", {}),
-    "Z-Image": ("ZImageTransformer2DModel", {}),
-    "Chroma": ("ChromaTransformer2DModel", {}),
-    "Lumina-Image 2": ("Lumina2Transformer2DModel", dict(cap_feat_dim=2304)),
-    "PixArt-Σ": ("PixArtTransformer2DModel", dict(caption_channels=4096)),
-    "Sana": ("SanaTransformer2DModel", {}),
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("model", PUBLISHED)
+@pytest.mark.parametrize("model", families.PUBLISHED)
 def test_units_and_ranks_hold_most_of_a_published_model(model):
-    kind, config = PUBLISHED[model]
-    if not hasattr(diffusers, kind):
-        pytest.skip(f"diffusers has no {kind}")
-    with init_empty_weights():
-        denoiser = getattr(diffusers, kind)(**config)
-    groups, skipped = surgery.survey(denoiser, "heads", "neurons", "channels")
-    reached = surgery.reached(denoiser, groups)
-    for name, layer in ranks.modulation_layers(denoiser).items():
-        reached[f"{name}.weight"] = layer.weight.numel()
-    left = reach.unreached(reach.parameters(denoiser, True, ("heads", "neurons", "channels")), reached, skipped)
+    denoiser = families.build(model)
+    if denoiser is None:
+        pytest.skip(f"diffusers has no {families.PUBLISHED[model][0]}")
+    reached, left = families.removed_by_units(denoiser)
     total = denoiser.num_parameters()
     assert sum(reached.values()) + sum(each.parameters for each in left.values()) == total
     assert sum(reached.values()) >= 0.85 * total
+
+
+@pytest.mark.slow
+def test_the_table_of_shares_in_the_readme_is_what_the_configs_give():
+    missing = [name for name, (kind, _) in families.PUBLISHED.items() if not hasattr(diffusers, kind)]
+    if missing:
+        pytest.skip(f"this diffusers lacks {', '.join(missing)}")
+    assert families.table() in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 # ---- a family that nobody knows
