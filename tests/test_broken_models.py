@@ -200,11 +200,11 @@ def test_a_pipeline_that_makes_no_images_is_one_line():
         generation.check_makes_images(pipeline, data.load_samples("shapes", 1)[0][0], **SETTINGS)
 
 
-def test_a_denoiser_that_gives_lists_is_one_line():
+def test_a_denoiser_that_gives_what_its_pipeline_cannot_take_is_one_line():
     pipeline = pipelines.load_pipeline("shapes-unet")
     forward = pipeline.unet.forward
     pipeline.unet.forward = functools.wraps(forward)(lambda *args, **kwargs: [list(forward(*args, **kwargs)[0])])
-    with pytest.raises(UserError, match="UNet2DConditionModel gives lists of tensors"):
+    with pytest.raises(UserError, match="StableDiffusionPipeline cannot make an image of 64 pixels a side"):
         generation.check_makes_images(pipeline, data.load_samples("shapes", 1)[0][0], **SETTINGS)
 
 

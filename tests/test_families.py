@@ -118,6 +118,49 @@ def flux(guidance_embeds):
         **clip(POOLED), **t5("_2"))
 
 
+def qwen_tokenizer():
+    """Return the tokenizer of drawn scenes with a chat template."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=word_tokenizer(), pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+        chat_template="{% for message in messages %}{{ message['content'] }} {% endfor %}")
+
+
+def qwen_config(kind, tokenizer, **options):
+    return kind(vocab_size=len(tokenizer), hidden_size=TEXT, intermediate_size=32, num_hidden_layers=2,
+                num_attention_heads=2, num_key_value_heads=1, **options)
+
+
+def z_image():
+    from diffusers import ZImagePipeline, ZImageTransformer2DModel
+    from transformers import Qwen3Config, Qwen3Model
+    tokenizer = qwen_tokenizer()
+    return ZImagePipeline(
+        transformer=ZImageTransformer2DModel(
+            in_channels=16, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=TEXT,
+            axes_dims=[4, 4, 8], axes_lens=[1024, 32, 32]),
+        vae=vae(16, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=Qwen3Model(qwen_config(Qwen3Config, tokenizer, head_dim=8)), tokenizer=tokenizer,
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
+
+
+def qwen_image():
+    from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    tokenizer = qwen_tokenizer()
+    text = dict(vocab_size=len(tokenizer), hidden_size=TEXT, intermediate_size=32, num_hidden_layers=1,
+                num_attention_heads=2, num_key_value_heads=1,
+                rope_scaling={"type": "mrope", "mrope_section": [2, 2, 2]})
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=dict(
+        depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=TEXT), **text)
+    return QwenImagePipeline(
+        transformer=QwenImageTransformer2DModel(
+            in_channels=64, out_channels=16, num_layers=1, attention_head_dim=16, num_attention_heads=4,
+            joint_attention_dim=TEXT, axes_dims_rope=(8, 4, 4)),
+        vae=AutoencoderKLQwenImage(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(config), tokenizer=tokenizer,
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
+
+
 FAMILIES = {
     "sd15": lambda: StableDiffusionPipeline(
         unet=BUILD["sd15"](), vae=vae(4), scheduler=DDIMScheduler(clip_sample=False, steps_offset=1), **clip(TEXT),
@@ -134,8 +177,10 @@ FAMILIES = {
     "sana": lambda: SanaPipeline(
         transformer=BUILD["sana"](), vae=sana_vae(), **gemma(),
         scheduler=DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)),
+    "z_image": z_image,
+    "qwen_image": qwen_image,
 }
-NEEDS_TORCH_25 = ("flux", "sana")  # on the CPU
+NEEDS_TORCH_25 = ("flux", "sana", "z_image", "qwen")  # on the CPU
 OLD_TORCH = release("torch") < (2, 5)
 WITHOUT = {("sd15", "modulation"), ("sdxl", "modulation")}  # UNets have no AdaLN
 QUICK = ("sd3", "structured")  # the only pair of a family and a method that is not slow

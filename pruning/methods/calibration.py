@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple
 
 from pruning import UserError, whole_file
+from pruning.metrics.costs import sample_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -108,8 +109,7 @@ def write_tensors(tensors: Dict[str, Tensor], path: Path) -> None:
 
 def answer(denoiser: nn.Module, arguments: Dict[str, Any]) -> Tensor:
     """Return the sample that the denoiser gives for a recorded call's arguments, on its device and in its dtype."""
-    output = denoiser(**match(arguments, next(denoiser.parameters())))
-    return output[0] if isinstance(output, tuple) else output.sample
+    return sample_of(denoiser(**match(arguments, next(denoiser.parameters()))))
 
 
 def match(value, like: Tensor):

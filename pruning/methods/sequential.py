@@ -203,9 +203,9 @@ def _stream_sources(denoiser: nn.Module, layers: Dict[str, nn.Module]) -> Dict[s
 def one_batch(calls: Sequence[Call], most: int = LATENTS) -> Tuple[Dict[str, Any], int]:
     """Return the arguments of several calls as those of one call on at most `most` of their latents, and how many.
 
-    As many are taken of each call. Tensors with a row a latent follow one another, and a time that holds for a whole
-    call becomes one a latent. Calls of another batch size than the first, and calls whose other arguments differ from
-    the first's, are left out.
+    As many are taken of each call. Tensors with a row, and lists with an item, a latent follow one another, and a time
+    that holds for a whole call becomes one a latent. Calls of another batch size than the first, and calls whose other
+    arguments differ from the first's, are left out.
     """
     first, latents = calls[0][0], len(calls[0][1])
     alike = [arguments for arguments, output in calls if len(output) == latents and _joins(first, arguments, latents)]
@@ -215,6 +215,8 @@ def one_batch(calls: Sequence[Call], most: int = LATENTS) -> Tuple[Dict[str, Any
 
 
 def _per_latent(name: str, value: Any, latents: int) -> bool:
+    if isinstance(value, list):  # Z-Image passes latents and captions so, Qwen-Image the sizes of images
+        return len(value) == latents
     return isinstance(value, Tensor) and (name == "timestep" or value.dim() > 0 and len(value) == latents)
 
 
@@ -223,6 +225,8 @@ def _joins(first: Any, other: Any, latents: int, name: str = "") -> bool:
     if isinstance(first, dict):
         return isinstance(other, dict) and first.keys() == other.keys() and all(
             _joins(first[key], other[key], latents, key) for key in first)
+    if isinstance(first, list) and _per_latent(name, first, latents):
+        return isinstance(other, list) and len(other) == latents
     if isinstance(first, (list, tuple)):
         return isinstance(other, (list, tuple)) and len(first) == len(other) and all(
             _joins(one, another, latents) for one, another in zip(first, other))
@@ -237,6 +241,8 @@ def _join(values: list, latents: int, stride: int, name: str = "") -> Any:
     first = values[0]
     if isinstance(first, dict):
         return {key: _join([value[key] for value in values], latents, stride, key) for key in first}
+    if isinstance(first, list) and _per_latent(name, first, latents):
+        return [item for value in values for item in value[::stride]]
     if isinstance(first, (list, tuple)):
         return type(first)(_join(list(each), latents, stride) for each in zip(*values))
     if _per_latent(name, first, latents):

@@ -60,7 +60,7 @@ def _counted(function: Callable, call: dict):
 
     # Older releases of torch do not count fused attention on the CPU.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        return counter, _sample(function(**call)).shape[0]
+        return counter, sample_of(function(**call)).shape[0]
 
 
 def layer_shares(denoiser, call: dict) -> Dict[str, Dict[str, float]]:
@@ -176,5 +176,10 @@ def _device(call: dict):
     return next(value.device for value in call.values() if hasattr(value, "device"))
 
 
-def _sample(output):
-    return output[0] if isinstance(output, tuple) else output.sample
+def sample_of(output):
+    """Return the sample that a denoiser returned, a tensor with a row a latent. Z-Image returns a list of latents."""
+    sample = output[0] if isinstance(output, tuple) else output.sample
+    if isinstance(sample, list):
+        import torch
+        sample = torch.stack(sample)
+    return sample

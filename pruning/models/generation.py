@@ -12,9 +12,9 @@ import numpy as np
 from tqdm import tqdm
 
 from pruning import UserError
-from pruning.metrics.costs import synchronize
+from pruning.metrics.costs import sample_of, synchronize
 from pruning.models.hub import first_line
-from pruning.models.pipelines import denoiser_name
+from pruning.models.pipelines import denoiser_name, guidance_argument
 
 CPU_BATCH, GPU_BATCHES = 8, (32, 16, 8, 4, 2, 1)  # a CPU gains nothing from larger batches
 PROMPT_BYTES = 2 ** 31  # of encoded prompts that are kept
@@ -74,8 +74,10 @@ def final_latents(pipeline, samples, *, seed: int, steps: int, guidance_scale: f
 def _call(pipeline, batch, seed: int, steps: int, guidance_scale: float, image_size: int, output_type: str = "np"):
     """Return the images of a batch in [0, 1], float (n, height, width, 3), or its latents."""
     # Resolution binning would sample another size than the one asked for. Not every pipeline has these arguments.
-    options = {"guidance_scale": guidance_scale, "use_resolution_binning": False}
-    takes = inspect.signature(type(pipeline).__call__).parameters
+    takes, guidance = inspect.signature(type(pipeline).__call__).parameters, guidance_argument(type(pipeline))
+    options = {guidance: guidance_scale, "use_resolution_binning": False}
+    if guidance == "true_cfg_scale" and guidance_scale > 1:
+        options["negative_prompt"] = [" "] * len(batch)  # without one, such pipelines do not guide
     options = {name: value for name, value in options.items() if name in takes}
     try:
         made = pipeline(
@@ -84,6 +86,8 @@ def _call(pipeline, batch, seed: int, steps: int, guidance_scale: float, image_s
             **options)
     except ValueError as error:  # pipelines refuse their arguments so, above all an image size
         raise UserError(f"{type(pipeline).__name__} cannot make these images: {first_line(error)}") from error
+    if hasattr(made, "image"):  # Kandinsky 5
+        return made.image
     if not hasattr(made, "images"):
         raise UserError(f"{type(pipeline).__name__} gives {type(made).__name__}, which holds no images; this program "
                         "measures pipelines that make images of captions")
@@ -158,20 +162,16 @@ def computing_once(pipeline):
     So a pipeline goes through all its steps and decodes in the time of one. Yields the list of the calls that compute,
     as keyword arguments. A step of the pipeline's last image is as good as another for shapes, costs and memory.
     """
-    import torch
     denoiser = getattr(pipeline, denoiser_name(pipeline))
     forward, hooked = denoiser.forward, "forward" in vars(denoiser)
     signature, outputs, calls = inspect.signature(forward), {}, []
 
     def once(*args, **kwargs):
         given = signature.bind(*args, **kwargs).arguments
-        shapes = tuple(value.shape for value in given.values() if isinstance(value, torch.Tensor))
+        shapes = _shapes(list(given.values()))
         if shapes not in outputs:
             calls.append({name: value for name, value in given.items() if value is not None and name != "return_dict"})
             outputs[shapes] = forward(*args, **kwargs)
-            if not isinstance(outputs[shapes][0], torch.Tensor):
-                raise UserError(f"{type(denoiser).__name__} gives {type(outputs[shapes][0]).__name__}s of tensors; "
-                                "this program prunes denoisers that take and give one tensor for a batch")
         return outputs[shapes]
 
     denoiser.forward = functools.wraps(forward)(once)
@@ -182,6 +182,13 @@ def computing_once(pipeline):
             denoiser.forward = forward
         else:
             del denoiser.forward
+
+
+def _shapes(value):
+    """Return the shapes of the tensors in a value, in tuples as deep as its lists."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_shapes, value))
+    return tuple(value.shape) if hasattr(value, "shape") else None
 
 
 def first_call(pipeline, samples, **settings) -> dict:
@@ -229,7 +236,7 @@ def record_calls(pipeline, samples, keep: Callable = lambda value: value, **sett
     def note(_module, args, kwargs, output):
         given = signature.bind(*args, **kwargs).arguments
         arguments = {name: value for name, value in given.items() if value is not None and name != "return_dict"}
-        calls.append((keep(arguments), keep(output[0].detach())))
+        calls.append((keep(arguments), keep(sample_of(output).detach())))
 
     hook = denoiser.register_forward_hook(note, with_kwargs=True)
     try:

@@ -37,6 +37,8 @@ MODELS = {
 OFFLOADS = {"model": "enable_model_cpu_offload", "sequential": "enable_sequential_cpu_offload"}
 # What a text-to-image pipeline is called with, beside guidance, which not every pipeline takes.
 ARGUMENTS = ("prompt", "num_inference_steps", "height", "width", "generator", "output_type")
+# What pipelines call their guidance scale. Qwen-Image has two of these, and the first does nothing.
+GUIDANCE = ("guidance_scale", "true_cfg_scale", "distilled_guidance_scale")
 # diffusers' keyword for the dtype: "dtype" is unknown before 0.40, "torch_dtype" is deprecated since then.
 DTYPE = "dtype" if release("diffusers") >= (0, 40) else "torch_dtype"
 
@@ -188,6 +190,17 @@ def set_denoiser(pipeline, denoiser, device: str = "cpu", offload: Optional[str]
         getattr(pipeline, OFFLOADS[offload])(device=device)
 
 
+def guidance_argument(kind: type) -> Optional[str]:
+    """Return what the call of a pipeline class names its guidance scale: the first that guides by default.
+
+    If none does, the first it has; None if it has none.
+    """
+    takes = inspect.signature(kind.__call__).parameters
+    defaults = {name: takes[name].default for name in GUIDANCE if name in takes}
+    guiding = [name for name, default in defaults.items() if isinstance(default, (int, float)) and default > 1]
+    return next(iter([*guiding, *defaults]), None)
+
+
 def sampling_settings(pipeline, model: str, given: Optional[dict] = None) -> dict:
     """Return steps, guidance_scale and image_size (pixels a side): as given, else as the model is meant to be used.
 
@@ -197,11 +210,12 @@ def sampling_settings(pipeline, model: str, given: Optional[dict] = None) -> dic
     given = {name: value for name, value in (given or {}).items() if value is not None}
     manifest = saving.read_manifest(Path(model)) if model not in MODELS and Path(model).is_dir() else None
     takes = inspect.signature(type(pipeline).__call__).parameters
-    if "guidance_scale" in given and "guidance_scale" not in takes:
+    argument = guidance_argument(type(pipeline))
+    if "guidance_scale" in given and argument is None:
         raise UserError(f"{type(pipeline).__name__} takes no guidance scale; leave --guidance_scale out")
     if manifest:
         return {**manifest["sampling"], **given}
-    guidance = getattr(takes.get("guidance_scale"), "default", None)  # absent or None if the pipeline does not guide
+    guidance = takes[argument].default if argument else None
     sizes = (getattr(pipeline, "default_sample_size", None),
              getattr(getattr(pipeline, denoiser_name(pipeline)).config, "sample_size", None))
     size = next((each for each in sizes if isinstance(each, int)), None)

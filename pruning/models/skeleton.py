@@ -83,7 +83,7 @@ def sampling(found: Skeleton, given: Dict[str, Any], model: str) -> Dict[str, An
     """Return steps, guidance_scale and image_size, as given or as the pipeline's class and configs say."""
     takes = inspect.signature(found.pipeline.__call__).parameters
     size = found.configs[found.denoiser].get("sample_size")
-    guidance = getattr(takes.get("guidance_scale"), "default", None)
+    guidance = getattr(takes.get(pipelines.guidance_argument(found.pipeline)), "default", None)
     default = {"steps": getattr(takes.get("num_inference_steps"), "default", None) or 50,
                "guidance_scale": float(guidance or 1),
                "image_size": size * shrinks(found) if isinstance(size, int) else UNSAID}
