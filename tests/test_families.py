@@ -5,183 +5,19 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderDC,
-    AutoencoderKL,
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    PixArtSigmaPipeline,
-    SanaPipeline,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
 )
+from families import FAMILIES, NEEDS_TORCH_25, OLD_TORCH, SIZE
 from PIL import Image
-from test_surgery import BUILD, FLUX, SD3
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import Unigram
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    Gemma2Config,
-    Gemma2Model,
-    PreTrainedTokenizerFast,
-    T5Config,
-    T5EncoderModel,
-    T5TokenizerFast,
-)
 
 from pruning import UserError, data, test_single_rate
 from pruning.methods import METHODS, recovery
 from pruning.metrics import METRICS
 from pruning.models import generation, pipelines, weights_files
-from pruning.models.provenance import release
 from pruning.records import store
 from pruning.records.record import read_record
 
-SIZE = 32  # pixels a side: a latent of 8 x 8, as a VAE of three levels shrinks images to a quarter
-LEVELS = (8, 8, 8)  # channels of the levels of a VAE
-TEXT = 24  # width of a caption's tokens in the denoisers of tests/test_surgery.py
 RATE = {"joint": 0.2}  # tiny models hold little that units could save
-POOLED = 16  # width of their pooled captions
-
-
-def clip(width, projected=None, number=""):
-    """Return a CLIP text encoder and the bundled tokenizer as components of a pipeline; `number` ends their names."""
-    tokenizer = CLIPTokenizer.from_pretrained(pipelines.MODELS["shapes-unet"].folder / "tokenizer")
-    kind = CLIPTextModelWithProjection if projected else CLIPTextModel
-    config = CLIPTextConfig(
-        hidden_size=width, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        projection_dim=projected or width, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        max_position_embeddings=tokenizer.model_max_length)
-    return {f"text_encoder{number}": kind(config), f"tokenizer{number}": tokenizer}
-
-
-def word_tokenizer():
-    """Return a tokenizer whose tokens are the words of the captions of drawn scenes."""
-    found = {f"▁{word}" for sample in data.load_samples("shapes", 64)[0] for word in sample.caption.split()}
-    tokenizer = Tokenizer(Unigram([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0),
-                                   *((word, -2.0) for word in sorted(found))], unk_id=2))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    return tokenizer
-
-
-def t5(number=""):
-    tokenizer = T5TokenizerFast(tokenizer_object=word_tokenizer(), extra_ids=0)
-    config = T5Config(vocab_size=len(tokenizer), d_model=TEXT, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    return {f"text_encoder{number}": T5EncoderModel(config), f"tokenizer{number}": tokenizer}
-
-
-def gemma():
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=word_tokenizer(), pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    config = Gemma2Config(
-        vocab_size=len(tokenizer), hidden_size=TEXT, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, pad_token_id=0, eos_token_id=1, bos_token_id=1)
-    return dict(text_encoder=Gemma2Model(config), tokenizer=tokenizer)
-
-
-def vae(channels, **options):
-    return AutoencoderKL(
-        block_out_channels=LEVELS, down_block_types=("DownEncoderBlock2D",) * 3, norm_num_groups=4, layers_per_block=1,
-        up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=channels, sample_size=SIZE, **options)
-
-
-def sana_vae():
-    levels = dict(block_types=("ResBlock", "ResBlock", "EfficientViTBlock"), block_out_channels=LEVELS,
-                  layers_per_block=(1, 1, 1), qkv_multiscales=((), (), (5,)))
-    return AutoencoderDC(
-        latent_channels=4, attention_head_dim=4, downsample_block_type="conv", upsample_block_type="interpolate",
-        **{f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in levels.items()})
-
-
-def sd3(**options):
-    return dict(
-        transformer=SD3Transformer2DModel(**dict(SD3, in_channels=16, out_channels=16), **options),
-        vae=vae(16, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        **clip(TEXT // 2, POOLED // 2), **clip(TEXT // 2, POOLED // 2, "_2"))
-
-
-def flux(guidance_embeds):
-    return FluxPipeline(
-        transformer=FluxTransformer2DModel(**dict(FLUX, in_channels=4 * 16), guidance_embeds=guidance_embeds),
-        vae=vae(16, shift_factor=0.12, use_quant_conv=False, use_post_quant_conv=False),
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=guidance_embeds),
-        **clip(POOLED), **t5("_2"))
-
-
-def qwen_tokenizer():
-    """Return the tokenizer of drawn scenes with a chat template."""
-    return PreTrainedTokenizerFast(
-        tokenizer_object=word_tokenizer(), pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
-        chat_template="{% for message in messages %}{{ message['content'] }} {% endfor %}")
-
-
-def qwen_config(kind, tokenizer, **options):
-    return kind(vocab_size=len(tokenizer), hidden_size=TEXT, intermediate_size=32, num_hidden_layers=2,
-                num_attention_heads=2, num_key_value_heads=1, **options)
-
-
-def z_image():
-    from diffusers import ZImagePipeline, ZImageTransformer2DModel
-    from transformers import Qwen3Config, Qwen3Model
-    tokenizer = qwen_tokenizer()
-    return ZImagePipeline(
-        transformer=ZImageTransformer2DModel(
-            in_channels=16, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=TEXT,
-            axes_dims=[4, 4, 8], axes_lens=[1024, 32, 32]),
-        vae=vae(16, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
-        text_encoder=Qwen3Model(qwen_config(Qwen3Config, tokenizer, head_dim=8)), tokenizer=tokenizer,
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
-
-
-def qwen_image():
-    from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-    tokenizer = qwen_tokenizer()
-    text = dict(vocab_size=len(tokenizer), hidden_size=TEXT, intermediate_size=32, num_hidden_layers=1,
-                num_attention_heads=2, num_key_value_heads=1,
-                rope_scaling={"type": "mrope", "mrope_section": [2, 2, 2]})
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=dict(
-        depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=TEXT), **text)
-    return QwenImagePipeline(
-        transformer=QwenImageTransformer2DModel(
-            in_channels=64, out_channels=16, num_layers=1, attention_head_dim=16, num_attention_heads=4,
-            joint_attention_dim=TEXT, axes_dims_rope=(8, 4, 4)),
-        vae=AutoencoderKLQwenImage(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
-        text_encoder=Qwen2_5_VLForConditionalGeneration(config), tokenizer=tokenizer,
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
-
-
-FAMILIES = {
-    "sd15": lambda: StableDiffusionPipeline(
-        unet=BUILD["sd15"](), vae=vae(4), scheduler=DDIMScheduler(clip_sample=False, steps_offset=1), **clip(TEXT),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False),
-    "sdxl": lambda: StableDiffusionXLPipeline(
-        unet=BUILD["sdxl"](), vae=vae(4), scheduler=EulerDiscreteScheduler(), **clip(TEXT // 2),
-        **clip(TEXT // 2, POOLED, "_2")),
-    "pixart": lambda: PixArtSigmaPipeline(
-        transformer=BUILD["pixart"](), vae=vae(4), scheduler=DPMSolverMultistepScheduler(), **t5()),
-    "sd3": lambda: StableDiffusion3Pipeline(**sd3(), text_encoder_3=None, tokenizer_3=None),
-    "sd35": lambda: StableDiffusion3Pipeline(**sd3(dual_attention_layers=(0, 1), qk_norm="rms_norm"), **t5("_3")),
-    "flux_dev": lambda: flux(guidance_embeds=True),
-    "flux_schnell": lambda: flux(guidance_embeds=False),
-    "sana": lambda: SanaPipeline(
-        transformer=BUILD["sana"](), vae=sana_vae(), **gemma(),
-        scheduler=DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)),
-    "z_image": z_image,
-    "qwen_image": qwen_image,
-}
-NEEDS_TORCH_25 = ("flux", "sana", "z_image", "qwen")  # on the CPU
-OLD_TORCH = release("torch") < (2, 5)
 WITHOUT = {("sd15", "modulation"), ("sdxl", "modulation")}  # UNets have no AdaLN
 QUICK = ("sd3", "structured")  # the only pair of a family and a method that is not slow
 
@@ -190,7 +26,7 @@ def marks(family):
     return [pytest.mark.skipif(OLD_TORCH, reason="needs torch 2.5")] if family.startswith(NEEDS_TORCH_25) else []
 
 
-def families(*names):
+def of_families(*names):
     return pytest.mark.parametrize("family", [pytest.param(name, marks=marks(name)) for name in names])
 
 
@@ -296,7 +132,7 @@ def test_the_saved_pipeline_makes_the_same_images(measured):
 
 
 @pytest.mark.slow
-@families(*FAMILIES)
+@of_families(*FAMILIES)
 def test_the_default_image_size_is_that_of_the_pipeline(family, folder_of):
     pipeline = pipelines.load_pipeline(str(folder_of(family)))
     size = pipelines.sampling_settings(pipeline, str(folder_of(family)))["image_size"]
@@ -304,7 +140,7 @@ def test_the_default_image_size_is_that_of_the_pipeline(family, folder_of):
 
 
 @pytest.mark.slow
-@families(*FAMILIES)
+@of_families(*FAMILIES)
 def test_noise_depends_on_the_sample_and_the_seed_alone(family, folder_of):
     pipeline = pipelines.load_pipeline(str(folder_of(family)))
     samples = scenes(3)
@@ -316,7 +152,7 @@ def test_noise_depends_on_the_sample_and_the_seed_alone(family, folder_of):
 
 
 @pytest.mark.slow
-@families(*FAMILIES)
+@of_families(*FAMILIES)
 @pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-10), ("bfloat16", 1e-3)])
 def test_the_dense_denoiser_gives_its_recorded_outputs_again_in_float32(family, dtype, error, folder_of):
     """Recovery trains in float32 whatever the recorded dtype is: dense then has no loss except rounding."""
@@ -330,18 +166,20 @@ def test_the_dense_denoiser_gives_its_recorded_outputs_again_in_float32(family, 
             assert recovery.distillation_loss(denoiser, kwargs, target) < error * target.float().var()
 
 
-@families(*FAMILIES)
+@of_families(*FAMILIES)
 def test_whole_weights_are_recognised_without_loading_a_component_twice(family, folder_of, monkeypatch, capsys):
     differing, compare = [], weights_files.differing_names
     monkeypatch.setattr(weights_files, "differing_names",
                         lambda *given: differing.append(compare(*given)) or differing[-1])
-    pipelines.load_pipeline(str(folder_of(family)))
+    folder = folder_of(family)
+    capsys.readouterr()  # saving shows progress
+    pipelines.load_pipeline(str(folder))
     assert differing
     assert all(names == ([], []) for names in differing)
     assert capsys.readouterr().err == ""
 
 
-@families("sd3", "flux_dev")
+@of_families("sd3", "flux_dev")
 def test_an_image_size_that_the_pipeline_cannot_make_is_refused(family, folder_of):
     """The pipeline of sd3 raises an error itself. Flux rounds the size, so its images would match no original."""
     pipeline = pipelines.load_pipeline(str(folder_of(family)))

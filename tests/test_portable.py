@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import torch
-from test_families import FAMILIES, NEEDS_TORCH_25, OLD_TORCH, SIZE
+from families import FAMILIES, NEEDS_TORCH_25, OLD_TORCH, SIZE
 
 from pruning import data, methods
 from pruning.methods import bypass, ranks

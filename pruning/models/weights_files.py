@@ -16,8 +16,8 @@ from pruning.records.words import counted
 # In the order in which diffusers and transformers look for them.
 FILES = ("diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors",
          "model.safetensors", "model.safetensors.index.json")
-# Names of attention layers in files of early releases, which diffusers renames.
-RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+# Parts of names in files of other releases, which diffusers and transformers rename; "" stands for none.
+RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0", "language_model": ""}
 
 
 def names_in_files(folder: Path) -> Set[str]:
@@ -114,7 +114,7 @@ def differing_names(module, held: Set[str]) -> Tuple[List[str], List[str]]:
     def forms(name: str) -> Set[str]:
         """Return the names under which a tensor may be known."""
         *parents, last = name.split(".")
-        own = {name, ".".join([*(RENAMED.get(each, each) for each in parents), last])}
+        own = {name, ".".join([*filter(None, (RENAMED.get(each, each) for each in parents)), last])}
         return own | {each[len(prefix):] for each in own for prefix in prefixes if each.startswith(prefix)}
 
     known = {form for name in held for form in forms(name)}
