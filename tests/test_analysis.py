@@ -140,7 +140,6 @@ def test_offloading_changes_no_image_and_no_count(tmp_path):
         made = prepare(tmp_path / str(choice), "--method", "structured", "--metrics", "lpips_dense")
         made = dataclasses.replace(made, offload=choice)
         dense = pruning_analysis.run_pruning_experiment(made, 0.0)
-        dense = experiment.Dense(steps.load_images(made, 0.0).pixels, dense.per_image)
         folder = tmp_path / f"{choice}-pruned"
         point = pruning_analysis.run_pruning_experiment(made, 0.5, dense, save_to=folder)
         seen[choice] = (point.metrics["lpips_dense"], point.macs, point.parameters)

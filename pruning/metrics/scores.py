@@ -187,7 +187,7 @@ def _covariance_root(features) -> np.ndarray:
 
 
 def _blocks(features) -> List[slice]:
-    """Return the rows of features in blocks of BLOCK_ROWS, because features are float32, and float64 takes twice that."""
+    """Return the rows of features in blocks of BLOCK_ROWS. Only a block is computed with in float64."""
     return [slice(start, start + BLOCK_ROWS) for start in range(0, len(features), BLOCK_ROWS)]
 
 
