@@ -1,4 +1,4 @@
-"""The steps that make a point: prune, make images, time. pruning_analysis.run_pruning_experiment composes them."""
+"""The steps of a point: prune, make images, time, measure. pruning_analysis.run_pruning_experiment composes them."""
 from __future__ import annotations
 
 import copy
