@@ -25,7 +25,7 @@ class Images(NamedTuple):
     """What is known about the images of a point, which lie on disk."""
 
     finite: np.ndarray  # bool (n,): False if the pipeline gave NaN or infinity
-    seconds_each: float
+    seconds_each: float  # mean of their batches' wall time, divided by the images of the batch
     calls: int  # of the denoiser, for a batch
 
 
@@ -162,7 +162,7 @@ def measure_blocks(experiment: Experiment, measurements: Callable, names: Sequen
     """
     values = {name: [] for name in names if METRICS[name].per_image}
     features = {METRICS[name].backbone: [] for name in names if name not in values and METRICS[name].backbone}
-    for rows, pixels, dense_pixels in blocks:
+    for rows, pixels, dense_pixels in blocks if values or features else ():
         described = functools.lru_cache(None)(functools.partial(describe, experiment, pixels))
         measure = measurements(described, rows, pixels, dense_pixels)
         for name, found in values.items():
