@@ -6,7 +6,7 @@ import hashlib
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 from tqdm import tqdm
@@ -22,13 +22,17 @@ from pruning.models.hub import first_line
 from pruning.records import store
 from pruning.records.record import Notes, Record, protocol_differences
 
-REFERENCE_ROWS = 256  # real images in memory at a time
+BLOCK = 64  # images in memory at a time
+REFERENCE_ROWS = 256  # real images in memory at a time; a record's hash of them depends on it
 SAMPLED_STEPS = 6  # by which methods that ask for final latents judge
 
 
 @dataclass(frozen=True, eq=False)
 class Experiment:
-    """What all points of a record share. `prepare` makes it once, and nothing assigns to it afterwards."""
+    """What all points of a record share. `prepare` makes it once, and nothing assigns to it afterwards.
+
+    No image is in it: originals are read, and generated images come from disk, for a block of samples at a time.
+    """
 
     record: Record  # settings, samples, versions; without points
     images_folder: Path
@@ -38,9 +42,8 @@ class Experiment:
     offload: Optional[str]  # one of pipelines.OFFLOADS
     sampling: Dict[str, Any]  # keyword arguments of generation.generate
     samples: List[Sample]  # those of the record, once for each noise seed
-    originals: np.ndarray  # uint8 (n, size, size, 3), a row a sample
     networks: Dict[str, Any]  # family of backbones -> network; empty in all processes but the main one
-    caption_embeddings: Optional[np.ndarray]  # (n, d), if a metric needs them
+    caption_embeddings: Optional[np.ndarray]  # (the record's samples, d), if a metric needs them
     reference: Dict[str, scores.Reference]  # family of backbones -> features of the real images to compare with
     floor_features: Dict[str, np.ndarray]  # family -> features of as many other real images, {} if there are none
     calibration: Optional[Calibration]  # if the method asks for one
@@ -50,6 +53,14 @@ class Experiment:
         """The positions of the samples, batch by batch. Batches do not depend on the number of processes."""
         size, count = self.sampling["batch_size"], len(self.samples)
         return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+    def originals(self, rows: Sequence[int]) -> np.ndarray:
+        """Return the original images of the samples at these positions, uint8 (len(rows), size, size, 3)."""
+        return data.load_originals([self.samples[row] for row in rows], self.sampling["image_size"])
+
+    def captions(self, rows: Sequence[int]) -> np.ndarray:
+        """Return CLIP's embeddings of the captions of the samples at these positions, (len(rows), d)."""
+        return self.caption_embeddings[np.array(rows) % len(self.caption_embeddings)]
 
     @functools.lru_cache(maxsize=None)  # noqa: B019 - an experiment lives as long as its command
     def call(self, size: int) -> dict:
@@ -72,13 +83,6 @@ class Experiment:
         denoiser = getattr(self.pipeline, pipelines.denoiser_name(self.pipeline))
         return {"macs": costs.count_macs(denoiser, self.single_call),
                 "peak_bytes": costs.peak_bytes(denoiser, self.single_call)}
-
-
-class Dense(NamedTuple):
-    """What a point is compared with: the dense model's images and their values."""
-
-    images: np.ndarray  # uint8 (n, size, size, 3)
-    per_image: Dict[str, list]  # metric -> value of each image
 
 
 # ---- preparation
@@ -118,7 +122,7 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
     sampling["batch_size"] = (args.batch_size or (earlier and earlier.settings.get("batch_size"))
                               or choose_batch_size(pipeline, dense, samples[0], device, args.offload, sampling))
 
-    originals = data.load_originals(samples, sampling["image_size"])
+    originals = hash_originals(samples, sampling["image_size"])
     weights = {family: provenance.fingerprint(network.model if isinstance(network, backbones.Clip) else network)
                for family, network in networks.items()}
     described = {family: f"{BACKBONES[kind][family]}, {weights[family]}" for family in weights}
@@ -130,7 +134,7 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
                   "metric_backbones": kind, "denoiser": provenance.fingerprint(dense),
                   "pipeline": provenance.fingerprint_rest(pipeline, pipelines.denoiser_name(pipeline)),
                   "configs": provenance.fingerprint_configs(pipeline),
-                  "originals": store.content_hash(originals),
+                  "originals": originals,
                   "dtype": dtype, "compile": args.compile, "offload": args.offload,
                   **distributed.broadcast(provenance.machine(device))},
         backbones={name: described[family] for name, family in families.items() if family in described},
@@ -191,8 +195,7 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
     return Experiment(
         record=replace(record, notes=notes), images_folder=path.parent / "images", pipeline=pipeline, dense=dense,
         device=device, offload=args.offload, sampling=sampling, samples=repeated,
-        originals=np.tile(originals, (args.seeds, 1, 1, 1)), networks=networks,
-        caption_embeddings=None if embeddings is None else np.tile(embeddings, (args.seeds, 1)),
+        networks=networks, caption_embeddings=embeddings,
         reference={family: scores.Reference(features) for family, features in reference.items()}, floor_features=floors,
         calibration=calibration.Calibration(
             record_calls, args.seed, checkpoint=checkpoint_file(path), guidance_scale=sampling["guidance_scale"],
@@ -264,6 +267,13 @@ def tell(faults: Faults) -> None:
     """Print what was skipped or changed in the data, in one of several processes."""
     for sentence in sentences(faults) if distributed.is_main else ():
         print(sentence, file=sys.stderr)
+
+
+def hash_originals(samples: Sequence[Sample], size: int) -> str:
+    """Return the content_hash of the samples' originals, after each was read. Raises UserError if one cannot be."""
+    starts = tqdm(range(0, len(samples), BLOCK), desc="originals", delay=2, leave=False)
+    blocks = (data.load_originals(samples[start:start + BLOCK], size) for start in starts)
+    return store.hash_of_blocks(blocks, (len(samples), size, size, 3))
 
 
 def describe_originals(networks: Dict[str, Any], described, versions, device: str, size: int,

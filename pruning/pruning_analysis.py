@@ -12,7 +12,6 @@ ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):
     sys.path[0] = str(ROOT)  # instead of pruning/, whose file names must not shadow packages
 
-import functools
 import math
 from dataclasses import replace
 from typing import Callable, Dict, Optional
@@ -20,9 +19,9 @@ from typing import Callable, Dict, Optional
 import numpy as np
 
 from pruning import UserError, cli, distributed, sweep
-from pruning.experiment import Dense, Experiment
+from pruning.experiment import Experiment
 from pruning.methods import unreached_by_reason
-from pruning.metrics import METRICS, backbones, scores
+from pruning.metrics import METRICS, scores
 from pruning.records.answers import answer
 from pruning.records.record import Point
 from pruning.records.summaries import sensitivity_summary, summary
@@ -30,8 +29,10 @@ from pruning.steps import (
     add_seconds,
     compile_denoisers,
     count_costs,
+    image_blocks,
     load_images,
     make_images,
+    measure_blocks,
     observe_step,
     prune_copy,
     save_pruned,
@@ -41,12 +42,12 @@ from pruning.steps import (
 RATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
-def run_pruning_experiment(experiment: Experiment, rate: float, dense: Optional[Dense] = None,
+def run_pruning_experiment(experiment: Experiment, rate: float, dense: Optional[Point] = None,
                            measured: Optional[Point] = None, save_to: Optional[Path] = None,
                            on_batch: Optional[Callable[[int], None]] = None) -> Optional[Point]:
     """Measure one point: prune the dense denoiser to `rate`, make the images, measure them. Rate 0 is the dense model.
 
-    dense: what the dense model's images are, for all rates but 0.
+    dense: the dense model's point, for all rates but 0; its images are read from disk.
     measured: the point of an earlier run that lacks metrics; its images are read from disk if they are there.
     save_to: a folder for the pruned pipeline. on_batch(count): called after every batch of images.
 
@@ -80,21 +81,22 @@ def run_pruning_experiment(experiment: Experiment, rate: float, dense: Optional[
     else:
         denoiser, seconds = None, dict(measured.seconds, measure=0.0)
         if on_batch:
-            on_batch(len(images.pixels))
+            on_batch(len(images.finite))
 
-    def measurements(pixels, dense_pixels, features) -> Dict[str, Callable]:
+    def measurements(features, rows=None, pixels=None, dense_pixels=None) -> Dict[str, Callable]:
         """Return {metric: the function that measures it}. A new metric is one more line here.
 
-        pixels: uint8 (n, size, size, 3), and `dense_pixels` the dense model's from the same noise.
-        features(family): what a network of BACKBONES makes of the images, (n, d).
+        features(family): what a network of BACKBONES makes of the images, (n, d). A metric with a value for each image
+        gets the images in blocks: `pixels`, uint8 (n, size, size, 3), `dense_pixels`, the dense model's from the same
+        noise, and `rows`, the positions of their samples. A metric of the whole set gets the features of all images.
         """
         perceptual = experiment.networks.get("lpips")
         return {
-            "clip_score": lambda: scores.clip_score(features("clip"), experiment.caption_embeddings),
+            "clip_score": lambda: scores.clip_score(features("clip"), experiment.captions(rows)),
             "kid": lambda: scores.kid(features("features"), experiment.reference["features"]),
             "cmmd": lambda: scores.cmmd(features("clip"), experiment.reference["clip"]),
             "fid": lambda: scores.fid(features("features"), experiment.reference["features"]),
-            "lpips": lambda: scores.lpips(perceptual, pixels, experiment.originals),
+            "lpips": lambda: scores.lpips(perceptual, pixels, experiment.originals(rows)),
             "lpips_dense": lambda: scores.lpips(perceptual, pixels, dense_pixels),
             "ssim_dense": lambda: scores.ssim(pixels, dense_pixels, experiment.device),
             "psnr_dense": lambda: scores.psnr(pixels, dense_pixels, experiment.device),
@@ -102,15 +104,16 @@ def run_pruning_experiment(experiment: Experiment, rate: float, dense: Optional[
         }
 
     with add_seconds("measure", seconds):
-        features = functools.lru_cache(None)(
-            lambda family: backbones.describe(family, experiment.networks[family], images.pixels))
-        measure = measurements(images.pixels, images.pixels if rate == 0 else dense.images, features)
-        values = {name: measure[name]() for name in experiment.record.settings["metrics"]}
-        seeds = experiment.record.settings["seeds"]
+        chosen, seeds = experiment.record.settings["metrics"], experiment.record.settings["seeds"]
+        everything = range(len(experiment.samples))
+        values, features = measure_blocks(
+            experiment, measurements, chosen, image_blocks(experiment, rate, everything, everything))
+        whole = measurements(features.get)
         means, per_image, intervals = scores.summarise(
-            values, images.finite, None if rate == 0 else dense.per_image, seeds)
+            {name: values[name] if name in values else whole[name]() for name in chosen},
+            images.finite, None if rate == 0 else dense.per_image, seeds)
         floors = floors_of(experiment, measurements) if rate == 0 else {}
-        spread = seed_spread(images.pixels, per_image, seeds, measurements) if rate == 0 else {}
+        spread = seed_spread(experiment, per_image, seeds, measurements) if rate == 0 else {}
     point = replace(measured, metrics=means, intervals=intervals, per_image=per_image, floors=floors,
                     seed_spread=spread, seconds=seconds)
     if save_to:
@@ -122,12 +125,12 @@ def floors_of(experiment: Experiment, measurements) -> Dict[str, float]:
     """Return what as many other real images score by each metric against the reference; {} if there are not as many."""
     if not experiment.floor_features:
         return {}
-    measure = measurements(None, None, experiment.floor_features.get)
+    measure = measurements(experiment.floor_features.get)
     return {name: measure[name]().value for name in experiment.record.settings["metrics"]
             if METRICS[name].against == "reference"}
 
 
-def seed_spread(pixels: np.ndarray, per_image: Dict[str, list], seeds: int, measurements) -> Dict[str, float]:
+def seed_spread(experiment: Experiment, per_image: Dict[str, list], seeds: int, measurements) -> Dict[str, float]:
     """Return how far the dense model is from itself under other noise: smaller changes than that are noise.
 
     For a metric against the dense images: its mean between the images of the first seed and those of the others.
@@ -135,16 +138,15 @@ def seed_spread(pixels: np.ndarray, per_image: Dict[str, list], seeds: int, meas
     """
     if seeds == 1:
         return {}
-    first, others = np.split(pixels, [len(pixels) // seeds])
-    measure = measurements(others, np.tile(first, (seeds - 1, 1, 1, 1)), None)
-    spread = {}
-    for name, values in per_image.items():
-        if METRICS[name].against == "dense":
-            spread[name] = float(measure[name]().mean())
-        else:
-            deviations = np.array(values, float).reshape(seeds, -1).std(axis=0, ddof=1)
-            spread[name] = math.sqrt(2 * np.mean(deviations ** 2) / len(deviations))
-    return spread
+    count = len(experiment.samples) // seeds
+    others = range(count, len(experiment.samples))
+    between, _ = measure_blocks(
+        experiment, measurements, [name for name in per_image if METRICS[name].against == "dense"],
+        image_blocks(experiment, 0.0, others, [row % count for row in others]))
+    deviations = {name: np.array(values, float).reshape(seeds, -1).std(axis=0, ddof=1)
+                  for name, values in per_image.items()}
+    return {name: float(between[name].mean()) if name in between else
+            math.sqrt(2 * np.mean(deviations[name] ** 2) / count) for name in per_image}
 
 
 def main(argv=None) -> None:

@@ -1,22 +1,32 @@
-"""The steps that make a point: prune, make images, time. pruning_analysis.run_pruning_experiment composes them."""
+"""The steps of a point: prune, make images, time, measure. pruning_analysis.run_pruning_experiment composes them."""
 from __future__ import annotations
 
 import copy
+import functools
 import time
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
+from tqdm import tqdm
 
 from pruning import UserError, distributed, methods
-from pruning.experiment import Experiment, release_dense
+from pruning.experiment import BLOCK, Experiment, release_dense
 from pruning.methods import Pruned
-from pruning.metrics import costs
+from pruning.metrics import METRICS, backbones, costs
 from pruning.models import compiling, generation, pipelines, provenance, saving
 from pruning.records import store
 from pruning.records.record import Point, Record
+
+
+class Images(NamedTuple):
+    """What is known about the images of a point, which lie on disk."""
+
+    finite: np.ndarray  # bool (n,): False if the pipeline gave NaN or infinity
+    seconds_each: float  # mean of their batches' wall time, divided by the images of the batch
+    calls: int  # of the denoiser, for a batch
 
 
 @contextmanager
@@ -81,20 +91,24 @@ def observe_step(experiment: Experiment, calls: compiling.CompiledCalls, size: i
     calls.observe(lambda: generation.one_step(experiment.pipeline, experiment.samples[:size], **experiment.sampling))
 
 
-def make_images(experiment: Experiment, rate: float, on_batch: Optional[Callable[[int], None]] = None):
-    """Return the images of a point. Those on disk are read; the others are made, and written batch by batch.
+def make_images(experiment: Experiment, rate: float, on_batch: Optional[Callable[[int], None]] = None
+                ) -> Optional[Images]:
+    """Make the images of a point that are not on disk yet, and write them batch by batch.
 
-    Several processes share out the batches. The main process returns all images, the others None.
+    Several processes share out the batches. The main process returns what is known about all images, the others None.
     """
-    batches = experiment.batches
+    batches, found = experiment.batches, {}
 
     def make(batch):
-        if None in [load_image(experiment, rate, index) for index in batch]:
+        images = [load_image(experiment, rate, index) for index in batch]
+        if None in images:
             made = generation.generate(experiment.pipeline, [experiment.samples[index] for index in batch],
                                        **experiment.sampling)
-            for index, pixels, finite in zip(batch, made.pixels, made.finite):
-                store.save_image(store.Made(pixels, bool(finite), made.seconds_each, made.calls),
-                                 image_file(experiment, rate, index), image_provenance(experiment, rate, index))
+            images = [store.Made(pixels, bool(finite), made.seconds_each, made.calls)
+                      for pixels, finite in zip(made.pixels, made.finite)]
+            for index, image in zip(batch, images):
+                store.save_image(image, image_file(experiment, rate, index), image_provenance(experiment, rate, index))
+        found.update((index, without_pixels(image)) for index, image in zip(batch, images))
         if on_batch:
             on_batch(len(batch))
 
@@ -106,24 +120,69 @@ def make_images(experiment: Experiment, rate: float, on_batch: Optional[Callable
     for number, batch in enumerate(batches):
         if number % distributed.world_size:  # another process has made it; if not, it is made here
             make(batch)
-    return whole_images(experiment, rate)
+    return known_images([found[index] for index in range(len(experiment.samples))])
 
 
-def whole_images(experiment: Experiment, rate: float) -> generation.Images:
-    """Return the images of a point from disk. Raises UserError if one is missing."""
-    images = load_images(experiment, rate)
-    if images is None:
-        raise UserError(f"images in {image_file(experiment, rate, 0).parent} vanished: give the same command again")
-    return images
+def load_images(experiment: Experiment, rate: float) -> Optional[Images]:
+    """Return what is known about the images of a point, or None if one is missing or was made in another way."""
+    found = [without_pixels(load_image(experiment, rate, index)) for index in range(len(experiment.samples))]
+    return None if None in found else known_images(found)
 
 
-def load_images(experiment: Experiment, rate: float) -> Optional[generation.Images]:
-    """Return the images of a point from disk, or None if one is missing or was made in another way."""
-    found = [load_image(experiment, rate, index) for index in range(len(experiment.samples))]
+def without_pixels(image: Optional[store.Made]) -> Optional[store.Made]:
+    """Return an image without its pixels, so that they can be let go."""
+    return image and image._replace(pixels=None)
+
+
+def known_images(found: List[store.Made]) -> Images:
+    """Return what is known about all images together."""
+    _, finite, seconds, calls = zip(*found)
+    return Images(np.array(finite), float(np.mean(seconds)), max(calls))
+
+
+def image_blocks(experiment: Experiment, rate: float, rows: Sequence[int], dense_rows: Sequence[int]
+                 ) -> Iterator[Tuple[Sequence[int], np.ndarray, np.ndarray]]:
+    """Yield (positions, images of a point, dense model's images to compare with), BLOCK of them at a time.
+
+    rows: the positions of the samples. dense_rows: for each of them, that of the dense model's image. Images are uint8
+    (n, size, size, 3). Raises UserError if one is not on disk.
+    """
+    for start in tqdm(range(0, len(rows), BLOCK), desc="metrics", delay=2, leave=False):
+        own, other = rows[start:start + BLOCK], dense_rows[start:start + BLOCK]
+        pixels = read_pixels(experiment, rate, own)
+        yield own, pixels, pixels if rate == 0 and own == other else read_pixels(experiment, 0.0, other)
+
+
+def measure_blocks(experiment: Experiment, measurements: Callable, names: Sequence[str], blocks: Iterable
+                   ) -> Tuple[Dict[str, np.ndarray], Dict[str, np.ndarray]]:
+    """Return {metric: the value of each image} and {family of backbones: features (n, d)} of the images in blocks.
+
+    measurements: as in run_pruning_experiment. names: of metrics. The features are those that metrics of the whole set
+    need. blocks: those of image_blocks; nothing else of them is kept.
+    """
+    values = {name: [] for name in names if METRICS[name].per_image}
+    features = {METRICS[name].backbone: [] for name in names if name not in values and METRICS[name].backbone}
+    for rows, pixels, dense_pixels in blocks if values or features else ():
+        described = functools.lru_cache(None)(functools.partial(describe, experiment, pixels))
+        measure = measurements(described, rows, pixels, dense_pixels)
+        for name, found in values.items():
+            found.append(measure[name]())
+        for family, found in features.items():
+            found.append(described(family))
+    return tuple({name: np.concatenate(found) for name, found in each.items()} for each in (values, features))
+
+
+def describe(experiment: Experiment, pixels: np.ndarray, family: str) -> np.ndarray:
+    """Return the features (n, d) of some images by a network of the experiment."""
+    return backbones.describe(family, experiment.networks[family], pixels)
+
+
+def read_pixels(experiment: Experiment, rate: float, rows: Sequence[int]) -> np.ndarray:
+    """Return the images of a point at these positions from disk. Raises UserError if one is missing."""
+    found = [load_image(experiment, rate, row) for row in rows]
     if None in found:
-        return None
-    pixels, finite, seconds, calls = zip(*found)
-    return generation.Images(np.stack(pixels), np.array(finite), float(np.mean(seconds)), max(calls))
+        raise UserError(f"images in {image_file(experiment, rate, 0).parent} vanished: give the same command again")
+    return np.stack([image.pixels for image in found])
 
 
 def load_image(experiment: Experiment, rate: float, index: int) -> Optional[store.Made]:
@@ -155,7 +214,7 @@ def pruned_origin(record: Record, rate: float) -> Dict[str, Any]:
             **record.options, **seed}
 
 
-def time_calls(experiment: Experiment, denoiser, rate: float, images: generation.Images) -> Dict[str, Any]:
+def time_calls(experiment: Experiment, denoiser, rate: float, images: Images) -> Dict[str, Any]:
     """Return the seconds of a denoiser call and of an image, each beside the dense model's, with intervals of ratios.
 
     Calls of the pruned and the dense denoiser alternate. The dense model's image time is computed: the image time of

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from pruning import UserError, cli, distributed, methods
 from pruning.data import DATASETS
-from pruning.experiment import Dense, Experiment, checkpoint_file, prepare, release_dense
+from pruning.experiment import Experiment, checkpoint_file, prepare, release_dense
 from pruning.methods import variant_name
 from pruning.metrics import costs
 from pruning.models import pipelines, saving
@@ -26,7 +26,7 @@ from pruning.records.findings import all_points
 from pruning.records.plots import shown_images
 from pruning.records.record import BrokenRecordError, Point, Record, read_record, record_path, write_record
 from pruning.records.summaries import reach
-from pruning.steps import image_file, load_images, prune_copy, pruned_origin, save_pruned, whole_images
+from pruning.steps import image_file, load_images, prune_copy, pruned_origin, save_pruned
 
 
 def sweep(args, run_pruning_experiment: Callable[..., Optional[Point]]) -> Tuple[Path, Optional[Record]]:
@@ -124,16 +124,13 @@ def measure_all(experiment: Experiment, args, path: Path, known: Dict[float, Poi
         saving.check_room(folders[rate], least_bytes(experiment))
     # The main process decides for all, as files change while the others look.
     todo = distributed.broadcast(missing_points(experiment, args.rates, known))
-    chosen, dense = set(experiment.record.settings["metrics"]), None
+    chosen = set(experiment.record.settings["metrics"])
 
     def measure(rate: float, again: bool) -> None:
-        nonlocal dense
-        if rate and dense is None and distributed.is_main:
-            dense = Dense(whole_images(experiment, 0.0).pixels, known[0.0].per_image)
         bar.set_description(f"{experiment.record.variant} {rate:g}" if rate else "dense")
         save_to = folders[rate] if rate in unsaved else None
-        known[rate] = run_pruning_experiment(experiment, rate, dense, known.get(rate) if again else None, save_to,
-                                             bar.update)
+        known[rate] = run_pruning_experiment(experiment, rate, known.get(0.0) if rate else None,
+                                             known.get(rate) if again else None, save_to, bar.update)
         unsaved.discard(rate)
 
     def write() -> None:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,13 @@ from pruning.data.faults import sentences
 from pruning.methods import METHODS, default_options, needs, probes, reconstruct, sequential, units
 from pruning.metrics import METRICS, backbones, scores
 from pruning.models import generation, pipelines
+from pruning.records import store
 from pruning.records.record import read_record
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--num_images", "4", "--steps", "4", "--batch_size", "4", "--device", "cpu"]
 RATES = ["--rates", "0.3", "0.8"]
+PAIRS = ["--metrics", "clip_score", "lpips", "lpips_dense", "psnr_dense"]
 FEW_CALLS = ["--calibration_images", "4"]
 
 
@@ -124,12 +127,12 @@ def test_a_record_says_what_each_layer_lost_and_its_share_of_the_model(measured)
     assert errors == [0, 0] or 0 < errors[0] < errors[1]
 
 
-def prepare(folder, *flags, earlier=None):
-    """The experiment of these flags, as the command makes it. earlier: the record that it continues."""
+def prepare(folder, *flags, earlier=None, count=2):
+    """The experiment of these flags and `count` images, as the command makes it. earlier: the record it continues."""
     parser = cli.Parser("")
     cli.add_measuring_flags(parser)
     args = parser.parse_args([*QUICK[2:], *flags])
-    args.num_images, args.results_dir, args.rates = 2, folder, [0.5]
+    args.num_images, args.results_dir, args.rates = count, folder, [0.5]
     return experiment.prepare(args, sweep.own_path(args), earlier)
 
 
@@ -140,7 +143,6 @@ def test_offloading_changes_no_image_and_no_count(tmp_path):
         made = prepare(tmp_path / str(choice), "--method", "structured", "--metrics", "lpips_dense")
         made = dataclasses.replace(made, offload=choice)
         dense = pruning_analysis.run_pruning_experiment(made, 0.0)
-        dense = experiment.Dense(steps.load_images(made, 0.0).pixels, dense.per_image)
         folder = tmp_path / f"{choice}-pruned"
         point = pruning_analysis.run_pruning_experiment(made, 0.5, dense, save_to=folder)
         seen[choice] = (point.metrics["lpips_dense"], point.macs, point.parameters)
@@ -504,3 +506,35 @@ def test_what_a_method_cannot_reach_is_said_before_any_image_is_made(tmp_path, c
                  "--steps", "2", "--device", "cpu", "--results_dir", tmp_path, *FEW_CALLS)
     assert words in said
     assert not list(tmp_path.rglob("*.png"))
+
+
+def peaks(folder, count, dense):
+    """The most bytes that numpy holds at a time while a point of `count` images is read and measured: step -> bytes."""
+    made = prepare(folder, *PAIRS, count=count)
+    for index, pixels in enumerate(np.random.RandomState(0).randint(0, 256, (count, 64, 64, 3)).astype(np.uint8)):
+        for rate in (0.0, 0.5):  # images of a stand-in for the pipeline
+            store.save_image(store.Made(pixels, True, 1.0, 1), steps.image_file(made, rate, index),
+                             steps.image_provenance(made, rate, index))
+    run, pruned = pruning_analysis.run_pruning_experiment, dataclasses.replace(dense, rate=0.5)
+    whole = dataclasses.replace(dense, per_image={name: [1.0] * count for name in dense.per_image})
+    uses = {"originals": lambda: experiment.hash_originals(made.samples, 64),
+            "images": lambda: steps.make_images(made, 0.0),
+            "dense": lambda: run(made, 0.0, measured=dense),
+            "metrics": lambda: run(made, 0.5, whole, measured=pruned)}
+    found = {}
+    for name, use in uses.items():
+        tracemalloc.start()
+        use()
+        found[name] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    return found
+
+
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path, monkeypatch):
+    """Each step may grow by a quarter of the images of a rate: 30,000 of 512 pixels a side would take 24 GB."""
+    for module in (experiment, steps):
+        monkeypatch.setattr(module, "BLOCK", 8)
+    dense = pruning_analysis.run_pruning_experiment(prepare(tmp_path / "2", *PAIRS), 0.0)
+    few, many = (peaks(tmp_path / str(count), count, dense) for count in (16, 128))
+    for name, peak in many.items():
+        assert peak - few[name] < (128 - 16) * 64 * 64 * 3 / 4, (name, few[name], peak)

@@ -6,6 +6,7 @@ use the bundled weights.
 from __future__ import annotations
 
 import ast
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -345,7 +346,7 @@ def test_fid_through_the_network_equals_that_of_torchmetrics(networks):
     judge.update(torch.from_numpy(images).permute(0, 3, 1, 2), real=True)
     judge.update(torch.from_numpy(others).permute(0, 3, 1, 2), real=False)
     rows = [backbones.image_features(networks["features"], x) for x in (others, images)]
-    assert rows[0].dtype == np.float64
+    assert rows[0].dtype == np.float32
     assert rows[0].shape == (80, 64)
     assert scores.fid(rows[0], scores.Reference(rows[1])).value == pytest.approx(judge.compute().item(), rel=1e-4)
 
@@ -456,12 +457,32 @@ def test_kernel_distances_equal_their_sums_over_all_pairs():
         assert distance(x, scores.Reference(y)).value == pytest.approx(1000 * (sum(within) - 2 * between), rel=1e-9)
 
 
-def test_kernel_distances_do_not_depend_on_the_block_size(monkeypatch):
+@pytest.mark.parametrize("distance", [scores.kid, scores.cmmd, scores.fid])
+@pytest.mark.parametrize("rows", [1, 7, 30])
+def test_distances_of_sets_do_not_depend_on_the_block_size(distance, rows, monkeypatch):
     x, reference = gaussian(30, 5), gaussian(50, 5, seed=1)
-    whole = scores.kid(x, scores.Reference(reference))
-    monkeypatch.setattr(scores, "KERNEL_ENTRIES", 120)  # two rows of the reference
-    parts = scores.kid(x, scores.Reference(reference))
-    assert (parts.value, *parts.interval) == pytest.approx((whole.value, *whole.interval), rel=1e-12)
+    whole = distance(x, scores.Reference(reference))
+    monkeypatch.setattr(scores, "BLOCK_ROWS", rows)
+    parts = distance(x, scores.Reference(reference))
+    assert (parts.value, *(parts.interval or ())) == pytest.approx((whole.value, *(whole.interval or ())), rel=1e-12)
+
+
+@pytest.mark.parametrize("distance", [scores.kid, scores.cmmd, scores.fid])
+def test_distances_of_sets_need_no_memory_for_pairs_of_images_and_no_copy_of_the_features(distance, monkeypatch):
+    monkeypatch.setattr(scores, "BLOCK_ROWS", 64)
+
+    def peak(count):
+        """The most bytes that numpy holds at a time beside the features of two sets of `count` images."""
+        x, y = (gaussian(count, 256, seed=seed).astype(np.float32) for seed in (0, 1))
+        tracemalloc.start()
+        distance(x, scores.Reference(y))
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    peak(100)  # imports
+    few, many = peak(400), peak(1600)
+    assert many - few < 1200 * 256 * 4 / 2  # half of the further features of one set; all pairs take 20 MB
 
 
 @pytest.mark.parametrize("distance", [scores.kid, scores.cmmd])

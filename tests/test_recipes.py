@@ -41,7 +41,7 @@ def make_additions(root):
 def run(root, *flags):
     """Run the sweep of the copy on few images, and return the folder of its record and the record."""
     done = subprocess.run([sys.executable, str(root / "pruning" / "pruning_analysis.py"), *QUICK, *flags],
-                          capture_output=True, text=True)
+                          capture_output=True, text=True, cwd=str(root))
     assert done.returncode == 0, done.stderr
     record, = (root / "results").rglob("*+*.json") if "--power" in flags else (root / "results").rglob("time_*.json")
     return record.parent, json.loads(record.read_text())

@@ -5,7 +5,6 @@ from typing import List
 
 import numpy as np
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
 from pruning import UserError
 from pruning.data.samples import Sample
@@ -61,6 +60,6 @@ def load_originals(samples: List[Sample], size: int) -> np.ndarray:
     Raises UserError if an image file is missing or broken.
     """
     originals = np.empty((len(samples), size, size, 3), np.uint8)
-    for sample, row in zip(tqdm(samples, desc="originals", delay=1), originals):
+    for sample, row in zip(samples, originals):
         row[:] = fit_image(sample.open_image(), size)
     return originals

@@ -263,14 +263,13 @@ def embed_images(clip: Clip, images, batch_size: int = 64) -> np.ndarray:
 
 
 def image_features(network, images, batch_size: int = 32) -> np.ndarray:
-    """Return the features of images, float64 (n, d), by a "features" network of load_backbone.
+    """Return the features of images, float32 (n, d), by a "features" network of load_backbone.
 
     Raises ValueError if images are not uint8 (n, h, w, 3).
     """
     check_images(images)
     device = device_of(network)
-    return in_batches(lambda batch: network(to_tensor(batch, device)), batch_size, "image features",
-                      images).astype(np.float64)
+    return in_batches(lambda batch: network(to_tensor(batch, device)), batch_size, "image features", images)
 
 
 def describe(family: str, network, images) -> np.ndarray:

@@ -5,17 +5,17 @@ Images are uint8 arrays (n, height, width, 3).
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
-from tqdm import tqdm
 
 from pruning.metrics import METRICS
 from pruning.metrics.backbones import check_images, device_of, in_batches, to_signed, to_tensor
 from pruning.metrics.intervals import MIN_SAMPLES, Interval, metric_interval, t_critical
 
-KERNEL_ENTRIES = 2 ** 22  # of a kernel matrix in memory at a time
+BLOCK_ROWS = 2 ** 11  # of a set of features that are computed with at a time
 STRIP_PIXELS = 2 ** 14  # of a pair of images in SSIM on a GPU at a time
 WINDOW_REACH = 5  # pixels from the centre of SSIM's 11 x 11 window to its edge
 
@@ -86,7 +86,7 @@ def psnr(images, others, device="cpu") -> np.ndarray:
     # of data_range 1 is exact, and numpy's float64 keeps base in float64.
     return np.array([float(peak_signal_noise_ratio(*(_to_float64(image, device) / 255 for image in pair),
                                                    data_range=1.0, base=np.float64(10)))
-                     for pair in tqdm(zip(images, others), total=len(images), desc="PSNR", delay=2, leave=False)])
+                     for pair in zip(images, others)])
 
 
 def ssim(images, others, device="cpu") -> np.ndarray:
@@ -103,8 +103,7 @@ def ssim(images, others, device="cpu") -> np.ndarray:
     if min(height, width) <= WINDOW_REACH:
         raise ValueError(f"SSIM needs images of at least 6 x 6 pixels, got {height} x {width}")
     compute = functools.partial(_ssim_by_torch, device=device) if str(device).startswith("cuda") else _ssim_by_scipy
-    pairs = tqdm(zip(images, others), total=len(images), desc="SSIM", delay=2, leave=False)
-    return np.array([compute(*pair) for pair in pairs])
+    return np.array([compute(*pair) for pair in zip(images, others)])
 
 
 def _ssim_by_torch(image, other, device) -> float:
@@ -143,7 +142,7 @@ class Reference:
     """Features (m, d) of real images, and their parts of the distances, computed once for many sets of images."""
 
     def __init__(self, features):
-        self.features = np.asarray(features, np.float64)
+        self.features = features
         self._sums = {}
 
     @functools.cached_property
@@ -152,9 +151,9 @@ class Reference:
         return _covariance_root(self.features)
 
     def kernel_sums(self, kernel) -> np.ndarray:
-        """Return the sum (m,) of the kernel of each row with all others, see _kernel_sums."""
+        """Return the sum (m,) of the kernel of each row with all others, see _sums_within."""
         if kernel not in self._sums:
-            self._sums[kernel] = _kernel_sums(self.features, kernel)
+            self._sums[kernel] = _sums_within(self.features, kernel)
         return self._sums[kernel]
 
 
@@ -167,17 +166,29 @@ def fid(features, reference: Reference) -> Distance:
     """
     if min(len(features), len(reference.features)) < 2:
         return Distance(math.nan, None)
-    shift = features.mean(axis=0) - reference.features.mean(axis=0)
+    shift = _mean(features) - _mean(reference.features)
     a, b = _covariance_root(features), reference.covariance_root
     distance = shift @ shift + np.sum(a * a) + np.sum(b * b) - 2 * np.linalg.norm(a @ b.T, "nuc")
     return Distance(max(0.0, float(distance)), None)  # rounding can make a distance of 0 negative
 
 
+def _mean(features) -> np.ndarray:
+    return features.mean(axis=0, dtype=np.float64)
+
+
 def _covariance_root(features) -> np.ndarray:
     """Return A (min(n, d), d) such that AᵀA is the unbiased covariance of features (n, d)."""
     n, d = features.shape
-    centred = (features - features.mean(axis=0)) / math.sqrt(n - 1)
-    return np.linalg.qr(centred, mode="r") if n > d else centred
+    mean, root = _mean(features), np.empty((0, d))
+    for rows in _blocks(features):
+        root = np.concatenate([root, (features[rows] - mean) / math.sqrt(n - 1)])
+        root = np.linalg.qr(root, mode="r") if len(root) > d else root
+    return root
+
+
+def _blocks(features) -> List[slice]:
+    """Return the rows of features in blocks of BLOCK_ROWS. Only a block is computed with in float64."""
+    return [slice(start, start + BLOCK_ROWS) for start in range(0, len(features), BLOCK_ROWS)]
 
 
 def kid(features, reference: Reference) -> Distance:
@@ -207,12 +218,31 @@ def _gaussian(a, b):
     return np.exp(-(np.sum(a * a, 1)[:, None] + np.sum(b * b, 1) - 2 * a @ b.T) / 200)
 
 
-def _kernel_sums(x, kernel) -> np.ndarray:
-    """Return the sum (n,) of the kernel of each row of x (n, d) with all other rows, in blocks of KERNEL_ENTRIES."""
-    rows = max(1, KERNEL_ENTRIES // len(x))
-    return np.concatenate([
-        block.sum(axis=1) - block[np.arange(len(block)), np.arange(start, start + len(block))]
-        for start in range(0, len(x), rows) for block in [kernel(x[start:start + rows], x)]])
+def _sums_within(x, kernel) -> np.ndarray:
+    """Return the sum (n,) of the kernel of each row of x (n, d) with all other rows."""
+    sums = np.zeros(len(x))
+    for rows, others in itertools.combinations_with_replacement(_blocks(x), 2):
+        block = _kernel_block(kernel, x[rows], x[others])
+        if rows == others:
+            np.fill_diagonal(block, 0)
+        else:  # the kernel is symmetric
+            sums[others] += block.sum(axis=0)
+        sums[rows] += block.sum(axis=1)
+    return sums
+
+
+def _sums_between(x, y, kernel) -> Tuple[np.ndarray, np.ndarray]:
+    """Return the sum (n,) of the kernel of each row of x (n, d) with all rows of y (m, d), and (m,) of y's with x."""
+    of_x, of_y = np.zeros(len(x)), np.zeros(len(y))
+    for rows, others in itertools.product(_blocks(x), _blocks(y)):
+        block = _kernel_block(kernel, x[rows], y[others])
+        of_x[rows] += block.sum(axis=1)
+        of_y[others] += block.sum(axis=0)
+    return of_x, of_y
+
+
+def _kernel_block(kernel, a, b) -> np.ndarray:
+    return kernel(a.astype(np.float64), b.astype(np.float64))
 
 
 def _unbiased_mmd(x, reference: Reference, kernel) -> Distance:
@@ -220,17 +250,18 @@ def _unbiased_mmd(x, reference: Reference, kernel) -> Distance:
     n, m = len(x), len(reference.features)
     if min(n, m) < 2:
         return Distance(math.nan, None)
-    x = x.astype(np.float64)
-    of_x, of_y, between = _kernel_sums(x, kernel), reference.kernel_sums(kernel), kernel(x, reference.features)
+    of_x, of_y = _sums_within(x, kernel), reference.kernel_sums(kernel)
+    x_with_y, y_with_x = _sums_between(x, reference.features, kernel)
 
     def mmd(sum_x, n, sum_y, m, sum_between):
         return sum_x / (n * (n - 1)) + sum_y / (m * (m - 1)) - 2 * sum_between / (n * m)
 
-    value = mmd(of_x.sum(), n, of_y.sum(), m, between.sum())
+    between = x_with_y.sum()
+    value = mmd(of_x.sum(), n, of_y.sum(), m, between)
     if min(n, m) < MIN_SAMPLES:
         return Distance(1000 * value, None)
-    without_x = mmd(of_x.sum() - 2 * of_x, n - 1, of_y.sum(), m, between.sum() - between.sum(1))
-    without_y = mmd(of_x.sum(), n, of_y.sum() - 2 * of_y, m - 1, between.sum() - between.sum(0))
+    without_x = mmd(of_x.sum() - 2 * of_x, n - 1, of_y.sum(), m, between - x_with_y)
+    without_y = mmd(of_x.sum(), n, of_y.sum() - 2 * of_y, m - 1, between - y_with_x)
     # The jackknife leaves out one row of one set at a time; the variances of both sets add up.
     variance = sum((len(estimates) - 1) * estimates.var() for estimates in (without_x, without_y))
     reach = t_critical(min(n, m) - 1) * math.sqrt(variance)

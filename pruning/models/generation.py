@@ -17,7 +17,7 @@ from pruning.models.hub import first_line
 from pruning.models.pipelines import denoiser_name, guidance_argument
 
 CPU_BATCH, GPU_BATCHES = 8, (32, 16, 8, 4, 2, 1)  # a CPU gains nothing from larger batches
-PROMPT_BYTES = 2 ** 31  # of encoded prompts that are kept
+PROMPT_BYTES = 2 ** 29  # of encoded prompts that are kept
 # Arguments of pipelines that edit or follow an image, or make a film.
 MORE_THAN_A_CAPTION = ("image", "mask_image", "control_image", "image_embeds", "video", "num_frames")
 

@@ -9,7 +9,7 @@ import re
 import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import Iterable, NamedTuple, Optional, Tuple
 
 import filelock
 import numpy as np
@@ -22,7 +22,7 @@ from pruning import UserError, cache_folder, whole_file
 class Made(NamedTuple):
     """An image, and how it was generated."""
 
-    pixels: np.ndarray  # uint8 (h, w, 3)
+    pixels: Optional[np.ndarray]  # uint8 (h, w, 3); None if they were let go
     finite: bool  # whether the pipeline gave finite numbers for every pixel
     seconds: float  # the time of its batch, divided by the images of the batch
     calls: int  # how often the denoiser was called for its batch
@@ -93,7 +93,16 @@ def cached_features(compute, images: np.ndarray, key: str) -> np.ndarray:
 def content_hash(array: np.ndarray) -> str:
     """Return a hash of an array's type, shape and values, 32 hex digits."""
     array = np.ascontiguousarray(array)
-    return hashlib.sha256(f"{array.dtype} {array.shape} ".encode() + array.tobytes()).hexdigest()[:32]
+    return hash_of_blocks([array], array.shape)
+
+
+def hash_of_blocks(blocks: Iterable[np.ndarray], shape: Tuple[int, ...]) -> str:
+    """Return the content_hash of an array of this shape, whose rows come in blocks, one of which is held at a time."""
+    digest = None
+    for block in blocks:
+        digest = digest or hashlib.sha256(f"{block.dtype} {shape} ".encode())
+        digest.update(np.ascontiguousarray(block).reshape(-1).view(np.uint8))
+    return digest.hexdigest()[:32]
 
 
 def set_aside(path: Path) -> str:
