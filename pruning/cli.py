@@ -126,7 +126,8 @@ def add_measuring_flags(parser: Parser) -> None:
                         help="how to prune: " + "; ".join(f"{name}: {m.help}" for name, m in METHODS.items()))
     parser.add_argument("--dataset", type=one_of("dataset", DATASETS), default="shapes",
                         help="captions and originals: " + "; ".join(f"{n}: {d.help}" for n, d in DATASETS.items()))
-    parser.add_argument("--data_dir", type=Path, help="folder of the data set (default: fetched if it can be)")
+    parser.add_argument("--data_dir", type=Path,
+                        help="folder of the data set, or file of prompts (default: fetched if possible)")
     parser.add_argument("--model", help=f"a bundled model, a pipeline folder or a hub id (default: {defaults})")
     parser.add_argument("--seed", type=not_negative, default=0, help="chooses samples and noise")
     parser.add_argument("--seeds", type=noise_seeds, default=1,
@@ -137,8 +138,8 @@ def add_measuring_flags(parser: Parser) -> None:
     parser.add_argument("--offload", type=one_of("offload", OFFLOADS),
                         help="keep waiting parts of the model on the CPU: model (whole modules) or sequential (layers)")
     parser.add_argument("--compile", action="store_true", help="compile the denoiser with torch.compile before timing")
-    parser.add_argument("--metrics", nargs="+", type=one_of("metric", METRICS), default=list(METRICS),
-                        help="what to measure")
+    parser.add_argument("--metrics", nargs="+", type=one_of("metric", METRICS),
+                        help=f"what to measure (default: all that the data set allows, of {' '.join(METRICS)})")
     parser.add_argument("--metric_backbones", type=one_of("metric backbones", BACKBONES),
                         help="networks behind the metrics: bundled (for shapes) or standard (default: by dataset)")
     add_method_flags(parser)

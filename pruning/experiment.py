@@ -21,6 +21,7 @@ from pruning.models import generation, pipelines, provenance
 from pruning.models.hub import first_line
 from pruning.records import store
 from pruning.records.record import Notes, Record, protocol_differences
+from pruning.records.words import listed
 
 REFERENCE_ROWS = 256  # real images in memory at a time
 SAMPLED_STEPS = 6  # by which methods that ask for final latents judge
@@ -38,7 +39,7 @@ class Experiment:
     offload: Optional[str]  # one of pipelines.OFFLOADS
     sampling: Dict[str, Any]  # keyword arguments of generation.generate
     samples: List[Sample]  # those of the record, once for each noise seed
-    originals: np.ndarray  # uint8 (n, size, size, 3), a row a sample
+    originals: np.ndarray  # uint8 (n, size, size, 3), a row a sample; n is 0 if the data set has no originals
     networks: Dict[str, Any]  # family of backbones -> network; empty in all processes but the main one
     caption_embeddings: Optional[np.ndarray]  # (n, d), if a metric needs them
     reference: Dict[str, scores.Reference]  # family of backbones -> features of the real images to compare with
@@ -96,13 +97,13 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
         raise UserError(f"--offload {args.offload} needs a GPU; on the CPU there is nothing to offload")
     with distributed.main_first():
         samples, faults = data.load_samples(args.dataset, args.num_images, args.seed, args.data_dir)
+    chosen, left_out = choose_metrics(args, earlier)
+    faults = {**faults, **left_out}
     tell(faults)
     captions = training_captions(args, samples)
     dtype = args.dtype or ("float32" if device == "cpu" else "bfloat16")
     model = args.model or DATASETS[args.dataset].default_model
     kind = args.metric_backbones or DATASETS[args.dataset].backbones
-    measured = earlier.settings["metrics"] if earlier else []
-    chosen = [name for name in METRICS if name in args.metrics or name in measured]  # all points have the same
     families = {name: METRICS[name].backbone for name in chosen if METRICS[name].backbone}
     networks = {family: backbones.load_backbone(kind, family, device)
                 for family in dict.fromkeys(families.values()) if distributed.is_main}
@@ -118,7 +119,7 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
     sampling["batch_size"] = (args.batch_size or (earlier and earlier.settings.get("batch_size"))
                               or choose_batch_size(pipeline, dense, samples[0], device, args.offload, sampling))
 
-    originals = data.load_originals(samples, sampling["image_size"])
+    originals = data.load_originals(samples if DATASETS[args.dataset].originals else [], sampling["image_size"])
     weights = {family: provenance.fingerprint(network.model if isinstance(network, backbones.Clip) else network)
                for family, network in networks.items()}
     described = {family: f"{BACKBONES[kind][family]}, {weights[family]}" for family in weights}
@@ -198,6 +199,23 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
             record_calls, args.seed, checkpoint=checkpoint_file(path), guidance_scale=sampling["guidance_scale"],
             first_batch=min(sampling["batch_size"], len(captions)), memory=int(args.calibration_memory * GIB),
             folder=calibration_folder(record, captions), sample=sample) if captions else None)
+
+
+def choose_metrics(args, earlier: Optional[Record]) -> Tuple[List[str], Faults]:
+    """Return the metrics to measure, of all points alike, and what is left out because the data set has no originals.
+
+    Raises UserError if a metric is asked for that needs originals which the data set does not have.
+    """
+    asked, needy = args.metrics, [] if DATASETS[args.dataset].originals else \
+        [name for name, metric in METRICS.items() if metric.needs_originals]
+    refused = [name for name in needy if name in (asked or ())]
+    if refused:
+        raise UserError(f"{args.dataset} has no original images, which {listed(refused)} compare with: leave out "
+                        f"{listed(refused)}, or give another --dataset")
+    wanted = set(METRICS if asked is None else asked) - set(needy) | set(earlier.settings["metrics"] if earlier else ())
+    why = f"Metrics left out because {args.dataset} has no original images"
+    left_out = {why: {"count": len(needy), "first": needy}} if needy and asked is None else {}
+    return [name for name in METRICS if name in wanted], left_out
 
 
 def training_captions(args, samples: List[Sample]) -> List[str]:
