@@ -210,8 +210,8 @@ def choose_metrics(args, earlier: Optional[Record]) -> Tuple[List[str], Faults]:
         [name for name, metric in METRICS.items() if metric.needs_originals]
     refused = [name for name in needy if name in (asked or ())]
     if refused:
-        raise UserError(f"{args.dataset} has no original images, which {listed(refused)} compare with: leave out "
-                        f"{listed(refused)}, or give another --dataset")
+        raise UserError(f"{args.dataset} has no original images to compare with by {listed(refused)}: give other "
+                        "--metrics or another --dataset")
     wanted = set(METRICS if asked is None else asked) - set(needy) | set(earlier.settings["metrics"] if earlier else ())
     why = f"Metrics left out because {args.dataset} has no original images"
     left_out = {why: {"count": len(needy), "first": needy}} if needy and asked is None else {}

@@ -267,7 +267,7 @@ def test_training_captions_do_not_change_with_the_number_of_samples(tmp_path):
 
 def test_fewer_captions_left_for_training_than_asked_for_is_an_error_that_gives_their_number(tmp_path):
     samples, _ = load_samples("coco", 12, 0, coco_folder(tmp_path))
-    with pytest.raises(UserError, match="^coco has no caption left to .* and needs 1 more: measure fewer images$"):
+    with pytest.raises(UserError, match="^coco has no caption left to .* and needs 1 more: measure fewer images, or add captions$"):
         training_captions("coco", 1, 0, tmp_path, samples)
     assert len(training_captions("coco", 3, 0, tmp_path, samples[:9])) == 3
     with pytest.raises(UserError, match="only 3 captions left .* needs 1 more: give --calibration_images 3 or measure"):

@@ -110,7 +110,7 @@ def test_metrics_that_need_originals_are_left_out_on_screen_and_in_the_record(tm
 
 def test_asking_for_a_metric_that_needs_originals_is_an_error(tmp_path):
     path = written(tmp_path, "prompts.txt", "a\nb\nc\n")
-    with pytest.raises(UserError, match="prompts has no original images, which kid and fid compare with: leave out"):
+    with pytest.raises(UserError, match="prompts has no original images to compare with by kid and fid: give other --metrics"):
         pruning_analysis.main([*FLAGS, "--data_dir", str(path), "--results_dir", str(tmp_path / "r"),
                                "--metrics", "fid", "clip_score", "kid"])
     assert not (tmp_path / "r").exists()

@@ -66,7 +66,7 @@ def training_captions(dataset: str, count: int, seed: int = 0, data_dir=None, ex
         left = f"only {len(captions)} captions" if captions else "no caption"
         fewer = f"give --calibration_images {len(captions)} or " if captions else ""
         raise UserError(f"{dataset} has {left} left to calibrate on and needs {count - len(captions)} more: "
-                        f"{fewer}measure fewer images")
+                        f"{fewer}measure fewer images{', or add captions' if data_dir else ''}")
     return captions
 
 
