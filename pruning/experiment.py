@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
-from tqdm import tqdm
 
 from pruning import UserError, cache_folder, cli, data, distributed, methods
 from pruning.data import DATASETS, Sample
@@ -19,6 +18,7 @@ from pruning.methods.calibration import GIB, Calibration
 from pruning.metrics import BACKBONES, METRICS, backbones, costs, scores
 from pruning.models import generation, pipelines, provenance
 from pruning.models.hub import first_line
+from pruning.progress import status, tqdm
 from pruning.records import store
 from pruning.records.record import Notes, Record, protocol_differences
 from pruning.records.words import listed
@@ -92,6 +92,7 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
     """
     options = cli.method_options(args)
     methods.check_together(options, args.rates)
+    status("importing torch, diffusers and transformers")
     device = distributed.own_device(pipelines.pick_device(args.device))
     if args.offload and device == "cpu":
         raise UserError(f"--offload {args.offload} needs a GPU; on the CPU there is nothing to offload")
@@ -105,8 +106,10 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
     model = args.model or DATASETS[args.dataset].default_model
     kind = args.metric_backbones or DATASETS[args.dataset].backbones
     families = {name: METRICS[name].backbone for name in chosen if METRICS[name].backbone}
+    status("loading the networks of the metrics")
     networks = {family: backbones.load_backbone(kind, family, device)
                 for family in dict.fromkeys(families.values()) if distributed.is_main}
+    status(f"loading {model}")
     with distributed.main_first():
         pipeline = pipelines.load_pipeline(model, "cpu" if args.offload else device, dtype)
     generation.remember_prompts(pipeline)

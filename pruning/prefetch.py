@@ -16,13 +16,12 @@ import hashlib
 import os
 from typing import Dict, List
 
-from tqdm import tqdm
-
 from pruning import cli, data
 from pruning.data import DATASETS
 from pruning.data.faults import sentences
 from pruning.metrics import BACKBONES, METRICS, backbones
 from pruning.models import pipelines
+from pruning.progress import tqdm
 
 # The variables that keep the libraries offline, and those that say where fetched files lie.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}

@@ -267,7 +267,7 @@ def test_training_captions_do_not_change_with_the_number_of_samples(tmp_path):
 
 def test_fewer_captions_left_for_training_than_asked_for_is_an_error_that_gives_their_number(tmp_path):
     samples, _ = load_samples("coco", 12, 0, coco_folder(tmp_path))
-    with pytest.raises(UserError, match="^coco has no caption left to .* and needs 1 more: measure fewer images, or add captions$"):
+    with pytest.raises(UserError, match="no caption left to .* needs 1 more: measure fewer images, or add captions$"):
         training_captions("coco", 1, 0, tmp_path, samples)
     assert len(training_captions("coco", 3, 0, tmp_path, samples[:9])) == 3
     with pytest.raises(UserError, match="only 3 captions left .* needs 1 more: give --calibration_images 3 or measure"):
@@ -794,8 +794,7 @@ def test_only_needed_files_are_fetched_and_only_once(mirror, capfd):
     training_captions("coco", 3, exclude=samples)
     assert mirror.asked == []
     out, err = capfd.readouterr()
-    assert out == ""
-    assert "COCO images" in err
+    assert (out, err) == ("", "")  # no bars in files
     assert not pooch.get_logger().isEnabledFor(logging.INFO)  # no line for each file
     # The cache has the layout of a data folder.
     assert [s[:2] for s in load_samples("coco", 6, 0, mirror.cache)[0]] == [s[:2] for s in more]

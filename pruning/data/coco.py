@@ -11,14 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
-from tqdm import tqdm
-
 from pruning import UserError, cache_folder
 from pruning.data.faults import Faults, note
 from pruning.data.fetching import downloader, fetch, fetching
 from pruning.data.folders import Entry, file_samples, first_in, folder_source, read_captions
 from pruning.data.images import open_rgb
 from pruning.data.samples import Sample, Source
+from pruning.progress import tqdm
 
 # The S3 bucket of images.cocodataset.org; that host itself has no valid TLS certificate.
 URL = "https://s3.amazonaws.com/images.cocodataset.org"

@@ -5,10 +5,10 @@ from typing import List
 
 import numpy as np
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
 from pruning import UserError
 from pruning.data.samples import Sample
+from pruning.progress import tqdm
 
 RESIZE_RULE = "largest centred square, antialiased bicubic"  # what fit_image does, for the record
 

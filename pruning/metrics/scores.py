@@ -9,11 +9,11 @@ import math
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
-from tqdm import tqdm
 
 from pruning.metrics import METRICS
 from pruning.metrics.backbones import check_images, device_of, in_batches, to_signed, to_tensor
 from pruning.metrics.intervals import MIN_SAMPLES, Interval, metric_interval, t_critical
+from pruning.progress import tqdm
 
 KERNEL_ENTRIES = 2 ** 22  # of a kernel matrix in memory at a time
 STRIP_PIXELS = 2 ** 14  # of a pair of images in SSIM on a GPU at a time
