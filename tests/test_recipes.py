@@ -1,4 +1,4 @@
-"""The recipes of docs/extending.md work as they stand there: the additions are made in a copy of the code, which runs."""
+"""The recipes of docs/extending.md work as they stand there: the additions are made in a copy of the code and run."""
 from __future__ import annotations
 
 import json
