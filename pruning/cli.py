@@ -203,21 +203,28 @@ def closing(args, record: Record, path: Path, command: Sequence[str], drop: Sequ
     """
     answer = textwrap.wrap(brief(record, args.tolerance), max(40, shutil.get_terminal_size().columns), max_lines=4,
                            break_on_hyphens=False, placeholder=" …")
-    why, changes = next_step(record, args.tolerance)
     files = {"Report": path.with_name("report.html"), "Figure": path.with_name(f"{record.variant}.png"),
              "Tables": path.with_name(f"{record.variant}.txt"), "Record": path}
+    if args.shard:
+        files = {"Record": path}
+        merging = [Path(command[0]).with_name("merge_results.py"), "--results_dir", str(args.results_dir)]
+        following = f"Next, when all shards are measured: {changed_command(merging, {})}"
+    else:
+        why, changes = next_step(record, args.tolerance, saved=args.save_pruned is not None)
+        following = f"Next, {why}: {changed_command(command, changes, drop)}"
     return "\n".join([*answer, *filter(None, [failed(record, args.tolerance)]),
                       *(f"{name}: {near(file)}" for name, file in files.items() if file.exists()),
-                      f"Next, {why}: {changed_command(command, changes, drop)}"])
+                      following])
 
 
 def changed_command(command: Sequence[str], changes: Dict[str, Sequence[str]], drop: Sequence[str] = ()) -> str:
     """Return a command line to copy: this Python, a script and its arguments, with some flags changed or dropped.
 
-    A command of another method loses the options of this one.
+    A command of another method loses the options of this one, and its folder of a pruned model.
     """
     script, *arguments = command
-    options = {f"--{name}" for entry in METHODS.values() for name in entry.options} if "--method" in changes else set()
+    options = {"--save_pruned", *(f"--{name}" for entry in METHODS.values() for name in entry.options)} \
+        if "--method" in changes else set()
     python = "python" if shutil.which("python") == sys.executable else near(sys.executable)
     groups = []
     for argument in arguments:

@@ -129,8 +129,9 @@ def measure_all(experiment: Experiment, args, path: Path, known: Dict[float, Poi
 
     def on_batch(rate: float, size: int) -> None:
         nonlocal untimed
-        if untimed and to_make and distributed.is_main:
-            seconds = load_image(experiment, rate, 0).seconds * to_make / distributed.world_size
+        made = load_image(experiment, rate, 0) if untimed and to_make and distributed.is_main else None
+        if made:
+            seconds = made.seconds * to_make / distributed.world_size
             tqdm.write(f"{counted(to_make, 'image')} take about {duration(seconds)} by the first batch; calibration, "
                        "pruning, timing and metrics come on top", file=sys.stderr)
         untimed = False

@@ -64,6 +64,7 @@ def test_what_to_try_next_follows_from_what_is_known():
         "--rates": [f"{good.rate + step / 10:g}" for step in (1, 2, 3)]})
     sure = replace(record, points=[good, next(point for point in decided if point.rate > good.rate)])
     assert next_step(sure) == ("to keep the pruned model", {"--rates": [f"{good.rate:g}"], "--save_pruned": ["pruned"]})
+    assert next_step(sure, saved=True) == ("to compare another method", {"--method": ["joint"]})
     lost = replace(record, points=[point for point in decided if point.rate > good.rate])
     first = lost.points[0].rate
     assert next_step(lost) == ("to find a rate that holds", {
@@ -104,10 +105,12 @@ def test_the_end_of_a_command_names_only_files_that_are_there_as_seen_from_here(
         (path.parent / name).write_text("")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
-    lines = cli.closing(argparse.Namespace(tolerance=0.05), record, path, ["x.py"]).splitlines()
+    lines = cli.closing(argparse.Namespace(tolerance=0.05, shard=None, save_pruned=None), record, path, ["x.py"]).splitlines()
     assert [line for line in lines if ": r/" in line] == [
         "Report: r/report.html", f"Figure: r/{record.variant}.png", "Record: r/structured.json"]
     assert lines[-1].startswith("Next, ")
+    sharded = argparse.Namespace(tolerance=0.05, shard=(1, 3), results_dir=Path("r"))
+    assert cli.closing(sharded, record, path, ["x.py"]).endswith(" merge_results.py --results_dir r")
     assert all(len(line) <= 100 for line in lines[:4])
 
 

@@ -97,11 +97,11 @@ def failed(record: Record, tolerance: float = TOLERANCE) -> str:
     return f"Failures at rate {point.rate:g}: {_failed(*lost, images_of(record), f'{100 * tolerance:g} %')}."
 
 
-def next_step(record: Record, tolerance: float = TOLERANCE) -> Tuple[str, Dict[str, List[str]]]:
+def next_step(record: Record, tolerance: float = TOLERANCE, saved: bool = False) -> Tuple[str, Dict[str, List[str]]]:
     """Return what to try next, as its purpose and the flags that change: the first that applies of what follows.
 
     More images, if few more decide on a rate; lower or higher rates, if none or all hold; a saved model, if it is
-    smaller; a method that makes it smaller.
+    smaller and not `saved` yet; another method.
     """
     rates, good = [point.rate for point in record.points], last_good(record, tolerance)
     undecided = next((point for point in record.points if not holds(point, record.dense, tolerance)), None)
@@ -116,9 +116,10 @@ def next_step(record: Record, tolerance: float = TOLERANCE) -> Tuple[str, Dict[s
             not getattr(METHODS.get(record.method), "limited", False):
         higher = [rate / 10 for rate in range(1, 10) if rate / 10 > good.rate + 0.01]
         return "to find the rate that fails", {"--rates": [f"{rate:g}" for rate in higher[:3]]}
-    if good and removes(record):
+    if good and removes(record) and not saved:
         return "to keep the pruned model", {"--rates": [f"{good.rate:g}"], "--save_pruned": ["pruned"]}
-    return "for a smaller and faster model", {"--method": ["joint" if record.method == "structured" else "structured"]}
+    why = "to compare another method" if removes(record) else "for a smaller and faster model"
+    return why, {"--method": ["joint" if record.method == "structured" else "structured"]}
 
 
 def needed(point: Point, record: Record, tolerance: float) -> str:
