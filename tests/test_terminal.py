@@ -105,7 +105,8 @@ def test_the_end_of_a_command_names_only_files_that_are_there_as_seen_from_here(
         (path.parent / name).write_text("")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
-    lines = cli.closing(argparse.Namespace(tolerance=0.05, shard=None, save_pruned=None), record, path, ["x.py"]).splitlines()
+    alone = argparse.Namespace(tolerance=0.05, shard=None, save_pruned=None)
+    lines = cli.closing(alone, record, path, ["x.py"]).splitlines()
     assert [line for line in lines if ": r/" in line] == [
         "Report: r/report.html", f"Figure: r/{record.variant}.png", "Record: r/structured.json"]
     assert lines[-1].startswith("Next, ")
