@@ -211,10 +211,9 @@ def closing(args, record: Record, path: Path, command: Sequence[str], drop: Sequ
         following = f"Next, when all shards are measured: {changed_command(merging, {})}"
     else:
         why, changes = next_step(record, args.tolerance, saved=args.save_pruned is not None)
-        following = f"Next, {why}: {changed_command(command, changes, drop)}"
-    return "\n".join([*answer, *filter(None, [failed(record, args.tolerance)]),
-                      *(f"{name}: {near(file)}" for name, file in files.items() if file.exists()),
-                      following])
+        following = why and f"Next, {why}: {changed_command(command, changes, drop)}"
+    return "\n".join(filter(None, [*answer, failed(record, args.tolerance), *(
+        f"{name}: {near(file)}" for name, file in files.items() if file.exists()), following]))
 
 
 def changed_command(command: Sequence[str], changes: Dict[str, Sequence[str]], drop: Sequence[str] = ()) -> str:

@@ -69,6 +69,10 @@ def test_what_to_try_next_follows_from_what_is_known():
     first = lost.points[0].rate
     assert next_step(lost) == ("to find a rate that holds", {
         "--rates": [f"{first / 4:.2g}", f"{first / 2:.2g}"]})
+    few = replace(record, samples=record.samples[:4])
+    assert next_step(few) == ("for an answer", {"--num_images": ["32"], "--overwrite": []})
+    unknown = replace(record, dense=replace(record.dense, metrics={"clip_score": None}))
+    assert next_step(unknown) == ("", {})
     zeroing = read_record(STRUCTURED.with_name("magnitude.json"))
     holding = last_good(zeroing)
     failing = next(point for point in zeroing.points if holds(point, zeroing.dense, 0.05) is False)

@@ -98,11 +98,16 @@ def failed(record: Record, tolerance: float = TOLERANCE) -> str:
 
 
 def next_step(record: Record, tolerance: float = TOLERANCE, saved: bool = False) -> Tuple[str, Dict[str, List[str]]]:
-    """Return what to try next, as its purpose and the flags that change: the first that applies of what follows.
+    """Return what to try next, as its purpose and the flags that change; "" and {} if QUALITY says nothing.
 
+    The first that applies of what follows.
     More images, if few more decide on a rate; lower or higher rates, if none or all hold; a saved model, if it is
     smaller and not `saved` yet; another method.
     """
+    if not (record.dense.metrics.get(QUALITY) or 0) > 0:
+        return "", {}
+    if len(record.samples) < intervals.MIN_SAMPLES:
+        return "for an answer", {"--num_images": ["32"], "--overwrite": []}
     rates, good = [point.rate for point in record.points], last_good(record, tolerance)
     undecided = next((point for point in record.points if not holds(point, record.dense, tolerance)), None)
     more = samples_to_decide(undecided, record, tolerance) if undecided \
