@@ -8,6 +8,14 @@
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
+for argument in "$@"; do
+  case "$argument" in
+    -h | --help)  # without any package
+      sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
+      exec cat "$root/pruning/flags.txt" ;;
+  esac
+done
+
 flags=()
 for name in method num_images dataset; do
   case "${1:-}" in

@@ -7,9 +7,21 @@
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
+case " $* " in
+  *" -h "* | *" --help "*)
+    sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
+    exit ;;
+esac
+
 chosen=(-m "not slow")
 if [ "${1:-}" = "--slow" ]; then
-  chosen=()
+  case " $* " in
+  *" -h "* | *" --help "*)
+    sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
+    exit ;;
+esac
+
+chosen=()
   shift
 fi
 

@@ -1,4 +1,4 @@
-"""What share of published denoisers each method reaches, from their configs, as the table in the README.
+"""What share of published denoisers each method reaches, from their configs, as the table in docs/methods.md.
 
 example:
   python benchmarks/families.py
@@ -61,7 +61,7 @@ def removed_by_units(denoiser) -> Tuple[Dict[str, int], Dict[str, Unreached]]:
 
 
 def table() -> str:
-    """Return the table of the README: a row a model, and the share that each method reaches, in per cent."""
+    """Return the table of docs/methods.md: a row a model, and the share that each method reaches, in per cent."""
     rows = []
     for model in PUBLISHED:
         denoiser = build(model)

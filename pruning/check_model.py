@@ -20,6 +20,7 @@ from pruning import cli
 from pruning.data import DATASETS
 from pruning.models import pipelines
 from pruning.records.tables import Table, wrapped
+from pruning.records.words import duration
 
 POINTS = 10  # of a sweep: nine rates and the dense model
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -68,9 +69,9 @@ def time_text(found, args, device: str, dtype: str) -> str:
     seconds = calls * macs / speed
     return (f"An image of {settings['image_size']} x {settings['image_size']} pixels in {settings['steps']} steps at "
             f"guidance {settings['guidance_scale']:g} takes the denoiser about {_macs(calls * macs)}. On {device} a "
-            f"matrix product in {dtype} makes {_macs(speed)} a second. So an image takes {_duration(seconds)} or more, "
+            f"matrix product in {dtype} makes {_macs(speed)} a second. So an image takes {duration(seconds)} or more, "
             f"and a sweep of {args.num_images} images at {POINTS - 1} rates and dense "
-            f"{_duration(POINTS * args.num_images * seconds)} or more.")
+            f"{duration(POINTS * args.num_images * seconds)} or more.")
 
 
 def _gb(size: float) -> str:
@@ -80,13 +81,6 @@ def _gb(size: float) -> str:
 def _macs(count: float) -> str:
     scale, unit = (1e12, "trillion") if count >= 1e12 else (1e9, "billion")
     return f"{float(f'{count / scale:.2g}'):,g} {unit} multiply-accumulates"
-
-
-def _duration(seconds: float) -> str:
-    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{float(f'{seconds:.1g}'):g} s"
 
 
 def main(argv=None) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 import argparse
 import codecs
 import os
+import shlex
+import shutil
 import sys
 import tempfile
+import textwrap
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, Sequence
 
 from pruning import UserError, offline_by
 from pruning.data import DATASETS
@@ -17,7 +20,9 @@ from pruning.methods.calibration import GIB, MEMORY
 from pruning.metrics import BACKBONES, METRICS
 from pruning.models.pipelines import OFFLOADS
 from pruning.models.saving import LARGEST_GUIDANCE, LARGEST_IMAGE
+from pruning.records.answers import brief, failed, next_step
 from pruning.records.findings import QUALITY, TOLERANCE
+from pruning.records.record import Record
 
 ROOT = Path(__file__).resolve().parents[1]
 # Where results go: in a clone of the repository there, else, as an installed package, in the folder of the shell.
@@ -126,7 +131,8 @@ def add_measuring_flags(parser: Parser) -> None:
                         help="how to prune: " + "; ".join(f"{name}: {m.help}" for name, m in METHODS.items()))
     parser.add_argument("--dataset", type=one_of("dataset", DATASETS), default="shapes",
                         help="captions and originals: " + "; ".join(f"{n}: {d.help}" for n, d in DATASETS.items()))
-    parser.add_argument("--data_dir", type=Path, help="folder of the data set (default: fetched if it can be)")
+    parser.add_argument("--data_dir", type=Path,
+                        help="folder of the data set, or file of prompts (default: fetched if possible)")
     parser.add_argument("--model", help=f"a bundled model, a pipeline folder or a hub id (default: {defaults})")
     parser.add_argument("--seed", type=not_negative, default=0, help="chooses samples and noise")
     parser.add_argument("--seeds", type=noise_seeds, default=1,
@@ -137,8 +143,8 @@ def add_measuring_flags(parser: Parser) -> None:
     parser.add_argument("--offload", type=one_of("offload", OFFLOADS),
                         help="keep waiting parts of the model on the CPU: model (whole modules) or sequential (layers)")
     parser.add_argument("--compile", action="store_true", help="compile the denoiser with torch.compile before timing")
-    parser.add_argument("--metrics", nargs="+", type=one_of("metric", METRICS), default=list(METRICS),
-                        help="what to measure")
+    parser.add_argument("--metrics", nargs="+", type=one_of("metric", METRICS),
+                        help=f"what to measure (default: all that the data set allows, of {' '.join(METRICS)})")
     parser.add_argument("--metric_backbones", type=one_of("metric backbones", BACKBONES),
                         help="networks behind the metrics: bundled (for shapes) or standard (default: by dataset)")
     add_method_flags(parser)
@@ -185,6 +191,54 @@ def method_options(args) -> Dict[str, Any]:
         if given is not None:
             options[name] = given
     return options
+
+
+# ---- what a command says when it has finished
+
+def closing(args, record: Record, path: Path, command: Sequence[str], drop: Sequence[str] = ()) -> str:
+    """Return the answer in at most four lines of the terminal's width, the failures, the paths, the next thing to try.
+
+    path: of the record. command: the script and its arguments, which the next command repeats but for the flags in
+    `drop` and those that it changes.
+    """
+    answer = textwrap.wrap(brief(record, args.tolerance), max(40, shutil.get_terminal_size().columns), max_lines=4,
+                           break_on_hyphens=False, placeholder=" …")
+    files = {"Report": path.with_name("report.html"), "Figure": path.with_name(f"{record.variant}.png"),
+             "Tables": path.with_name(f"{record.variant}.txt"), "Record": path}
+    if args.shard:
+        files = {"Record": path}
+        merging = [Path(command[0]).with_name("merge_results.py"), "--results_dir", str(args.results_dir)]
+        following = f"Next, when all shards are measured: {changed_command(merging, {})}"
+    else:
+        why, changes = next_step(record, args.tolerance, saved=args.save_pruned is not None)
+        following = why and f"Next, {why}: {changed_command(command, changes, drop)}"
+    return "\n".join(filter(None, [*answer, failed(record, args.tolerance), *(
+        f"{name}: {near(file)}" for name, file in files.items() if file.exists()), following]))
+
+
+def changed_command(command: Sequence[str], changes: Dict[str, Sequence[str]], drop: Sequence[str] = ()) -> str:
+    """Return a command line to copy: this Python, a script and its arguments, with some flags changed or dropped.
+
+    A command of another method loses the options of this one, and its folder of a pruned model.
+    """
+    script, *arguments = command
+    options = {"--save_pruned", *(f"--{name}" for entry in METHODS.values() for name in entry.options)} \
+        if "--method" in changes else set()
+    python = "python" if shutil.which("python") == sys.executable else near(sys.executable)
+    groups = []
+    for argument in arguments:
+        if argument.startswith("--") or not groups:
+            groups.append([])
+        groups[-1].append(argument)
+    kept = [group for group in groups if group[0].split("=")[0] not in {*changes, *drop, *options}]
+    return shlex.join([python, near(script), *(word for group in kept for word in group),
+                       *(word for flag, values in changes.items() for word in (flag, *values))])
+
+
+def near(path) -> str:
+    """Return a path as seen from the current folder if it lies below it."""
+    path = Path(os.path.abspath(path))
+    return str(path.relative_to(Path.cwd()) if Path.cwd() in path.parents else path)
 
 
 # ---- running a command

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
-from tqdm import tqdm
 
 from pruning import UserError, cache_folder, cli, data, distributed, methods
 from pruning.data import DATASETS, Sample
@@ -19,8 +18,10 @@ from pruning.methods.calibration import GIB, Calibration
 from pruning.metrics import BACKBONES, METRICS, backbones, costs, scores
 from pruning.models import generation, pipelines, provenance
 from pruning.models.hub import first_line
+from pruning.progress import status, tqdm
 from pruning.records import store
 from pruning.records.record import Notes, Record, protocol_differences
+from pruning.records.words import listed
 
 BLOCK = 64  # images in memory at a time
 REFERENCE_ROWS = 256  # real images in memory at a time; a record's hash of them depends on it
@@ -95,21 +96,24 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
     """
     options = cli.method_options(args)
     methods.check_together(options, args.rates)
+    status("importing torch, diffusers and transformers")
     device = distributed.own_device(pipelines.pick_device(args.device))
     if args.offload and device == "cpu":
         raise UserError(f"--offload {args.offload} needs a GPU; on the CPU there is nothing to offload")
     with distributed.main_first():
         samples, faults = data.load_samples(args.dataset, args.num_images, args.seed, args.data_dir)
+    chosen, left_out = choose_metrics(args, earlier)
+    faults = {**faults, **left_out}
     tell(faults)
     captions = training_captions(args, samples)
     dtype = args.dtype or ("float32" if device == "cpu" else "bfloat16")
     model = args.model or DATASETS[args.dataset].default_model
     kind = args.metric_backbones or DATASETS[args.dataset].backbones
-    measured = earlier.settings["metrics"] if earlier else []
-    chosen = [name for name in METRICS if name in args.metrics or name in measured]  # all points have the same
     families = {name: METRICS[name].backbone for name in chosen if METRICS[name].backbone}
+    status("loading the networks of the metrics")
     networks = {family: backbones.load_backbone(kind, family, device)
                 for family in dict.fromkeys(families.values()) if distributed.is_main}
+    status(f"loading {model}")
     with distributed.main_first():
         pipeline = pipelines.load_pipeline(model, "cpu" if args.offload else device, dtype)
     generation.remember_prompts(pipeline)
@@ -122,7 +126,7 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
     sampling["batch_size"] = (args.batch_size or (earlier and earlier.settings.get("batch_size"))
                               or choose_batch_size(pipeline, dense, samples[0], device, args.offload, sampling))
 
-    originals = hash_originals(samples, sampling["image_size"])
+    originals = hash_originals(samples if DATASETS[args.dataset].originals else [], sampling["image_size"])
     weights = {family: provenance.fingerprint(network.model if isinstance(network, backbones.Clip) else network)
                for family, network in networks.items()}
     described = {family: f"{BACKBONES[kind][family]}, {weights[family]}" for family in weights}
@@ -201,6 +205,23 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
             record_calls, args.seed, checkpoint=checkpoint_file(path), guidance_scale=sampling["guidance_scale"],
             first_batch=min(sampling["batch_size"], len(captions)), memory=int(args.calibration_memory * GIB),
             folder=calibration_folder(record, captions), sample=sample) if captions else None)
+
+
+def choose_metrics(args, earlier: Optional[Record]) -> Tuple[List[str], Faults]:
+    """Return the metrics to measure, of all points alike, and what is left out because the data set has no originals.
+
+    Raises UserError if a metric is asked for that needs originals which the data set does not have.
+    """
+    asked, needy = args.metrics, [] if DATASETS[args.dataset].originals else \
+        [name for name, metric in METRICS.items() if metric.needs_originals]
+    refused = [name for name in needy if name in (asked or ())]
+    if refused:
+        raise UserError(f"{args.dataset} has no original images to compare with by {listed(refused)}: give other "
+                        "--metrics or another --dataset")
+    wanted = set(METRICS if asked is None else asked) - set(needy) | set(earlier.settings["metrics"] if earlier else ())
+    why = f"Metrics left out because {args.dataset} has no original images"
+    left_out = {why: {"count": len(needy), "first": needy}} if needy and asked is None else {}
+    return [name for name in METRICS if name in wanted], left_out
 
 
 def training_captions(args, samples: List[Sample]) -> List[str]:

@@ -16,13 +16,12 @@ import hashlib
 import os
 from typing import Dict, List
 
-from tqdm import tqdm
-
 from pruning import cli, data
 from pruning.data import DATASETS
 from pruning.data.faults import sentences
 from pruning.metrics import BACKBONES, METRICS, backbones
 from pruning.models import pipelines
+from pruning.progress import tqdm
 
 # The variables that keep the libraries offline, and those that say where fetched files lie.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
@@ -30,18 +29,19 @@ CACHES = ("HF_HOME", "HF_HUB_CACHE", "TORCH_HOME", "PRUNING_CACHE")
 
 
 def fetch(args) -> Dict[str, List[Path]]:
-    """Fetch everything that a run with these arguments needs. Return {part: its files}; a drawn data set has none.
+    """Fetch everything that a run with these arguments needs. Return {part: its files}; scenes and prompts have none.
 
     Raises UserError if a part is unknown or cannot be fetched.
     """
     found = {}
     samples, faults = data.load_samples(args.dataset, args.num_images, args.seed, args.data_dir)
+    originals = DATASETS[args.dataset].originals
     reference = data.reference_samples(args.dataset, samples, args.data_dir)
-    others, left_out = data.other_samples(args.dataset, samples, args.seed, args.data_dir)
+    others, left_out = data.other_samples(args.dataset, samples, args.seed, args.data_dir) if originals else ([], {})
     for sentence in sentences({**faults, **left_out}):
         print(sentence, file=sys.stderr)
     images = {sample.file for sample in (*samples, *reference, *others)} - {None}
-    found[f"{args.dataset}, {len(images) or args.num_images} images"] = sorted(images)
+    found[f"{args.dataset}, {len(images) or args.num_images} {'images' if originals else 'prompts'}"] = sorted(images)
     model = args.model or DATASETS[args.dataset].default_model
     found[f"model {model}"] = pipelines.fetch(model)
     kind = args.metric_backbones or DATASETS[args.dataset].backbones
@@ -79,7 +79,8 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     for part, files in fetch(args).items():
         size = sum(file.stat().st_size for file in files) / 1e6
-        print(f"{part}: {len(files)} files, {size:,.1f} MB, sha256 {digest(files)}" if files else f"{part}: from code")
+        print(f"{part}: {len(files)} files, {size:,.1f} MB, sha256 {digest(files)}" if files else
+              f"{part}: no images to fetch")
     print("\nEverything is on this machine. For a run without a network, set:")
     for name, value in {**OFFLINE, **{name: os.environ[name] for name in CACHES if name in os.environ}}.items():
         print(f"export {name}={value}")

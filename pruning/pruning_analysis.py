@@ -22,9 +22,8 @@ from pruning import UserError, cli, distributed, sweep
 from pruning.experiment import Experiment
 from pruning.methods import unreached_by_reason
 from pruning.metrics import METRICS, scores
-from pruning.records.answers import answer
 from pruning.records.record import Point
-from pruning.records.summaries import sensitivity_summary, summary
+from pruning.records.summaries import ends_of_sensitivity, sensitivity_summary, summary
 from pruning.steps import (
     add_seconds,
     compile_denoisers,
@@ -150,7 +149,7 @@ def seed_spread(experiment: Experiment, per_image: Dict[str, list], seeds: int, 
 
 
 def main(argv=None) -> None:
-    """Parse the command line, sweep, print the summary and the record's path."""
+    """Parse the command line, sweep, print the answer, where it is written and what to try next."""
     parser = cli.Parser(__doc__)
     cli.add_measuring_flags(parser)
     parser.add_argument("--num_images", type=cli.positive, default=32, help="images a rate")
@@ -161,13 +160,15 @@ def main(argv=None) -> None:
                         help="measure every n-th rate from the i-th on, as a part for merge_results.py")
     parser.add_argument("--sensitivity", action="store_true",
                         help="measure only how much the denoiser's output depends on each layer, without images")
+    parser.add_argument("--verbose", action="store_true", help="print the tables too, which go to files in any case")
     args = parser.parse_args(argv)
     args.rates_by_default = args.rates is None
     args.rates = sorted(set(args.rates or RATES))
     if args.sensitivity:
         path, found = sweep.measure_sensitivity(args)
-        print(sensitivity_summary(found))
-        print(path)
+        print(sensitivity_summary(found) if args.verbose else ends_of_sensitivity(found))
+        for file in (path.with_suffix(".png"), path.with_suffix(".txt"), path):
+            print(cli.near(file))
         return
     args.all_rates = args.rates
     if args.shard:
@@ -177,11 +178,9 @@ def main(argv=None) -> None:
         args.rates = args.rates[part - 1::count]
     path, record = sweep.sweep(args, run_pruning_experiment)
     if distributed.is_main:
-        print(summary(record, args.tolerance))
-        print(path)
-        if not args.shard:
-            print(path.with_name("report.html"))
-        print(answer(record, args.tolerance))
+        if args.verbose:
+            print(summary(record, args.tolerance))
+        print(cli.closing(args, record, path, [__file__, *(sys.argv[1:] if argv is None else argv)]))
 
 
 if __name__ == "__main__":

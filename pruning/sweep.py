@@ -5,6 +5,7 @@ The function that measures a point is an argument, so that this file imports no 
 from __future__ import annotations
 
 import copy
+import functools
 import shutil
 import sys
 from contextlib import suppress
@@ -12,21 +13,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Tuple
 
-from tqdm import tqdm
-
 from pruning import UserError, cli, distributed, methods
 from pruning.data import DATASETS
 from pruning.experiment import Experiment, checkpoint_file, prepare, release_dense
 from pruning.methods import variant_name
 from pruning.metrics import costs
 from pruning.models import pipelines, saving
+from pruning.progress import tqdm
 from pruning.records import card, report, store
 from pruning.records.comparability import beside
 from pruning.records.findings import all_points
 from pruning.records.plots import shown_images
 from pruning.records.record import BrokenRecordError, Point, Record, read_record, record_path, write_record
-from pruning.records.summaries import reach
-from pruning.steps import image_file, load_images, prune_copy, pruned_origin, save_pruned
+from pruning.records.summaries import reach, setup
+from pruning.records.words import counted, duration, rate_list
+from pruning.steps import image_file, load_image, load_images, prune_copy, pruned_origin, save_pruned
 
 
 def sweep(args, run_pruning_experiment: Callable[..., Optional[Point]]) -> Tuple[Path, Optional[Record]]:
@@ -124,13 +125,24 @@ def measure_all(experiment: Experiment, args, path: Path, known: Dict[float, Poi
         saving.check_room(folders[rate], least_bytes(experiment))
     # The main process decides for all, as files change while the others look.
     todo = distributed.broadcast(missing_points(experiment, args.rates, known))
-    chosen = set(experiment.record.settings["metrics"])
+    chosen, untimed = set(experiment.record.settings["metrics"]), True
+
+    def on_batch(rate: float, size: int) -> None:
+        nonlocal untimed
+        made = load_image(experiment, rate, 0) if untimed and to_make and distributed.is_main else None
+        if made:
+            seconds = made.seconds * to_make / distributed.world_size
+            tqdm.write(f"{counted(to_make, 'image')} take about {duration(seconds)} by the first batch; calibration, "
+                       "pruning, timing and metrics come on top", file=sys.stderr)
+        untimed = False
+        bar.update(size)
 
     def measure(rate: float, again: bool) -> None:
         bar.set_description(f"{experiment.record.variant} {rate:g}" if rate else "dense")
         save_to = folders[rate] if rate in unsaved else None
         known[rate] = run_pruning_experiment(experiment, rate, known.get(0.0) if rate else None,
-                                             known.get(rate) if again else None, save_to, bar.update)
+                                             known.get(rate) if again else None, save_to,
+                                             functools.partial(on_batch, rate))
         unsaved.discard(rate)
 
     def write() -> None:
@@ -138,6 +150,12 @@ def measure_all(experiment: Experiment, args, path: Path, known: Dict[float, Poi
         if distributed.is_main and all(set(point.metrics) == chosen for point in known.values()):
             first, *points = (known[rate] for rate in sorted(known))
             write_record(replace(experiment.record, dense=first, points=points), path)
+
+    to_make = len(experiment.samples) * sum(not again for _, again in todo)
+    if todo and distributed.is_main:
+        print(f"{experiment.record.variant} pruning of {experiment.record.model} on {experiment.device}: "
+              f"{rate_list([rate for rate, _ in todo])}, {setup(experiment.record)}\n"
+              f"Written to {cli.near(path.parent)}", file=sys.stderr)
 
     with tqdm(total=len(todo) * len(experiment.samples), unit="image",
               disable=not (todo and distributed.is_main)) as bar:

@@ -15,7 +15,6 @@ if __package__ in (None, ""):
 
 from pruning import cli, distributed, sweep
 from pruning.pruning_analysis import run_pruning_experiment
-from pruning.records.answers import answer
 from pruning.records.tables import single_rate_table
 
 OWN = cli.RESULTS / "single_rate"
@@ -23,7 +22,7 @@ __test__ = False  # pytest takes the file's name for a test's
 
 
 def main(argv=None) -> None:
-    """Parse the command line, measure, print the table and the record's path."""
+    """Parse the command line, measure, print the table, where it is written and what to try next."""
     parser = cli.Parser(__doc__)
     parser.add_argument("--rate", type=cli.rate, required=True, help="the share to prune, in [0, 1)")
     cli.add_measuring_flags(parser)
@@ -39,9 +38,8 @@ def main(argv=None) -> None:
     if distributed.is_main:
         record = replace(record, points=[point for point in record.points if point.rate == args.rate])
         print(single_rate_table(record, args.tolerance))
-        print(path)
-        print(path.with_name("report.html"))
-        print(answer(record, args.tolerance))
+        sweep_command = [ROOT / "pruning" / "pruning_analysis.py", *(sys.argv[1:] if argv is None else argv)]
+        print(cli.closing(args, record, path, sweep_command, drop=["--rate", "--results_dir"]))
 
 
 if __name__ == "__main__":

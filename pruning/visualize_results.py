@@ -12,9 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):
     sys.path[0] = str(ROOT)  # instead of pruning/, whose file names must not shadow packages
 
-from tqdm import tqdm
-
 from pruning import cli
+from pruning.progress import tqdm
 from pruning.records import report
 from pruning.records.answers import answer
 from pruning.records.comparability import by_dataset, comparable, measured_alike, of_several_models, read_records

@@ -109,7 +109,7 @@ def test_the_fetched_files_are_enough_for_a_run_that_may_open_no_socket(tmp_path
 def test_the_bundled_model_needs_nothing_fetched(capsys):
     prefetch.main(["--dataset", "shapes"])
     said = capsys.readouterr().out
-    assert "shapes, 32 images: from code" in said
+    assert "shapes, 32 images: no images to fetch" in said
     assert "model shapes-unet: " in said
 
 

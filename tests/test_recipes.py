@@ -1,4 +1,4 @@
-"""The README's recipes work as they stand there: each addition is made in a copy of the code, and the commands run."""
+"""The recipes of docs/extending.md work as they stand there: the additions are made in a copy of the code and run."""
 from __future__ import annotations
 
 import json
@@ -13,17 +13,16 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXTENDING = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
 QUICK = ["--num_images", "5", "--steps", "2", "--device", "cpu", "--rates", "0.5"]
 # Where a recipe's "in NAME, file" is in the file: the line that opens NAME. "imports" is before the first table.
 OPENINGS = {"measurements": r"        return \{\n", "imports": r"^(?=# [A-Z]|[A-Z_]{4,}\b.* = )"}
 
 
 def make_additions(root):
-    """Make all additions of the README's section in a copy of the code below `root`, and return how many."""
+    """Make all additions of the page in a copy of the code below `root`, and return how many."""
     shutil.copytree(ROOT / "pruning", root / "pruning", ignore=shutil.ignore_patterns("__pycache__"))
-    section = README.split("\n## Extending\n")[1].split("\n## ")[0]
-    blocks = re.findall(r"```python\n# (?:in (\w+), )?(\S+\.py)\n(.*?)```", section, re.DOTALL)
+    blocks = re.findall(r"```python\n# (?:in (\w+), )?(\S+\.py)\n(.*?)```", EXTENDING, re.DOTALL)
     for table, file, code in blocks:
         path = root / file
         if table:

@@ -14,6 +14,7 @@ from pruning import UserError, cli, methods, pruning_analysis
 from pruning.methods import SCOPES, moments, probes, prune, recovery, refit, sparsegpt, wanda, weights
 from pruning.methods.calibration import Calibration
 from pruning.models import pipelines
+from pruning.records.summaries import ends_of_sensitivity
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CALIBRATED = {
@@ -408,7 +409,8 @@ QUICK = ["--sensitivity", "--num_images", "2", "--steps", "2", "--device", "cpu"
 
 
 def test_the_command_writes_the_sensitivity_of_each_layer_and_no_image(tmp_path, capsys):
-    pruning_analysis.main([*QUICK, "--results_dir", str(tmp_path), "--method", "magnitude", "--scope", "global"])
+    pruning_analysis.main([*QUICK, "--results_dir", str(tmp_path), "--method", "magnitude", "--scope", "global",
+                           "--verbose"])
     folder, name = tmp_path / "shapes-unet" / "shapes", "magnitude+scope=global+calibration_images=1_sensitivity"
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {
         f"{name}.json", f"{name}.png", f"{name}.txt"}
@@ -423,6 +425,8 @@ def test_the_command_writes_the_sensitivity_of_each_layer_and_no_image(tmp_path,
     text, out = (folder / f"{name}.txt").read_text(), capsys.readouterr().out
     assert text.strip() in out
     assert "conv_in.weight" in text or "conv_out.weight" in text
+    most = max(found["layers"], key=lambda layer: found["layers"][layer]["change"][found["rates"].index(0.7)])
+    assert f"depends most on {most}, " in " ".join(ends_of_sensitivity(found).split())
     assert out.strip().endswith(f"{name}.json")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import List, Tuple
 
 from pruning import UserError, check_name
-from pruning.data import coco, flickr8k, shapes
+from pruning.data import coco, flickr8k, folders, prompts, shapes
 from pruning.data.faults import Faults, note, sentences
 from pruning.data.images import RESIZE_RULE, fit_image, load_originals, open_rgb
 from pruning.data.samples import Dataset, Sample, Source, permutation
@@ -23,6 +23,12 @@ DATASETS = {
     "shapes": Dataset("drawn scenes, nothing to fetch", "shapes-unet", "bundled", shapes.read),
     "coco": Dataset("COCO val2017, fetched as needed", STABLE_DIFFUSION, "standard", coco.read),
     "flickr8k": Dataset("Flickr8k, from a folder that you have", STABLE_DIFFUSION, "standard", flickr8k.read),
+    "folder": Dataset("images with captions.txt or a Hugging Face metadata.jsonl, from a folder that you have",
+                      STABLE_DIFFUSION, "standard", folders.read),
+    "prompts": Dataset("prompts without originals, from a .txt, .csv, .tsv or .jsonl file that you have",
+                       STABLE_DIFFUSION, "standard", prompts.read, originals=False),
+    "parti": Dataset("PartiPrompts, without originals, fetched as needed", STABLE_DIFFUSION, "standard",
+                     prompts.read_parti, originals=False),
 }
 
 
@@ -57,9 +63,10 @@ def training_captions(dataset: str, count: int, seed: int = 0, data_dir=None, ex
         captions = [sample.caption for sample in reversed(_seeded_order(source.samples, seed))]
     captions = [caption for caption in captions if caption not in excluded][:count]
     if len(captions) < count:
-        raise UserError(f"{dataset} has only {len(captions)} captions left to calibrate on: give --calibration_images "
-                        f"{len(captions)} or measure fewer images" if captions else
-                        f"{dataset} has no caption left to calibrate on: measure fewer images")
+        left = f"only {len(captions)} captions" if captions else "no caption"
+        fewer = f"give --calibration_images {len(captions)} or " if captions else ""
+        raise UserError(f"{dataset} has {left} left to calibrate on and needs {count - len(captions)} more: "
+                        f"{fewer}measure fewer images{', or add captions' if data_dir else ''}")
     return captions
 
 

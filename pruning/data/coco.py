@@ -11,13 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
-from tqdm import tqdm
-
-from pruning import UserError, cache_folder, offline_by
+from pruning import UserError, cache_folder
 from pruning.data.faults import Faults, note
+from pruning.data.fetching import downloader, fetch, fetching
 from pruning.data.folders import Entry, file_samples, first_in, folder_source, read_captions
 from pruning.data.images import open_rgb
 from pruning.data.samples import Sample, Source
+from pruning.progress import tqdm
 
 # The S3 bucket of images.cocodataset.org; that host itself has no valid TLS certificate.
 URL = "https://s3.amazonaws.com/images.cocodataset.org"
@@ -26,7 +26,6 @@ ARCHIVE_HASH = "md5:f4bbac642086de4f52a3fdda2de5fa2c"
 ARCHIVE_BYTES = 252_907_541
 CAPTIONS = "annotations/captions_val2017.json"  # in the archive and in a data folder
 IMAGES = "val2017"
-RETRIES = 3
 
 
 def read(data_dir: Optional[Path]) -> Source:
@@ -100,7 +99,8 @@ def _fetch_captions() -> Path:
             # The archive and a half-written file of captions lie in a scratch folder, so that no failure leaves them.
             with tempfile.TemporaryDirectory(dir=cache) as scratch:
                 with tqdm(total=ARCHIVE_BYTES, desc=ARCHIVE, unit="B", unit_scale=True, leave=False) as bar:
-                    archive = _fetch(Path(scratch), ARCHIVE, ARCHIVE_HASH, "annotations", _downloader(progressbar=bar))
+                    archive = fetch(f"{_url()}/annotations", scratch, ARCHIVE, ARCHIVE_HASH,
+                                    downloader(progressbar=bar))
                 with zipfile.ZipFile(archive) as members:
                     captions = members.extract(CAPTIONS, scratch)
                 (cache / CAPTIONS).parent.mkdir(exist_ok=True)
@@ -110,7 +110,7 @@ def _fetch_captions() -> Path:
 
 def _fetch_images(folder: Path, samples: List[Sample]) -> None:
     """Fetch the images of `samples` that `folder` lacks, eight at a time."""
-    download = _downloader()
+    download = downloader()
 
     def download_whole(url, path, pooch):
         download(url, path, pooch)
@@ -120,7 +120,7 @@ def _fetch_images(folder: Path, samples: List[Sample]) -> None:
             raise ValueError(f"{url} sent no complete image") from error  # pooch retries after a ValueError
 
     with _fetching("COCO's images"), ThreadPoolExecutor(8) as pool:
-        jobs = [pool.submit(_fetch, folder, sample.id, None, IMAGES, download_whole) for sample in samples]
+        jobs = [pool.submit(fetch, f"{_url()}/{IMAGES}", folder, sample.id, None, download_whole) for sample in samples]
         try:
             for job in tqdm(as_completed(jobs), total=len(jobs), desc="COCO images", leave=False):
                 job.result()
@@ -129,32 +129,11 @@ def _fetch_images(folder: Path, samples: List[Sample]) -> None:
                 job.cancel()
 
 
-def _downloader(**options):
-    import pooch
-
-    pooch.get_logger().setLevel("WARNING")  # a progress bar replaces pooch's line for each file
-    return pooch.HTTPDownloader(timeout=30, chunk_size=2 ** 18, **options)
-
-
-def _fetch(folder: Path, name: str, known_hash: Optional[str], part: str, download) -> str:
-    """Fetch one file with retries and return its path. The file gets its name only when it is complete."""
-    import pooch
-
-    if offline_by() and not (Path(folder) / name).exists():
-        raise OSError(f"{offline_by()} forbids the network")
-    return pooch.create(folder, f"{_url()}/{part}/", registry={name: known_hash},
-                        retry_if_failed=RETRIES).fetch(name, downloader=download)
-
-
 def _url() -> str:
     return (os.environ.get("PRUNING_COCO_URL") or URL).rstrip("/")
 
 
-@contextlib.contextmanager
 def _fetching(what: str):
     """Turn errors of fetching `what` into a UserError that explains how to download COCO by hand."""
-    try:
-        yield
-    except (OSError, ValueError) as error:  # requests raises OSErrors, pooch a ValueError for a wrong hash
-        raise UserError(f"cannot fetch {what}: download {_url()}/annotations/{ARCHIVE} and {_url()}/zips/val2017.zip, "
-                        f"unpack both into one folder and give it as --data_dir ({error})") from error
+    return fetching(what, f"download {_url()}/annotations/{ARCHIVE} and {_url()}/zips/val2017.zip, unpack both into "
+                          "one folder and give it as --data_dir")

@@ -1,14 +1,14 @@
 """Flickr8k, from a folder in the layout of the original archives or of Kaggle's copy."""
 from __future__ import annotations
 
-import csv
 import re
 from pathlib import Path
-from typing import Iterator, List, Optional
+from typing import Iterator, Optional
 
 from pruning import UserError
 from pruning.data.faults import Faults, note
 from pruning.data.folders import Entry, first_in, folder_source, read_captions
+from pruning.data.rows import read_rows
 from pruning.data.samples import Source
 
 KAGGLE_CAPTIONS = "captions.txt"
@@ -47,28 +47,6 @@ def _token_entries(path: Path, faults: Faults) -> Iterator[Entry]:
 
 
 def _kaggle_entries(path: Path, faults: Faults) -> Iterator[Entry]:
-    """Yield (where, image name, order, caption) for each row `name.jpg,caption` below the header.
-
-    A row is one line, so that a quote that is not closed swallows no other row.
-    """
-    with open(path, encoding="utf-8-sig") as lines:
-        if _fields(next(lines, "")) != ["image", "caption"]:
-            raise ValueError("the first line is not image,caption")
-        for number, line in enumerate(lines, 2):
-            fields = _fields(line)
-            if fields is None:
-                note(faults, "Lines skipped that are no comma-separated values, such as those with an open quote",
-                     f"line {number}")
-            elif len(fields) == 2:
-                yield f"line {number}", fields[0], number, fields[1]
-            elif fields:
-                note(faults, "Lines skipped that are not an image name, a comma and a caption, quoted if it has commas",
-                     f"line {number}")
-
-
-def _fields(line: str) -> Optional[List[str]]:
-    """Return the comma-separated values of one line, None if it is malformed."""
-    try:
-        return next(csv.reader([line], strict=True), [])
-    except csv.Error:
-        return None
+    """Yield (where, image name, order, caption) for each row `name.jpg,caption` below the header."""
+    for number, row in read_rows(path, faults, ("image",), ("caption",)):
+        yield f"line {number}", row["image"], number, row["caption"]

@@ -1,22 +1,47 @@
-"""Data sets that lie in a folder: one file of captions and one folder of images."""
+"""Data sets that lie in a folder: one file of captions and one folder of images. Any such folder is a data set."""
 from __future__ import annotations
 
 import os
 import re
 from functools import partial
 from pathlib import Path
-from typing import Callable, Dict, Iterable, List, Sequence, Tuple
+from typing import Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 from pruning import UserError
 from pruning.data.faults import Faults, note, sentences
 from pruning.data.images import open_rgb
+from pruning.data.rows import CAPTION, read_rows
 from pruning.data.samples import Sample, Source
 
 NOT_TEXT = r"\x00-\x1f\x7f-\x9f\ud800-\udfff"  # control characters, and halves of characters
 # A plain file name, so that no name in a caption file leads out of the image folder.
-IMAGE_NAME = re.compile(rf"(?!.*\.\.)[^/\\:{NOT_TEXT}]{{1,250}}\.(jpe?g|png)", re.IGNORECASE)
+IMAGE_NAME = rf"(?!.*\.\.)[^/\\:{NOT_TEXT}]{{1,250}}\.(jpe?g|png)"
+
+# The same in folders below the image folder, as in Hugging Face's image folders.
+IMAGE_PATH = rf"(?!.*\.\.)([^/\\:{NOT_TEXT}]{{1,250}}/){{0,9}}{IMAGE_NAME}"
+LISTS = ("metadata.jsonl", "metadata.csv", "captions.txt")  # of captions; the last with commas and a header
 
 Entry = Tuple[str, str, int, str]  # where it stands in the caption file, image name, order, caption
+
+
+def read(data_dir: Optional[Path]) -> Source:
+    """Return the images of a folder that its list of captions names, one of LISTS.
+
+    Images lie beside the list, in a folder `Images` or `images`, or where the list says, below the folder. Raises
+    UserError if no folder is given, or if the list is missing or malformed.
+    """
+    if data_dir is None:
+        raise UserError(f"folder needs a folder of images with {' or '.join(LISTS)}: give it as --data_dir")
+    path = first_in(data_dir, "captions", LISTS)
+    images = first_in(data_dir, "images", ("Images/", "images/", "./")) if path.name == LISTS[-1] else data_dir
+    captions, faults = read_captions(path, _entries, "a column file_name or image and a column text or caption",
+                                     IMAGE_PATH)
+    return folder_source(captions, images, faults)
+
+
+def _entries(path: Path, faults: Faults) -> Iterator[Entry]:
+    for number, row in read_rows(path, faults, ("file_name", "image"), CAPTION):
+        yield f"line {number}", row["file_name"], number, row["caption"]
 
 
 def first_in(folder: Path, what: str, names: Sequence[str]) -> Path:
@@ -35,21 +60,22 @@ def first_in(folder: Path, what: str, names: Sequence[str]) -> Path:
     raise UserError(f"there are no {what} in {folder}: expected {' or '.join(names)} in that folder")
 
 
-def read_captions(path: Path, entries: Callable[[Path, Faults], Iterable[Entry]],
-                  expected: str) -> Tuple[Dict[str, str], Faults]:
+def read_captions(path: Path, entries: Callable[[Path, Faults], Iterable[Entry]], expected: str,
+                  names: str = IMAGE_NAME, fault: str = "their image has no plain name that ends in .jpg or .png"
+                  ) -> Tuple[Dict[str, str], Faults]:
     """Return {image name: caption}, and what was skipped.
 
     `entries(path, faults)` yields what can be read of the file and notes the rest. An image keeps its caption of lowest
-    order. Raises UserError if the file cannot be read or contains no caption; `expected` describes its format.
+    order. names: the pattern of names that can be used; fault: what is wrong with others. Raises UserError if the file
+    cannot be read or contains no caption; `expected` describes its format.
     """
     found: Dict[str, list] = {}
     faults: Faults = {}
     try:
         for where, name, order, caption in entries(path, faults):
             caption = " ".join(caption.split())
-            if not IMAGE_NAME.fullmatch(name):
-                note(faults, "Captions skipped because their image has no plain name that ends in .jpg or .png",
-                     f"{where}: {name or 'no name'}")
+            if not re.fullmatch(names, name, re.IGNORECASE):
+                note(faults, f"Captions skipped because {fault}", f"{where}: {name or 'no name'}")
             elif not caption:
                 note(faults, "Captions skipped because they are empty", where)
             elif re.search(f"[{NOT_TEXT}]", caption):

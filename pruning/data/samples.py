@@ -12,11 +12,11 @@ from pruning.data.faults import Faults
 
 
 class Sample(NamedTuple):
-    """One caption with its original image."""
+    """One caption with its original image, if the data set has originals."""
 
     id: str  # the same in every run
     caption: str
-    open_image: Callable[[], Image.Image]  # returns the original: RGB, at its own size
+    open_image: Optional[Callable[[], Image.Image]]  # returns the original: RGB, at its own size
     repeat: int = 0  # added to the noise seed: the same caption once more, from other noise
     file: Optional[Path] = None  # the file of the original, or None if the original is drawn
 
@@ -41,6 +41,7 @@ class Dataset(NamedTuple):
     default_model: str
     backbones: str  # the default metric networks: "bundled" or "standard"
     read: Callable[[Optional[Path]], Source]  # takes --data_dir, or None if that flag is absent
+    originals: bool = True  # whether captions have original images; if not, metrics that need them are left out
 
 
 def permutation(count: int, seed: int) -> np.ndarray:

@@ -5,10 +5,9 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import List, Optional, Tuple
 
-from tqdm import tqdm
-
 from pruning import UserError
 from pruning.data.samples import Sample, Source, permutation
+from pruning.progress import tqdm
 from pruning.shapes import scenes
 
 

@@ -11,13 +11,13 @@ from typing import Any, Dict, List, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from pruning import UserError
 from pruning.methods import LayerPruned, Pruned, bypass, moments, recovery, sequential, surgery
 from pruning.methods import refit as refitting
 from pruning.methods.calibration import Calibration, answer
 from pruning.methods.moments import as_rows
+from pruning.progress import tqdm
 
 UNITS = ("heads", "neurons", "channels")  # the layers behind these write into the residual stream
 FEW = 4  # captions whose final latents decide

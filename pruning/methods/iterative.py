@@ -5,11 +5,11 @@ import math
 from typing import Dict, List, Optional
 
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from pruning import UserError
 from pruning.methods import Pruned, magnitude, recovery, zeroing
 from pruning.methods.calibration import Calibration
+from pruning.progress import tqdm
 
 RATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 

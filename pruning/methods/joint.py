@@ -24,7 +24,6 @@ from __future__ import annotations
 from typing import Dict, List, NamedTuple, Optional, Tuple
 
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from pruning import UserError
 from pruning.methods import (
@@ -48,6 +47,7 @@ from pruning.methods.calibration import Calibration, match
 from pruning.methods.modulation import Basis
 from pruning.methods.moments import Moments
 from pruning.methods.surgery import Group
+from pruning.progress import tqdm
 
 UNITS = ("heads", "neurons", "channels")
 MANY = 12  # captions whose final latents judge a plan

@@ -10,7 +10,6 @@ from typing import Callable, Dict, Iterator, List, NamedTuple, Tuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from pruning.methods import greedy, modulation, probes, surgery, units
 from pruning.methods.allocation import most_of, scores_of, step_of
@@ -18,6 +17,7 @@ from pruning.methods.calibration import Calibration, answer
 from pruning.methods.modulation import Basis
 from pruning.methods.moments import Moments
 from pruning.methods.surgery import Group
+from pruning.progress import tqdm
 
 FRACTIONS = (0.5, 1.0)  # of a group's units, in measurements
 RANK_FRACTIONS = (0.75, 0.9, 0.97)  # of a basis' ranks

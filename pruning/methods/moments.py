@@ -15,11 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from pruning import UserError, distributed
 from pruning.methods.calibration import GIB, Calibration, Call, answer, read_tensors, write_tensors
 from pruning.methods.zeroing import prunable_weights
+from pruning.progress import tqdm
 
 ROWS = 1024  # random rows of x that a layer takes of each call
 

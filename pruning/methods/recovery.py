@@ -14,10 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from pruning import UserError, whole_file
 from pruning.methods.calibration import Calibration, Call, answer, match
+from pruning.progress import tqdm
 
 CALLS_PER_STEP = 4
 LEARNING_RATE = 3e-4

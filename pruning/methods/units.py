@@ -9,7 +9,6 @@ from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from pruning import UserError
 from pruning.methods import (
@@ -28,6 +27,7 @@ from pruning.methods.allocation import equal_shares, lowest_overall
 from pruning.methods.calibration import Calibration
 from pruning.methods.moments import Moments, as_rows
 from pruning.methods.surgery import Group, Plan
+from pruning.progress import tqdm
 
 HEADROOM = 0.3  # a group loses at most rate + HEADROOM · (1 − rate): one call says too little of an emptied attention
 HALF_ROUND_TO = 8  # 16 bytes of half precision: kernels of GPUs take up to twice as long at other widths

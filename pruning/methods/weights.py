@@ -12,12 +12,12 @@ from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequenc
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from pruning import UserError
 from pruning.methods import Pruned, allocation, moments, pattern_of, probes, recovery, refit, sequential, zeroing
 from pruning.methods.calibration import Calibration
 from pruning.methods.moments import Moments, as_rows
+from pruning.progress import tqdm
 
 Solve = Callable[[str, nn.Module, Sequence[int]], Iterator[Tuple[Tensor, Tensor]]]
 

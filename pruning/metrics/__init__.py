@@ -26,6 +26,11 @@ class Metric(NamedTuple):
     biased: bool = False  # biased upward for few images; drawn faded if there are fewer images than features
     cost: bool = False  # what pruning should save; every other metric is about quality
 
+    @property
+    def needs_originals(self) -> bool:
+        """Whether the metric compares with real images."""
+        return self.against in ("reference", "original")
+
 
 METRICS = {
     "clip_score": Metric("how well each image matches its caption: cosine similarity of their CLIP embeddings",

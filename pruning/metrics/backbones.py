@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, List, NamedTuple, Tuple
 
 import numpy as np
-from tqdm import tqdm
 
 from pruning import UserError, check_name, check_online
 from pruning.metrics import BACKBONES
+from pruning.progress import tqdm
 
 BUNDLED = Path(__file__).resolve().parents[1] / "shapes"
 CLIP_ID, CLIP_REVISION = "openai/clip-vit-base-patch16", "57c216476eefef5ab752ec549e440a49ae4ae5f3"

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from typing import Callable, List, NamedTuple, Optional, Tuple
 
 import numpy as np
-from tqdm import tqdm
 
 from pruning import UserError
 from pruning.metrics.costs import sample_of, synchronize
 from pruning.models.hub import first_line
 from pruning.models.pipelines import denoiser_name, guidance_argument
+from pruning.progress import tqdm
 
 CPU_BATCH, GPU_BATCHES = 8, (32, 16, 8, 4, 2, 1)  # a CPU gains nothing from larger batches
 PROMPT_BYTES = 2 ** 29  # of encoded prompts that are kept

@@ -2,8 +2,9 @@
 from __future__ import annotations
 
 import math
-from typing import Sequence
+from typing import Dict, List, Sequence, Tuple
 
+from pruning.methods import METHODS
 from pruning.metrics import intervals
 from pruning.records.findings import (
     QUALITY,
@@ -23,10 +24,14 @@ from pruning.records.record import Point, Record
 from pruning.records.words import counted, number
 
 MOST_SAMPLES = 10_000  # beyond, the number of samples that would decide is not told
+MOST_TRIED = 500  # beyond, a run with as many is not the next thing to try
 
 
-def answer(record: Record, tolerance: float = TOLERANCE) -> str:
-    """Return how far the model can be pruned, in one or two sentences that begin with 'How far?'."""
+def answer(record: Record, tolerance: float = TOLERANCE, with_failures: bool = True) -> str:
+    """Return how far the model can be pruned, in one or two sentences that begin with 'How far?'.
+
+    with_failures: also say how many images lose more than the tolerance.
+    """
     dense, begin = record.dense, f"How far? {record.variant} pruning of {record.model}"
     score = dense.metrics.get(QUALITY)
     if not record.points:
@@ -39,10 +44,11 @@ def answer(record: Record, tolerance: float = TOLERANCE) -> str:
                 f"needs {intervals.MIN_SAMPLES}.")
     good = last_good(record, tolerance)
     beyond = next((point for point in record.points if not holds(point, dense, tolerance)), None)
+    lost = tolerance if with_failures else None
     within = f"within {100 * tolerance:g} % of dense by {QUALITY}"
     has, decided = "", True
     if beyond:
-        has, decided = share_of_dense(beyond, dense, tolerance), holds(beyond, dense, tolerance) is not None
+        has, decided = share_of_dense(beyond, dense, lost), holds(beyond, dense, tolerance) is not None
     few = "" if decided else f"{counted(images_of(record), 'image')} are too few to decide"
     if few:
         has += f"; {needed(beyond, record, tolerance)} would decide"
@@ -50,13 +56,75 @@ def answer(record: Record, tolerance: float = TOLERANCE) -> str:
         return f"{begin}: {few} whether rate {beyond.rate:g} stays {within}. It has {has}."
     if good is None:
         return f"{begin}: no measured rate stays {within}; rate {beyond.rate:g} has {has}."
-    text = (f"{begin} stays {within} up to rate {good.rate:g}, which has {share_of_dense(good, dense, tolerance)} and "
+    text = (f"{begin} stays {within} up to rate {good.rate:g}, which has {share_of_dense(good, dense, lost)} and "
             f"{_saving(good, record)}.")
     if beyond is None:
         return f"{text} No higher rate was measured."
     if few:
         return f"{text} {few} on the next rate, {beyond.rate:g}: it has {has}."
     return f"{text} The next rate, {beyond.rate:g}, does not: it has {has}."
+
+
+def brief(record: Record, tolerance: float = TOLERANCE) -> str:
+    """Return the answer for a terminal: how far, what is saved, and what the next rate has, without intervals of times.
+
+    The summary has the rest.
+    """
+    dense, good = record.dense, last_good(record, tolerance)
+    if good is None or QUALITY not in dense.metrics:
+        return answer(record, tolerance, with_failures=False)
+    beyond = next((point for point in record.points if not holds(point, dense, tolerance)), None)
+    saved = f"{100 * saved_parameters(good, dense):.1f} % of the parameters {'removed' if removes(record) else 'zero'}"
+    call, *_ = time_ratio("denoiser_seconds", good, dense)
+    time = "no difference in time" if math.isnan(call) or same_time("denoiser_seconds", good, dense) else \
+        f"a call takes {call:.2f} times as long"
+    text = (f"How far? {record.variant} pruning of {record.model} stays within {100 * tolerance:g} % of dense by "
+            f"{QUALITY} up to rate {good.rate:g}: {share_of_dense(good, dense)}, {saved}, and {time}.")
+    if beyond is None:
+        return f"{text} No higher rate was measured."
+    next_rate = f"The next rate, {beyond.rate:g}, has {_share(beyond, dense)}"
+    few = "" if holds(beyond, dense, tolerance) is not None else \
+        ", which needs more images"
+    return f"{text} {next_rate}{few}."
+
+
+def failed(record: Record, tolerance: float = TOLERANCE) -> str:
+    """Return how many images fail at the rate of the answer, or at the lowest if none holds; "" if that is unknown."""
+    point = last_good(record, tolerance) or next(iter(record.points), None)
+    lost = point and failures(point, record.dense, tolerance)
+    if not lost:
+        return ""
+    return f"Failures at rate {point.rate:g}: {_failed(*lost, images_of(record), f'{100 * tolerance:g} %')}."
+
+
+def next_step(record: Record, tolerance: float = TOLERANCE, saved: bool = False) -> Tuple[str, Dict[str, List[str]]]:
+    """Return what to try next, as its purpose and the flags that change; "" and {} if QUALITY says nothing.
+
+    The first that applies of what follows.
+    More images, if few more decide on a rate; lower or higher rates, if none or all hold; a saved model, if it is
+    smaller and not `saved` yet; another method.
+    """
+    if not (record.dense.metrics.get(QUALITY) or 0) > 0:
+        return "", {}
+    if len(record.samples) < intervals.MIN_SAMPLES:
+        return "for an answer", {"--num_images": ["32"], "--overwrite": []}
+    rates, good = [point.rate for point in record.points], last_good(record, tolerance)
+    undecided = next((point for point in record.points if not holds(point, record.dense, tolerance)), None)
+    more = samples_to_decide(undecided, record, tolerance) if undecided \
+        and holds(undecided, record.dense, tolerance) is None else math.nan
+    if len(record.samples) < more <= MOST_TRIED:
+        return f"to decide on rate {undecided.rate:g}", {"--num_images": [str(math.ceil(more / 8) * 8)],
+                                                         "--overwrite": []}
+    if rates and good is None and rates[0] > 0.02:
+        return "to find a rate that holds", {"--rates": [f"{rates[0] * share:.2g}" for share in (0.25, 0.5)]}
+    if good and good.rate == rates[-1] < 0.9 and \
+            not getattr(METHODS.get(record.method), "limited", False):
+        higher = [rate / 10 for rate in range(1, 10) if rate / 10 > good.rate + 0.01]
+        return "to find the rate that fails", {"--rates": [f"{rate:g}" for rate in higher[:3]]}
+    if good and removes(record) and not saved:
+        return "to keep the pruned model", {"--rates": [f"{good.rate:g}"], "--save_pruned": ["pruned"]}
+    why = "to compare another method" if removes(record) else "for a smaller and faster model"
+    return why, {"--method": ["joint" if record.method == "structured" else "structured"]}
 
 
 def needed(point: Point, record: Record, tolerance: float) -> str:
@@ -83,6 +151,13 @@ def share_of_dense(point: Point, dense: Point, tolerance: float | None = None) -
         known.append(_failed(*lost, len(point.per_image[QUALITY]), f"{100 * tolerance:g} %"))
     ends = f" ({'; '.join(known)})" if known else ""
     return f"{100 * score / dense_score:.1f} % of dense{ends}".replace("-", "−")
+
+
+def _share(point: Point, dense: Point) -> str:
+    """Return a point's QUALITY as '97.1 %' of dense."""
+    score = point.metrics[QUALITY]
+    return "no finite value" if score is None else \
+        f"{100 * score / dense.metrics[QUALITY]:.1f} %".replace("-", "−")
 
 
 def _failed(count: int, most: float, images: int, limit: str) -> str:

@@ -14,9 +14,9 @@ from typing import Iterable, NamedTuple, Optional, Tuple
 import filelock
 import numpy as np
 from PIL import Image, PngImagePlugin
-from tqdm import tqdm
 
 from pruning import UserError, cache_folder, whole_file
+from pruning.progress import tqdm
 
 
 class Made(NamedTuple):

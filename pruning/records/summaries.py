@@ -252,11 +252,25 @@ def units(records: Sequence[Record]) -> str:
 
 # ---- the sensitivity of layers
 
-def sensitivity_summary(found: dict, most: int = 12) -> str:
-    """Return a table of the layers that the output depends on most and least. found: see sweep.measure_sensitivity."""
+def ends_of_sensitivity(found: dict, most: int = 3) -> str:
+    """Return the layers that the output depends on most and least. found: see sweep.measure_sensitivity."""
+    order, middle = _by_sensitivity(found)
+    return wrapped(f"The guided output of {found['model']} depends most on {listed(order[:most])}, and least on "
+                   f"{listed(order[:-most - 1:-1])}, if one layer alone is pruned by {found['variant']} to rate "
+                   f"{found['rates'][middle]:g}.")
+
+
+def _by_sensitivity(found: dict) -> Tuple[List[str], int]:
+    """Return the layers by their change, the largest first, and the position of the rate at which they changed."""
     rates, layers = found["rates"], found["layers"]
     middle = rates.index(0.7) if 0.7 in rates else len(rates) // 2
-    order = sorted(layers, key=lambda name: -layers[name]["change"][middle])
+    return sorted(layers, key=lambda name: -layers[name]["change"][middle]), middle
+
+
+def sensitivity_summary(found: dict, most: int = 12) -> str:
+    """Return a table of the layers that the output depends on most and least. found: see sweep.measure_sensitivity."""
+    order, middle = _by_sensitivity(found)
+    rates = found["rates"]
     shown = order if len(order) <= 2 * most else [*order[:most], *order[-most:]]
     table = sensitivity_table(found, shown)
     few = f", {most} at each end" if len(shown) < len(order) else ""

@@ -28,6 +28,14 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def duration(seconds: float) -> str:
+    """'40 s', '3 minutes', '5 hours': a time in one or two digits."""
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{float(f'{seconds:.1g}'):g} s"
+
+
 def number(value: float | None) -> str:
     """A value in four digits, '–' for None."""
     if value is None:
