@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
-from tqdm import tqdm
 
 from pruning import UserError, distributed, methods
 from pruning.experiment import BLOCK, Experiment, release_dense
 from pruning.methods import Pruned
 from pruning.metrics import METRICS, backbones, costs
 from pruning.models import compiling, generation, pipelines, provenance, saving
+from pruning.progress import tqdm
 from pruning.records import store
 from pruning.records.record import Point, Record
 
