@@ -292,7 +292,7 @@ def tell(faults: Faults) -> None:
 
 def hash_originals(samples: Sequence[Sample], size: int) -> str:
     """Return the content_hash of the samples' originals, after each was read. Raises UserError if one cannot be."""
-    starts = tqdm(range(0, len(samples), BLOCK), desc="originals", delay=2, leave=False)
+    starts = tqdm(range(0, max(1, len(samples)), BLOCK), desc="originals", delay=2, leave=False)
     blocks = (data.load_originals(samples[start:start + BLOCK], size) for start in starts)
     return store.hash_of_blocks(blocks, (len(samples), size, size, 3))
 

@@ -64,7 +64,10 @@ def load_pipeline(model: str, device: str = "cpu", dtype: str = "float32"):
     manifest = saving.read_manifest(folder)
     pruned = {manifest["component"]: saving.load_denoiser(folder, manifest, dtype)} if manifest else {}
     weights_files.check_files(folder, config, {*hub.left_out(config), *pruned})
-    known = portable.imported(*pruned.values()) if pruned else nullcontext()
+    known = nullcontext()
+    for name, denoiser in pruned.items():
+        listed = config.get(name)
+        known = portable.imported(denoiser, str(listed[0]) if isinstance(listed, (list, tuple)) and listed else "")
     with reading(f"model {model!r}"), known:
         pipeline = DiffusionPipeline.from_pretrained(
             folder, use_safetensors=True, **{DTYPE: getattr(torch, dtype)}, **{**hub.left_out(config), **pruned})

@@ -7,8 +7,10 @@ this project that stand in the denoiser. DiffusionPipeline.from_pretrained(folde
 from __future__ import annotations
 
 import ast
+import hashlib
 import inspect
 import json
+import re
 import sys
 import textwrap
 from contextlib import contextmanager
@@ -18,7 +20,9 @@ from typing import Any, Dict, Iterator, List
 
 from pruning.records.record import write_json
 
-MODULE, DIFFERENCES = "pruned_denoiser", "pruned"  # the file, and the name in the config of what `rebuild` takes
+DIFFERENCES = "pruned"  # the name in the config of what `rebuild` takes
+# The name of the file: diffusers keeps files of all folders in one place, so those that differ need names of their own.
+MODULE = "pruned_denoiser_{}"
 TEMPLATE = '''"""{name}: a {base} of which pruning has removed parts.
 
 Load the folder above with diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=True).
@@ -84,25 +88,33 @@ def write(denoiser, component: str, folder: Path) -> None:
     """Add to a saved pipeline's folder what diffusers needs to load its pruned denoiser. Raises OSError."""
     base = type(denoiser).__name__
     weights = folder / component
-    (weights / f"{MODULE}.py").write_text(source_of(denoiser), encoding="utf-8")
+    source = source_of(denoiser)
+    module = MODULE.format(hashlib.sha256(source.encode()).hexdigest()[:12])
+    (weights / f"{module}.py").write_text(source, encoding="utf-8")
     config = json.loads((weights / "config.json").read_text(encoding="utf-8"))
     write_json({**config, DIFFERENCES: differences(denoiser)}, weights / "config.json")
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    write_json({**index, component: [MODULE, f"Pruned{base}"]}, folder / "model_index.json")
+    write_json({**index, component: [module, f"Pruned{base}"]}, folder / "model_index.json")
 
 
 @contextmanager
-def imported(denoiser) -> Iterator[None]:
-    """Inside the block, the class that `write` names is that of the denoiser, and no code of a folder runs for it."""
+def imported(denoiser, module: str) -> Iterator[None]:
+    """Inside the block, the class that `write` names is that of the denoiser, and no code of a folder runs for it.
+
+    module: what a folder's model_index.json gives as the denoiser's library; one that `write` does not name is left.
+    """
     from diffusers import ModelMixin
-    module = ModuleType(MODULE)
-    module.ModelMixin = ModelMixin  # what diffusers expects the class to build on
-    setattr(module, f"Pruned{type(denoiser).__name__}", type(denoiser))
-    sys.modules[MODULE] = module
+    if not re.fullmatch(MODULE.format("[0-9a-f]{12}"), module):
+        yield
+        return
+    made = ModuleType(module)
+    made.ModelMixin = ModelMixin  # what diffusers expects the class to build on
+    setattr(made, f"Pruned{type(denoiser).__name__}", type(denoiser))
+    sys.modules[module] = made
     try:
         yield
     finally:
-        del sys.modules[MODULE]
+        del sys.modules[module]
 
 
 def source_of(denoiser) -> str:
