@@ -13,11 +13,11 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # instead of pruning/, whose names must not shadow packages
 
-from collections import Counter
 from typing import Dict, List
 
 from pruning import cli
 from pruning.data import DATASETS
+from pruning.methods import unreached_by_reason
 from pruning.models import pipelines
 from pruning.records.tables import Table, wrapped
 from pruning.records.words import duration
@@ -32,20 +32,13 @@ def reach_table(denoiser) -> Table:
     from pruning.methods import reach
     total = sum(parameter.numel() for parameter in denoiser.parameters())
     shares: Dict[str, List[str]] = {}
-    reached = reach.by_method(denoiser)
-    for method, own in reached.items():
+    for method, own in reach.by_method(denoiser).items():
         shares.setdefault(f"{100 * sum(own.values()) / total:.1f}", []).append(method)
-    together: Counter = Counter()
-    for method in ("structured", "attention_heads", "modulation"):
-        together.update(reached[method])
-    left = Counter()
-    for each in reach.unreached(reach.parameters(denoiser, removes=True), together, {}).values():
-        left[each.why] += each.parameters
-    notes = [f"Not reached by any method that removes units: {each}" for each in [", ".join(
-        f"{100 * count / total:.1f} % {why}" for why, count in left.most_common())] if each]
-    return Table("", ["methods", "reach, in % of the denoiser"], [[", ".join(names), share]
-                                                                  for share, names in shares.items()], notes,
-                 ["left", "right"])
+    left = unreached_by_reason(reach.by_units(denoiser)[1])
+    notes = ["Not reached by any method that removes units: " + ", ".join(
+        f"{100 * count / total:.1f} % {why}" for why, count in left.items())] if left else []
+    return Table("", ["methods", "reach, in % of the denoiser"],
+                 [[", ".join(names), share] for share, names in shares.items()], notes, ["left", "right"])
 
 
 def memory_text(found, dtype: str) -> str:

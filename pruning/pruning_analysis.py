@@ -72,7 +72,7 @@ def run_pruning_experiment(experiment: Experiment, rate: float, dense: Optional[
         measured = Point(
             rate=rate, sparsity=pruned.taken / pruned.total, unit=pruned.unit, units_total=pruned.total,
             units_asked=pruned.asked, units_taken=pruned.taken, skipped_modules=pruned.skipped_modules,
-            unreached=unreached_by_reason(pruned), inexact=pruned.inexact,
+            unreached=unreached_by_reason(pruned.unreached), inexact=pruned.inexact,
             layer_rates={name: layer.rate for name, layer in pruned.layers.items()},
             layer_errors={name: layer.error for name, layer in pruned.layers.items() if layer.error is not None},
             **counts, **times, compiled=compiled and compiled.compiled,

@@ -11,32 +11,18 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from commands import COMMANDS
 from diffusers import UNet2DConditionModel
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from test_records import JSON, make_record, places
 
-from pruning import (
-    UserError,
-    cli,
-    generate_synthetic_graph,
-    merge_results,
-    prefetch,
-    pruning_analysis,
-    sweep,
-    test_single_rate,
-    visualize_results,
-)
-from pruning.models import pipelines, saving
+from pruning import UserError, cli, merge_results, prefetch, sweep, visualize_results
+from pruning.models import pipelines, saving, skeleton
 from pruning.records import plots
 from pruning.records.record import record_path, write_record
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = {"pruning_analysis": pruning_analysis, "test_single_rate": test_single_rate, "prefetch": prefetch,
-            "merge_results": merge_results, "visualize_results": visualize_results,
-            "generate_synthetic_graph": generate_synthetic_graph}
-
-
 LONG = 20  # times as many examples, in tests marked as slow
 
 
@@ -88,7 +74,7 @@ def nothing_long(monkeypatch, tmp_path):
     """Commands that stop where they would load torch, draw or fetch, in a folder of their own."""
     def stop(*_, **__):
         raise UserError("stopped before the work")
-    for module, name in ((sweep, "prepare"), (pipelines, "fetch"), (plots, "draw_synthetic"),
+    for module, name in ((sweep, "prepare"), (pipelines, "fetch"), (skeleton, "load"), (plots, "draw_synthetic"),
                          (prefetch.backbones, "backbone_files"), (visualize_results.report, "write_record_files")):
         monkeypatch.setattr(module, name, stop)
     monkeypatch.chdir(tmp_path)
@@ -101,7 +87,7 @@ def check_arguments(name, data, capsys):
     if name in ("generate_synthetic_graph", "visualize_results") and "--output_dir" not in arguments:
         arguments += ["--output_dir", "out"]
     if name != "generate_synthetic_graph" and "--results_dir" not in arguments:
-        arguments += ["--results_dir", "results"] if name != "prefetch" else []
+        arguments += ["--results_dir", "results"] if name not in ("prefetch", "check_model") else []
     code = ends(COMMANDS[name].main, *arguments)
     said = capsys.readouterr()
     assert "Traceback" not in said.err + said.out

@@ -149,7 +149,7 @@ def test_reached_and_unreached_parameters_are_all_parameters(family, method):
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     left = {name: each.parameters for name, each in done.unreached.items()}
     assert {name: done.reached.get(name, 0) + left.get(name, 0) for name in sizes} == sizes
-    assert sum(unreached_by_reason(done).values()) == parameters(model) - sum(done.reached.values())
+    assert sum(unreached_by_reason(done.unreached).values()) == parameters(model) - sum(done.reached.values())
     if method in UNITS:
         expected = owned_by_units(model, UNITS[method])
     elif method == "modulation":
@@ -178,7 +178,7 @@ def test_a_parameter_that_is_no_weight_of_a_layer_is_named():
 
     done = methods.prune("magnitude", nn.ModuleDict({"experts": Experts()}), 0.5)
     assert done.skipped_modules == {"experts.gate_up": "gate_up of Experts is not the weight of a layer"}
-    assert unreached_by_reason(done) == {"gate_up of Experts is not the weight of a layer": 24,
+    assert unreached_by_reason(done.unreached) == {"gate_up of Experts is not the weight of a layer": 24,
                                          "biases, norm weights and other vectors": 4}
 
 
@@ -192,7 +192,8 @@ def test_layers_that_cannot_have_a_pattern_are_not_reached():
 
 @pytest.mark.parametrize("family", ["sd15", "sd35", pytest.param("flux_dev", marks=NEEDS_TORCH_25)])
 def test_what_another_method_reaches_is_said(family):
-    why = unreached_by_reason(methods.prune("attention_heads", build(family), 0.0, criterion="norm", refit=False))
+    done = methods.prune("attention_heads", build(family), 0.0, criterion="norm", refit=False)
+    why = unreached_by_reason(done.unreached)
     assert {"neurons", "layers without units", "biases, norm weights and other vectors"} <= set(why)
     assert ("channels" in why, "ranks of AdaLN layers" in why) == (family == "sd15", family != "sd15")
 

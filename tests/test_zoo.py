@@ -13,7 +13,7 @@ from torch import nn
 
 from benchmarks import families
 from pruning import UserError, methods
-from pruning.methods import blocks, bypass, ranks, surgery
+from pruning.methods import blocks, bypass, ranks, reach, surgery
 from pruning.methods.calibration import Calibration
 from pruning.models import portable
 from pruning.models.provenance import release
@@ -239,7 +239,7 @@ def test_units_and_ranks_hold_most_of_a_published_model(model):
     denoiser = families.build(model)
     if denoiser is None:
         pytest.skip(f"diffusers has no {families.PUBLISHED[model][0]}")
-    reached, left = families.removed_by_units(denoiser)
+    reached, left = reach.by_units(denoiser)
     total = denoiser.num_parameters()
     assert sum(reached.values()) + sum(each.parameters for each in left.values()) == total
     assert sum(reached.values()) >= 0.85 * total

@@ -70,10 +70,10 @@ class Pruned(NamedTuple):
     inexact: Dict[str, str] = {}  # modules in which removal is not masking: name -> why
 
 
-def unreached_by_reason(pruned: Pruned) -> Dict[str, int]:
-    """Return how many parameters a method cannot reach for each reason, the most first."""
+def unreached_by_reason(unreached: Dict[str, Unreached]) -> Dict[str, int]:
+    """Return how many parameters cannot be reached for each reason, the most first. unreached: see Pruned."""
     found: Dict[str, int] = {}
-    for each in pruned.unreached.values():
+    for each in unreached.values():
         found[each.why] = found.get(each.why, 0) + each.parameters
     return dict(sorted(found.items(), key=lambda pair: -pair[1]))
 

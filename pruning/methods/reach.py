@@ -6,7 +6,7 @@ none: to zero or slice it changes nothing, or something else.
 from __future__ import annotations
 
 import importlib
-from typing import Callable, Dict, NamedTuple, Sequence
+from typing import Callable, Dict, NamedTuple, Sequence, Tuple
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from pruning import UserError
 from pruning.methods import METHODS, Unreached, modulation, ranks, surgery
 from pruning.methods.kinds import KINDS
-from pruning.methods.zeroing import PRUNABLE, why_not
+from pruning.methods.zeroing import PRUNABLE, prunable_weights, why_not
 
 VECTORS = "biases, norm weights and other vectors"
 
@@ -99,8 +99,7 @@ def by_method(denoiser: nn.Module) -> Dict[str, Dict[str, int]]:
     {} stands for a method that can do nothing here. Works on the meta device. Blocks are left out, as only a call of
     the denoiser shows which can be bypassed.
     """
-    weights = {f"{name}.weight": layer.weight.numel() for name, layer in denoiser.named_modules()
-               if isinstance(layer, PRUNABLE)}
+    weights = {name: weight.numel() for name, weight in prunable_weights(denoiser).items()}
     found = {}
     for method, entry in METHODS.items():
         if not entry.removes:
@@ -111,6 +110,16 @@ def by_method(denoiser: nn.Module) -> Dict[str, Dict[str, int]]:
             units = importlib.import_module(f"pruning.methods.{method}").UNITS
             found[method] = surgery.reached(denoiser, surgery.find_groups(denoiser, units)[0])
     return found
+
+
+def by_units(denoiser: nn.Module) -> Tuple[Dict[str, int], Dict[str, Unreached]]:
+    """Return how many numbers of each parameter units and ranks hold, and what is left of each and why.
+
+    Works on the meta device.
+    """
+    groups, skipped = surgery.survey(denoiser, "heads", "neurons", "channels")
+    reached = {**surgery.reached(denoiser, groups), **modulation.reached(ranks.modulation_layers(denoiser))}
+    return reached, unreached(parameters(denoiser, removes=True), reached, skipped)
 
 
 def reason(module: nn.Module, name: str, parameter: nn.Parameter) -> str:

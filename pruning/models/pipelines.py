@@ -7,7 +7,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from logging import CRITICAL
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
@@ -64,11 +64,7 @@ def load_pipeline(model: str, device: str = "cpu", dtype: str = "float32"):
     manifest = saving.read_manifest(folder)
     pruned = {manifest["component"]: saving.load_denoiser(folder, manifest, dtype)} if manifest else {}
     weights_files.check_files(folder, config, {*hub.left_out(config), *pruned})
-    known = nullcontext()
-    for name, denoiser in pruned.items():
-        listed = config.get(name)
-        known = portable.imported(denoiser, str(listed[0]) if isinstance(listed, (list, tuple)) and listed else "")
-    with reading(f"model {model!r}"), known:
+    with reading(f"model {model!r}"), portable.imported(pruned, config):
         pipeline = DiffusionPipeline.from_pretrained(
             folder, use_safetensors=True, **{DTYPE: getattr(torch, dtype)}, **{**hub.left_out(config), **pruned})
         unused = weights_files.unused_tensors(pipeline, folder, set(pruned))
@@ -204,6 +200,21 @@ def guidance_argument(kind: type) -> Optional[str]:
     return next(iter([*guiding, *defaults]), None)
 
 
+def own_settings(kind: type, model: str) -> dict:
+    """Return the steps and guidance_scale that a model is meant for; steps are None if its pipeline class says none.
+
+    A saved pruned model also says its image_size.
+    """
+    manifest = saving.read_manifest(Path(model)) if model not in MODELS and Path(model).is_dir() else None
+    if manifest:
+        return manifest["sampling"]
+    if model in MODELS:
+        return {"steps": MODELS[model].steps, "guidance_scale": MODELS[model].guidance_scale}
+    takes, argument = inspect.signature(kind.__call__).parameters, guidance_argument(kind)
+    steps, guidance = takes["num_inference_steps"].default, takes[argument].default if argument else None
+    return {"steps": steps if isinstance(steps, int) else None, "guidance_scale": float(guidance or 1)}
+
+
 def sampling_settings(pipeline, model: str, given: Optional[dict] = None) -> dict:
     """Return steps, guidance_scale and image_size (pixels a side): as given, else as the model is meant to be used.
 
@@ -211,25 +222,13 @@ def sampling_settings(pipeline, model: str, given: Optional[dict] = None) -> dic
     steps is not known.
     """
     given = {name: value for name, value in (given or {}).items() if value is not None}
-    manifest = saving.read_manifest(Path(model)) if model not in MODELS and Path(model).is_dir() else None
-    takes = inspect.signature(type(pipeline).__call__).parameters
-    argument = guidance_argument(type(pipeline))
-    if "guidance_scale" in given and argument is None:
+    if "guidance_scale" in given and guidance_argument(type(pipeline)) is None:
         raise UserError(f"{type(pipeline).__name__} takes no guidance scale; leave --guidance_scale out")
-    if manifest:
-        return {**manifest["sampling"], **given}
-    guidance = takes[argument].default if argument else None
     sizes = (getattr(pipeline, "default_sample_size", None),
              getattr(getattr(pipeline, denoiser_name(pipeline)).config, "sample_size", None))
     size = next((each for each in sizes if isinstance(each, int)), None)
     scale = getattr(pipeline, "vae_scale_factor", None)
-    steps, own = takes["num_inference_steps"].default, MODELS.get(model)
-    settings = {
-        "steps": own.steps if own else steps if isinstance(steps, int) else None,
-        "guidance_scale": own.guidance_scale if own else float(guidance or 1),
-        "image_size": size * scale if size and scale else None,
-        **given,
-    }
+    settings = {"image_size": size * scale if size and scale else None, **own_settings(type(pipeline), model), **given}
     for name, words in (("image_size", "what size its images have"), ("steps", "in how many steps it draws")):
         if settings[name] is None:
             raise UserError(f"{type(pipeline).__name__} does not say {words}; give --{name}")

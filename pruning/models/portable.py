@@ -98,23 +98,27 @@ def write(denoiser, component: str, folder: Path) -> None:
 
 
 @contextmanager
-def imported(denoiser, module: str) -> Iterator[None]:
-    """Inside the block, the class that `write` names is that of the denoiser, and no code of a folder runs for it.
+def imported(loaded: Dict[str, Any], index: Dict[str, Any]) -> Iterator[None]:
+    """Inside the block, a class that `write` names is that of the loaded denoiser, and no code of a folder runs for it.
 
-    module: what a folder's model_index.json gives as the denoiser's library; one that `write` does not name is left.
+    loaded: component -> denoiser. index: what the folder's model_index.json holds; modules that `write` does not name
+    are left as they are.
     """
     from diffusers import ModelMixin
-    if not re.fullmatch(MODULE.format("[0-9a-f]{12}"), module):
-        yield
-        return
-    made = ModuleType(module)
-    made.ModelMixin = ModelMixin  # what diffusers expects the class to build on
-    setattr(made, f"Pruned{type(denoiser).__name__}", type(denoiser))
-    sys.modules[module] = made
+    made = {}
+    for component, denoiser in loaded.items():
+        listed = index.get(component)
+        name = str(listed[0]) if isinstance(listed, (list, tuple)) and listed else ""
+        if re.fullmatch(MODULE.format("[0-9a-f]{12}"), name):
+            made[name] = ModuleType(name)
+            made[name].ModelMixin = ModelMixin  # what diffusers expects the class to build on
+            setattr(made[name], f"Pruned{type(denoiser).__name__}", type(denoiser))
+    sys.modules.update(made)
     try:
         yield
     finally:
-        del sys.modules[module]
+        for name in made:
+            del sys.modules[name]
 
 
 def source_of(denoiser) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Dict, NamedTuple, Optional
 from pruning import UserError
 from pruning.models import hub, pipelines, saving
 
-UNSAID = 1024  # pixels a side, if no config says a size
+UNSAID, STEPS = 1024, 50  # pixels a side and steps, if nothing says them
 CLIP_TOKENS = 77  # of a caption
 OF_TEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "_context", "txt_")  # in names of layers for text
 
@@ -81,16 +81,11 @@ def _component(source: str, part: str, library: str, kind: str) -> Optional[Any]
 
 def sampling(found: Skeleton, given: Dict[str, Any], model: str) -> Dict[str, Any]:
     """Return steps, guidance_scale and image_size, as given or as the pipeline's class and configs say."""
-    takes = inspect.signature(found.pipeline.__call__).parameters
     size = found.configs[found.denoiser].get("sample_size")
-    guidance = getattr(takes.get(pipelines.guidance_argument(found.pipeline)), "default", None)
-    default = {"steps": getattr(takes.get("num_inference_steps"), "default", None) or 50,
-               "guidance_scale": float(guidance or 1),
-               "image_size": size * shrinks(found) if isinstance(size, int) else UNSAID}
-    if model in pipelines.MODELS:
-        own = pipelines.MODELS[model]
-        default.update(steps=own.steps, guidance_scale=own.guidance_scale)
-    return {**default, **{name: value for name, value in given.items() if value is not None}}
+    own = {"image_size": size * shrinks(found) if isinstance(size, int) else UNSAID,
+           **pipelines.own_settings(found.pipeline, model)}
+    own["steps"] = own["steps"] or STEPS
+    return {**own, **{name: value for name, value in given.items() if value is not None}}
 
 
 def guides_twice(found: Skeleton) -> bool:
