@@ -169,7 +169,8 @@ def _draw_other(axes, rates, values, others, cost: Cost, line: Line) -> None:
     others = cost.scale * np.array(others)
     if np.abs(others - values).max() > 0.01 * max(values):
         plot(axes, rates, others, line._replace(colour="0.55", marker="v", dashes="--"))
-        axes.text(rates[-1], others[-1], f"{cost.label} ", ha="right", va="top", fontsize=9, color="0.35")
+        axes.annotate(cost.label, (rates[-1], others[-1]), xytext=(-4, -6), textcoords="offset points", ha="right",
+                      va="top", fontsize=9, color="0.35")
 
 
 @rc_context(STYLE)
