@@ -139,7 +139,8 @@ def add_measuring_flags(parser: Parser) -> None:
                         help="noise seeds: each sample is drawn once for each, and dense is compared with itself")
     add_sampling_flags(parser)
     parser.add_argument("--batch_size", type=positive,
-                        help="images made together (default: as many as fit in GPU memory; 8 on a CPU)")
+                        help="images made together (default: as many as fit in GPU memory; on a CPU 16, of large "
+                             "images fewer)")
     parser.add_argument("--offload", type=one_of("offload", OFFLOADS),
                         help="keep waiting parts of the model on the CPU: model (whole modules) or sequential (layers)")
     parser.add_argument("--compile", action="store_true", help="compile the denoiser with torch.compile before timing")

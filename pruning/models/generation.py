@@ -16,7 +16,8 @@ from pruning.models.hub import first_line
 from pruning.models.pipelines import denoiser_name, guidance_argument
 from pruning.progress import tqdm
 
-CPU_BATCH, GPU_BATCHES = 8, (32, 16, 8, 4, 2, 1)  # a CPU gains nothing from larger batches
+GPU_BATCHES = (32, 16, 8, 4, 2, 1)
+CPU_BATCH, CPU_PIXELS = 16, 2 ** 21  # at most, of all images of a batch: a CPU gains nothing from larger batches
 PROMPT_BYTES = 2 ** 29  # of encoded prompts that are kept
 # Arguments of pipelines that edit or follow an image, or make a film.
 MORE_THAN_A_CAPTION = ("image", "mask_image", "control_image", "image_embeds", "video", "num_frames")
@@ -110,10 +111,10 @@ def _call_by_halves(pipeline, batch, *settings) -> np.ndarray:
 
 
 def fitting_batch_size(pipeline, sample, device: str, *, steps: int, guidance_scale: float, image_size: int) -> int:
-    """Return the largest of GPU_BATCHES that the GPU has memory for, or CPU_BATCH on a CPU."""
+    """Return the largest of GPU_BATCHES that the GPU has memory for; on a CPU, what CPU_BATCH and CPU_PIXELS allow."""
     import torch
     if torch.device(device).type == "cpu":
-        return CPU_BATCH
+        return max(1, min(CPU_BATCH, CPU_PIXELS // image_size ** 2))
     for size in GPU_BATCHES[:-1]:
         try:
             with computing_once(pipeline):
