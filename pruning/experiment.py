@@ -184,7 +184,7 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
 
     def record_calls() -> list:
         """Record the dense denoiser's calls while it draws the training captions."""
-        size = sampling["batch_size"]
+        size = min(sampling["batch_size"], calibration.BATCH)
         batches = [drawn[start:start + size] for start in range(0, len(drawn), size)]
         pipelines.set_denoiser(pipeline, dense, device, args.offload)
         keep, calls = calibration.keep_once(), []
@@ -203,8 +203,9 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
         reference={family: scores.Reference(features) for family, features in reference.items()}, floor_features=floors,
         calibration=calibration.Calibration(
             record_calls, args.seed, checkpoint=checkpoint_file(path), guidance_scale=sampling["guidance_scale"],
-            first_batch=min(sampling["batch_size"], len(captions)), memory=int(args.calibration_memory * GIB),
-            folder=calibration_folder(record, captions), sample=sample) if captions else None)
+            first_batch=min(sampling["batch_size"], calibration.BATCH, len(captions)),
+            memory=int(args.calibration_memory * GIB), folder=calibration_folder(record, captions),
+            sample=sample) if captions else None)
 
 
 def choose_metrics(args, earlier: Optional[Record]) -> Tuple[List[str], Faults]:

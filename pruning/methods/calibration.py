@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Call = Tuple[Dict[str, Any], "Tensor"]  # the keyword arguments of a denoiser call, and the sample that it returned
+BATCH = 8  # images that are drawn together at most: methods use a few calls, and these then cover more steps
 GIB = 2 ** 30
 MEMORY = 4 * GIB  # bytes of moments that are gathered in one pass
 
