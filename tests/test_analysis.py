@@ -150,6 +150,14 @@ def test_offloading_changes_no_image_and_no_count(tmp_path):
     assert seen[None] == seen["model"]
 
 
+def test_a_larger_batch_leaves_methods_the_same_calls_to_calibrate_on(tmp_path):
+    few, many = (prepare(tmp_path, "--method", "structured", "--metrics", "lpips_dense", "--calibration_images", "9",
+                         "--steps", "2", "--batch_size", size).calibration for size in ("8", "9"))
+    assert [len(output) for _, output in many.calls] == [16, 16, 2, 2]  # 8 images and 1, in 2 steps, guided
+    assert all(bool((a == b).all()) for (_, a), (_, b) in zip(few.calls, many.calls))
+    assert few.guidance == many.guidance != 1
+
+
 def test_an_experiment_is_not_assigned_to_after_it_was_made(tmp_path):
     made = prepare(tmp_path, "--metrics", "lpips_dense")
     with pytest.raises(dataclasses.FrozenInstanceError):
