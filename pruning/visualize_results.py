@@ -44,7 +44,7 @@ def main(argv=None) -> None:
         folder = _folder(args.output_dir, group, alone=len(warned) == 1)
         together = folder or next(iter(group)).parent
         if args.compare:
-            tasks += [(report.write_comparison, list(group.values()), together, args.tolerance, warning),
+            tasks += [(report.write_comparison, group, together, args.tolerance, warning),
                       (report.write_report, group, together, args.tolerance, warning)]
         else:
             tasks += [(_draw, record, folder or path.parent, path.parent / "images", args.tolerance)

@@ -8,20 +8,24 @@ from pruning.methods import METHODS
 from pruning.metrics import intervals
 from pruning.records.findings import (
     QUALITY,
+    SAME,
     TOLERANCE,
     failures,
     holds,
     images_of,
     interval,
+    is_baseline,
     last_good,
     removes,
     same_time,
     samples_to_decide,
+    saved_macs,
     saved_parameters,
+    saved_time,
     time_ratio,
 )
 from pruning.records.record import Point, Record
-from pruning.records.words import counted, number
+from pruning.records.words import counted, listed, number, percent
 
 MOST_SAMPLES = 10_000  # beyond, the number of samples that would decide is not told
 MOST_TRIED = 500  # beyond, a run with as many is not the next thing to try
@@ -86,6 +90,68 @@ def brief(record: Record, tolerance: float = TOLERANCE) -> str:
     few = "" if holds(beyond, dense, tolerance) is not None else \
         ", which needs more images"
     return f"{text} {next_rate}{few}."
+
+
+def lead(records: Sequence[Record], tolerance: float = TOLERANCE) -> str:
+    """Return what pruning can save within the tolerance, and whether a baseline saves more time, in a few sentences."""
+    good = [(record, point) for record in records if not is_baseline(record)
+            for point in [last_good(record, tolerance)] if point]
+    if not good:
+        return (answer(records[0], tolerance)[len("How far? "):] if len(records) == 1 else
+                f"No measured rate of any variant is safely within {100 * tolerance:g} % of the dense {QUALITY}.")
+    within = f"Within {100 * tolerance:g} % of the dense {QUALITY}"
+    if len(records) == 1:
+        (record, point), = good
+        gains = listed([f"keeps {_share(point, record.dense)}", *(_gains(record, point) or ["saves nothing"])])
+        return f"{within}, {record.variant} pruning goes up to rate {point.rate:g}. It {gains}."
+    best: Dict[str, List[str]] = {}  # variant and rate -> what it saves most of
+    for share in (saved_macs, saved_parameters):
+        record, point = max(good, key=lambda pair, share=share: share(pair[1], pair[0].dense))
+        best.setdefault(_at(record, point), []).extend(_gains(record, point, share))
+    gains = [f"{which} {' and '.join(each)}" for which, each in best.items() if each]
+    text = f"{within}, {'; '.join(gains) or 'no variant saves anything'}."
+    return f"{text} {beside_baselines(records, tolerance)}".strip()
+
+
+def _gains(record: Record, point: Point, *shares) -> List[str]:
+    """Return 'saves 40 % of the multiply-accumulates' and 'removes 43 % of the parameters', if it does.
+
+    shares: saved_macs, saved_parameters or both, which is the default.
+    """
+    words = {saved_macs: "saves {} of the multiply-accumulates",
+             saved_parameters: "removes {} of the parameters" if removes(record) else
+                               "zeroes {} of the parameters, which makes nothing smaller or faster"}
+    found = {share: share(point, record.dense) for share in shares or words}
+    return [words[share].format(percent(value)) for share, value in found.items() if value >= 0.005]
+
+
+def beside_baselines(records: Sequence[Record], tolerance: float = TOLERANCE) -> str:
+    """Return how much time the baselines save beside the fastest pruning, and what pruning alone gives if it is slower.
+
+    "" if no baseline saves time within the tolerance.
+    """
+    good = [(record, point) for record in records for point in [last_good(record, tolerance)] if point]
+    times = [(saved_time(point, record.dense), record, point) for record, point in good]
+    ranked = sorted((each for each in times if each[0] > SAME), key=lambda each: -each[0])
+    fastest = next((each for each in ranked if not is_baseline(each[1])), None)
+    shown = [each for each in ranked if each is fastest or is_baseline(each[1])]
+    if shown in ([], [fastest]):
+        return ""
+    each_saves = listed([f"{_at(record, point)} saves {percent(time)}" for time, record, point in shown])
+    text = f"Of the time of an image, {each_saves}{'' if fastest else '; pruning saves none'}."
+    if shown[0] is fastest:
+        return text
+    text += " For time alone, pruning is not the best choice."
+    smallest = max((pair for pair in good if removes(pair[0])), default=None,
+                   key=lambda pair: saved_parameters(pair[1], pair[0].dense))
+    if smallest is None:
+        return text
+    return (f"{text} Only pruning makes the model smaller: {_at(*smallest)} {_gains(*smallest, saved_parameters)[0]}. "
+            "Both can be used together.")
+
+
+def _at(record: Record, point: Point) -> str:
+    return f"{record.variant} at rate {point.rate:g}"
 
 
 def failed(record: Record, tolerance: float = TOLERANCE) -> str:

@@ -3,175 +3,244 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Sequence
+from typing import Dict, List, Sequence
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
+from pruning.records.answers import lead
 from pruning.records.drawing import (
+    SAFE,
+    SAFE_TEXT,
     STYLE,
-    band,
+    WIDTH,
+    Badge,
     band_note,
-    caption,
+    curve,
+    draw_badges,
     draw_noise_levels,
-    draw_ratios,
     end_of,
-    faded,
-    faded_note,
+    in_percent,
     label_ends,
+    left_out_note,
     legend_entry,
     level,
-    lines_of,
     metric_axis,
     noise_levels,
     noise_note,
     panels,
-    plot,
     rate_axis,
-    ratio_axis,
-    ratio_note,
-    ratios,
     save,
+    save_png,
+    save_svg,
     small_print,
-    variant_lines,
+    title,
+    value_axis,
 )
 from pruning.records.findings import (
     QUALITY,
     SAVED,
     SIMILARITY,
+    TOLERANCE,
     all_points,
     drawn_metrics,
     formula,
     images_of,
     in_order,
     interval,
+    is_baseline,
+    last_good,
     metrics_of,
+    relative,
     relative_curve,
     relative_interval,
+    removes,
+    saved_time,
+    saved_time_interval,
+    saves,
     unreliable,
     values_of,
 )
+from pruning.records.grids import draw_rows, height_of, variant_rows
+from pruning.records.palette import Line, lines_of, variant_lines
 from pruning.records.record import Record
-from pruning.records.summaries import compile_note, protocol, units
-from pruning.records.words import counted
+from pruning.records.summaries import compile_note, protocol, setup, units
+from pruning.records.words import counted, listed
 
-LONGEST_LABEL = 18  # letters of a name beside a panel
-FRONTIER = (0.6, 1.03)  # of the dense QUALITY: what the first panels show, as nobody wants less
+FRONTIER = (0.6, 1.06)  # of the dense QUALITY: what the frontiers show, as nobody wants less
+
+
+# ---- the variants of a model
+
+@rc_context(STYLE)
+def draw_comparison(found: Dict[Path, Record], path: Path, tolerance: float = TOLERANCE, warning: str = "") -> Path:
+    """Draw QUALITY over what is saved, and below it the images of one caption by variants and rates.
+
+    found: records by path; the images of each lie in images/ beside it. The SVG leaves the images out. warning: how
+    the records were measured differently, if they were.
+    """
+    records, (caption, rows) = in_order(list(found.values())), variant_rows(found, tolerance)
+    save_svg(_comparison(records, tolerance, warning), path.with_suffix(".svg"))
+    return save_png(_comparison(records, tolerance, warning, caption, rows), path)
+
+
+def _comparison(records: Sequence[Record], tolerance: float, warning: str, caption: str = "", rows=()) -> Figure:
+    """Return the figure of frontiers, and of images if there are rows of them."""
+    shown = {what: _over(records, what) for what in SAVED} if QUALITY in metrics_of(*records) else {}
+    shown = {what: those for what, those in shown.items() if those}
+    lines, notes = variant_lines(records), _notes(records, shown, tolerance)
+    parts = [rows[::2], rows[1::2]] if len(rows) > 1 and max(len(row.files) for row in rows) <= 4 else [rows]
+    heights = [max(2.2, 0.8 + 0.15 * sum(1.2 + each.variant.count("+") for each in those)) for those in shown.values()]
+    tall, low = sum(heights) + 1.6, height_of(parts[0], WIDTH / len(parts)) + 0.5 if rows else 0
+    figure = Figure(figsize=(WIDTH, tall + low), layout="constrained")
+    upper, *lower = figure.subfigures(2, 1, height_ratios=(tall, low)) if rows else [figure]
+    labelled = []
+    if shown:
+        every = upper.subplots(len(shown), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+        labelled = [(axes, _draw_frontier(axes, what, those, lines, tolerance))
+                    for axes, (what, those) in zip(every, shown.items())]
+    else:
+        upper.text(0.5, 0.5, f"no variant saves anything, or {QUALITY} was not measured", ha="center", color="0.4")
+    title(upper, f"WARNING: measured differently. {warning}" if warning else
+          f"Pruning {records[0].model}. {lead(records, tolerance)}")
+    small_print(upper, *notes)
+    if rows:
+        title(lower[0], f"“{caption}” by variant and rate; framed: the safe rate")
+        for axes, part in zip(lower[0].subplots(1, len(parts), squeeze=False)[0], parts):
+            draw_rows(axes, part, WIDTH / len(parts))
+    label_ends(figure, *labelled)
+    for (axes, _), (what, those) in zip(labelled, shown.items()):
+        draw_badges(axes, [badge for record in those for badge in _badges(record, what, lines, tolerance)])
+    return figure
+
+
+def _badges(record: Record, what: str, lines: Dict[str, Line], tolerance: float) -> List[Badge]:
+    """Return the mark of the safe rate; none if no rate is safe, or if it is not known what that saves."""
+    good, dense = last_good(record, tolerance), record.dense
+    if good is None or not math.isfinite(SAVED[what](good, dense)):
+        return []
+    height = relative(QUALITY, good.metrics[QUALITY], dense.metrics[QUALITY])
+    return [Badge(SAVED[what](good, dense), height, f"{good.rate:g}", lines[record.variant])]
+
+
+def _over(records: Sequence[Record], what: str) -> list:
+    """Return the records that save something of `what`. Baselines save time alone."""
+    return [record for record in records
+            if saves(record, what) and (SAVED[what] is saved_time or not is_baseline(record))]
+
+
+def _draw_frontier(axes, what: str, records: Sequence[Record], lines: Dict[str, Line], tolerance: float) -> list:
+    """Draw QUALITY over one of SAVED, with each safe rate in a large mark. Returns the ends of the lines."""
+    share, ends, shares, heights = SAVED[what], [], [], []
+    axes.set_ylim(*FRONTIER)
+    axes.axhspan(1 - tolerance, FRONTIER[1], color=SAFE, zorder=0, linewidth=0)
+    level(axes, 1)
+    for record in records:
+        line, points = lines[record.variant], all_points(record)
+        x, y = [share(point, record.dense) for point in points], relative_curve(record, QUALITY)
+        curve(axes, x, y, [relative_interval(QUALITY, point, record.dense) for point in points], line)
+        if SAVED[what] is saved_time:
+            low, high = np.array([saved_time_interval(point, record.dense) for point in points]).T
+            axes.hlines(y, low, high, color=line.colour, linewidth=0.9)
+        ends.append((*end_of(x, y, FRONTIER[0]), record.variant.replace("+", "\n+"), line))
+        shares, heights = [*shares, *x], [*heights, *y]
+    for drawn in axes.lines:
+        drawn.set_clip_on(True)  # what is lower leaves the panel
+    axes.annotate(f"within {100 * tolerance:g} %", (1, 1), xycoords="axes fraction", xytext=(-3, -3),
+                  textcoords="offset points", ha="right", va="top", fontsize=8, color=SAFE_TEXT)
+    visible = [value for value, height in zip(shares, heights) if math.isfinite(value) and height >= FRONTIER[0]]
+    axes.set_xlim(min(-0.02, *visible) - 0.01, max(0.1, *visible) + 0.04)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    in_percent(axes.xaxis)
+    in_percent(axes.yaxis)
+    axes.set_xlabel(f"{what} →")
+    axes.set_ylabel(f"{QUALITY} of dense ↑")
+    return ends
+
+
+def _notes(records: Sequence[Record], shown: Dict[str, list], tolerance: float) -> list:
+    undrawn = [f"{listed(others)} (no {what})" for what, those in shown.items()
+               for others in [[record.variant for record in records if record not in those and not is_baseline(record)]]
+               if others]
+    kinds = {"Solid: units removed": any(map(removes, records)),
+             "dashed: weights zeroed": any(not removes(each) and not is_baseline(each) for each in records),
+             "dash-dotted: nothing pruned, over time alone": any(map(is_baseline, records))}
+    return [f"{setup(records[0])}. {'; '.join(kind for kind, there in kinds.items() if there)}.",
+            "A number in a mark: the safe rate, the highest whose whole interval is within "
+            f"{100 * tolerance:g} % of dense. Rates count what each method prunes, so they do not compare.",
+            band_note([QUALITY]), f"Not drawn: {'; '.join(undrawn)}." if undrawn else ""]
 
 
 @rc_context(STYLE)
-def draw_comparison(records: Sequence[Record], path: Path, warning: str = "") -> Path:
-    """Draw QUALITY over what is saved, as the first panels, and all variants in one panel for each metric.
-
-    warning: how the records were measured differently, if they were.
-    """
-    records = in_order(records)
-    lines, metrics = variant_lines(records), drawn_metrics(*records)
-    direct = max(map(len, lines)) <= LONGEST_LABEL  # whether names stand at the ends of lines, or in a legend
-    frontiers = SAVED if QUALITY in metrics else {}
-    figure, all_axes = panels(len(metrics) + len(frontiers) + 1, width=5)
-    labelled = []
-    for axes, (what, share) in zip(all_axes, frontiers.items()):
-        curves = {record.variant: ([share(point, record.dense) for point in all_points(record)],
-                                   relative_curve(record, QUALITY)) for record in records}
-        labelled.append((axes, _plot_all(axes, curves, lines)))
-        axes.set_title(f"{QUALITY} ÷ dense  ↑ over what is saved")
-        axes.set_xlabel(f"share of {what}")
-        axes.set_xlim(-0.02, max(0.3, *(x for xs, _ in curves.values() for x in xs)) + 0.02)
-        axes.set_ylim(*FRONTIER)
-        for line in axes.lines:
-            line.set_clip_on(True)  # what is lower leaves the panel
-        level(axes, 1)
-    for axes, name in zip(all_axes[len(frontiers):], metrics):
-        pale = any(unreliable(record, name) for record in records)
-        styles = {variant: faded(line) for variant, line in lines.items()} if pale else lines
-        curves = {record.variant: (_rates(record), values_of(record, name)) for record in records}
+def draw_comparison_metrics(records: Sequence[Record], path: Path) -> Path:
+    """Draw all variants that prune in one panel for each metric, over the rate, and a legend."""
+    records = in_order([record for record in records if not is_baseline(record)])
+    lines, known = variant_lines(records), drawn_metrics(*records)
+    metrics = [name for name in known if not any(unreliable(record, name) for record in records)]
+    figure, (*all_axes, last) = panels(len(metrics) + 1)
+    for axes, name in zip(all_axes, metrics):
         drawn = sum(noise_levels(records[0], name).values(), [])
         for record in records:
             ends = [interval(name, point, record.dense) for point in all_points(record)]
-            band(axes, _rates(record), ends, styles[record.variant])
-            drawn += [*curves[record.variant][1], *np.ravel(ends)]
-        labelled.append((axes, _plot_all(axes, curves, styles)))
-        if pale:
-            faded_note(axes, records[0], name)
+            curve(axes, _rates(record), values_of(record, name), ends, lines[record.variant])
+            drawn += [*values_of(record, name), *np.ravel(ends)]
+        value_axis(axes, drawn)
         rate_axis(axes, [rate for record in records for rate in _rates(record)])
-        metric_axis(axes, name, drawn)
         draw_noise_levels(axes, records[0], name)
-        axes.set_xlabel("pruning rate", labelpad=-9)
-    last = all_axes[-1]
-    for record in records:
-        draw_ratios(last, record, "image_seconds", lines[record.variant])
-    labelled.append((last, [(*end_of(_rates(record), ratios(record, "image_seconds")[0]), record.variant,
-                             lines[record.variant]) for record in records]))
-    ratio_axis(last, "image_seconds")
-    rate_axis(last, [rate for record in records for rate in _rates(record)])
-    last.set_xlabel("pruning rate", labelpad=-9)
-    figure.suptitle(f"Pruning methods on {records[0].model}" + ("\nWARNING: measured differently" if warning else ""),
-                    color="#BB0000" if warning else "black")
-    caption(figure, records[0], metrics, units(records),
-            f"{band_note(metrics)} {noise_note(records[:1], metrics)} A gap: not finite. {ratio_note(records)}",
-            *map(compile_note, records), f"WARNING: {warning}" if warning else "")
-    if direct:
-        label_ends(figure, *labelled)
-    else:
-        figure.legend(handles=[legend_entry(variant, lines[variant]) for variant in _variants(records)],
-                      loc="outside right upper", frameon=False)
+        metric_axis(axes, name)
+    last.axis("off")
+    last.legend(handles=[legend_entry(record.variant.replace("+", "\n+"), lines[record.variant]) for record in records],
+                loc="upper left", frameon=False, fontsize=8)
+    title(figure, f"Pruning methods on {records[0].model}, by pruning rate")
+    small_print(figure, f"{setup(records[0])}. {units(records)}",
+                f"{band_note(metrics)} {noise_note(records[:1], metrics)}", left_out_note(records, known),
+                *map(compile_note, records))
     return save(figure, path)
-
-
-def _variants(records: Sequence[Record]) -> list:
-    return list(dict.fromkeys(record.variant for record in records))
 
 
 def _rates(record: Record) -> list:
     return [point.rate for point in all_points(record)]
 
 
-def _plot_all(axes, curves, lines) -> list:
-    """Draw a line for each variant and return their ends, to be labelled when all axes have their limits."""
-    for variant, (x, y) in curves.items():
-        plot(axes, x, y, lines[variant])
-    return [(*end_of(x, y), variant, lines[variant]) for variant, (x, y) in curves.items()]
-
+# ---- several models
 
 @rc_context(STYLE)
 def draw_models(records: Sequence[Record], path: Path) -> Path | None:
-    """Draw several models: a column a variant, a line a model, and quality relative to dense.
+    """Draw several models: a panel a variant that more than one has, a line a model, and quality relative to dense.
 
     The records are of one data set and were measured alike but for the model and its own settings. Returns None if
-    they share neither QUALITY nor SIMILARITY.
+    they share neither QUALITY nor SIMILARITY, or no variant.
     """
-    records = in_order(records)
-    shown = [name for name in (QUALITY, SIMILARITY) if name in metrics_of(*records)]
-    if not shown:
-        return None
+    records = in_order([record for record in records if not is_baseline(record)])
+    name = next((name for name in (QUALITY, SIMILARITY) if name in metrics_of(*records)), None)
     models = sorted({record.model for record in records})
-    variants = _variants(records)
-    lines = lines_of([], models)
-    figure = Figure(figsize=(2.9 * len(variants) + 1, 2.9 * len(shown) + 1.2), layout="constrained")
-    lowest = min([0.0, *(value for record in records for name in shown for value in relative_curve(record, name)
-                         if math.isfinite(value))])
-    for row, name in enumerate(shown):
-        for column, variant in enumerate(variants):
-            axes = figure.add_subplot(len(shown), len(variants), row * len(variants) + column + 1)
-            measured = [record for record in records if record.variant == variant]
-            for record in measured:
-                band(axes, _rates(record), [relative_interval(name, point, record.dense)
-                                            for point in all_points(record)], lines[record.model])
-                plot(axes, _rates(record), relative_curve(record, name), lines[record.model])
-            level(axes, 1)
-            rate_axis(axes, [point.rate for record in measured for point in record.points])
-            axes.set_xticks(axes.get_xticks()[::2], [label.get_text() for label in axes.get_xticklabels()][::2])
-            axes.set_ylim(lowest - 0.05, 1.1)
-            axes.set_title(variant.replace("+", "\n+") if row == 0 else "")
-            axes.set_ylabel(f"{formula(name)}  ↑" if column == 0 else "")
-    figure.axes[0].legend(handles=[legend_entry(model, lines[model]) for model in models], loc="lower left",
-                          fontsize=9, frameon=False)
-    figure.suptitle("What pruning does to each model, by pruning rate (↑ is better, dense = 1)")
+    variants = list(dict.fromkeys(record.variant for record in records))
+    shared = [variant for variant in variants if sum(record.variant == variant for record in records) > 1]
+    if name is None or not shared:
+        return None
+    lines = lines_of(models)
+    figure, all_axes = panels(len(shared))
+    for axes, variant in zip(all_axes, shared):
+        drawn = [record for record in records if record.variant == variant]
+        for record in drawn:
+            ends = [relative_interval(name, point, record.dense) for point in all_points(record)]
+            curve(axes, _rates(record), relative_curve(record, name), ends, lines[record.model])
+        level(axes, 1)
+        rate_axis(axes, [rate for record in drawn for rate in _rates(record)])
+        axes.set_title(variant.replace("+", "\n+"), fontsize=8.5)
+    value_axis(all_axes[0], [0.9, 1.02, *(value for record in records if record.variant in shared
+                                          for value in relative_curve(record, name))])
+    for axes in all_axes:
+        axes.set_ylim(*all_axes[0].get_ylim())
+        in_percent(axes.yaxis)
+    all_axes[0].set_ylabel(f"{formula(name)} ↑")
+    title(figure, f"What pruning does to {listed(models)}: {formula(name)} by pruning rate")
+    all_axes[0].legend(handles=[legend_entry(model, lines[model]) for model in models], loc="lower left", fontsize=8)
     settings = "; ".join(f"{model}: {protocol(next(record for record in records if record.model == model))}"
                          for model in models)
-    first = records[0]
-    small_print(figure, [f"{first.dataset}, {counted(images_of(first), 'image')} at each rate; {settings}.",
-                         f"{band_note(shown)} A gap: not finite."])
+    alone = [variant for variant in variants if variant not in shared]
+    small_print(figure, f"{records[0].dataset}, {counted(images_of(records[0]), 'image')} at each rate; {settings}.",
+                band_note([name]), f"Measured on one model alone: {listed(alone)}." if alone else "")
     return save(figure, path)

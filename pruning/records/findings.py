@@ -165,14 +165,37 @@ def saved_macs(point: Point, dense: Point) -> float:
     return 1 - point.macs / dense.macs if dense.macs else 0.0
 
 
-GAP = 0.2  # of a share saved: between points further apart, a straight line would invent a curve
+def saved_time(point: Point, dense: Point) -> float:
+    """Return the share of the dense model's time of an image that a point does without, NaN if it has no interval."""
+    ratio, low, _ = time_ratio("image_seconds", point, dense)
+    return 1 - ratio if math.isfinite(low) or not point.rate else math.nan
+
+
+def saved_time_interval(point: Point, dense: Point) -> Tuple[float, float]:
+    """Return the ends of the 95 % interval of saved_time(), NaN if the record has none."""
+    _, low, high = time_ratio("image_seconds", point, dense)
+    return 1 - high, 1 - low
+
+
+GAP = 0.2  # of a rate or a share saved: between points further apart, a straight line would invent a curve
 # By what methods are compared: its name -> its share of the dense model's.
-SAVED = {"parameters removed or zeroed": saved_parameters, "multiply-accumulates saved": saved_macs}
+SAVED = {"multiply-accumulates saved": saved_macs, "parameters removed or zeroed": saved_parameters,
+         "image time saved": saved_time}
+
+
+def saves(record: Record, what: str) -> bool:
+    """Return whether a variant saves anything of one of SAVED, beyond what two copies of a denoiser differ by."""
+    return any(SAVED[what](point, record.dense) > SAME for point in record.points)
 
 
 def removes(record: Record) -> bool:
     """Return whether the denoiser became smaller at any rate."""
     return any(point.parameters < record.dense.parameters for point in record.points)
+
+
+def is_baseline(record: Record) -> bool:
+    """Return whether the variant prunes nothing: it is what a user could do instead."""
+    return getattr(METHODS.get(record.method), "baseline", False)
 
 
 def time_ratio(name: str, point: Point, dense: Point) -> Tuple[float, float, float]:
@@ -272,7 +295,8 @@ def at_saving(record: Record, share: Callable[[Point, Point], float], level: flo
     share: one of SAVED. Between two measured points that are at most GAP apart, each image's value is interpolated
     linearly.
     """
-    points = sorted(all_points(record), key=lambda point: share(point, record.dense))
+    known = [point for point in all_points(record) if math.isfinite(share(point, record.dense))]
+    points = sorted(known, key=lambda point: share(point, record.dense))
     shares = [share(point, record.dense) for point in points]
     for low, high, before, after in zip(shares, shares[1:], points, points[1:]):
         if low < level <= high <= low + GAP:

@@ -9,7 +9,7 @@ from matplotlib import rc_context
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
-from pruning.records.drawing import STYLE, save, small_print
+from pruning.records.drawing import STYLE, WIDTH, save, small_print, title
 from pruning.records.record import Record
 from pruning.records.summaries import protocol
 
@@ -39,7 +39,7 @@ def draw_layers(record: Record, path: Path) -> Optional[Path]:
     if record.method == "blocks":
         errors = "of the final latents without this block alone, squared, relative to their variance"
     notes = [f"{record.model}, {protocol(record)}. Each column is a layer or a group of units, as the denoiser "
-             "lists them; its name begins as the label below says.",
+             "lists them; its name begins as the label below says. White: not measured.",
              "Share lost: of the layer's weights or units." + (
                  f" Output error: {errors}, before the re-fit in order and before recovery." if len(maps) > 1 else "")
              + " Below: the share of the layer, or of the module that holds the units."]
@@ -63,12 +63,12 @@ def draw_sensitivity(found: Dict, path: Path) -> Path:
                  [("change of the output", changes.clip(FLOOR), LogNorm(FLOOR, 1))], shares, notes, path)
 
 
-def _draw(title: str, names: List[str], rates: Sequence[float], rate_label: str, maps: Sequence[tuple],
+def _draw(headline: str, names: List[str], rates: Sequence[float], rate_label: str, maps: Sequence[tuple],
           shares: Dict[str, Dict[str, float]], notes: List[str], path: Path) -> Path:
     """Draw maps above bars of the layers' shares. A map is (label, values of rates × layers, norm of the colours)."""
     shares = {what: each for what, each in shares.items() if any(name in each for name in names)}
     heights = [max(1.3, 0.22 * len(rates))] * len(maps) + [0.8] * len(shares)
-    figure = Figure(figsize=(11, sum(heights) + 2.6), layout="constrained")
+    figure = Figure(figsize=(WIDTH, sum(heights) + 2.2), layout="constrained")
     every = figure.subplots(len(heights), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
     edges = np.arange(len(names) + 1)
     for axes, (label, values, norm) in zip(every, maps):
@@ -82,7 +82,7 @@ def _draw(title: str, names: List[str], rates: Sequence[float], rate_label: str,
         bar.set_label(label, fontsize=9)
         bar.ax.tick_params(labelsize=8)
     for axes, (what, each) in zip(every[len(maps):], shares.items()):
-        axes.bar(edges[:-1] + 0.5, [100 * each.get(name, 0.0) for name in names], width=1.0, color="#004488")
+        axes.bar(edges[:-1] + 0.5, [100 * each.get(name, 0.0) for name in names], width=1.0, color="0.35")
         axes.set_ylabel(f"% of\n{what.replace('multiply-accumulates', 'MACs')}", fontsize=9)
         axes.tick_params(labelsize=8)
     blocks = _blocks(names)
@@ -100,8 +100,8 @@ def _draw(title: str, names: List[str], rates: Sequence[float], rate_label: str,
     every[-1].set_xticklabels(list(named), rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
     for axes in every:
         axes.tick_params(axis="x", length=0)
-    figure.suptitle(title)
-    small_print(figure, notes)
+    title(figure, headline)
+    small_print(figure, *notes)
     return save(figure, path)
 
 

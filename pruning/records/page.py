@@ -18,8 +18,8 @@ from matplotlib.colors import LogNorm, Normalize, to_hex
 
 from pruning.data.faults import sentences
 from pruning.metrics import METRICS
-from pruning.records.answers import answer, needed
-from pruning.records.drawing import Line, noise_levels, variant_lines
+from pruning.records.answers import answer, lead, needed
+from pruning.records.drawing import noise_levels
 from pruning.records.findings import (
     ARROWS,
     QUALITY,
@@ -42,11 +42,12 @@ from pruning.records.findings import (
     time_ratio,
 )
 from pruning.records.layers import FLOOR, share_of
+from pruning.records.palette import Line, variant_lines
 from pruning.records.record import Point, Record
 from pruning.records.summaries import best_at_equal_savings, bias_note, compile_note, reach, setup, units
 from pruning.records.tables import Table, cost_table, metric_table, results_csv, time_cell
 from pruning.records.thumbnails import SHOWN, Thumbnails, thumbnails
-from pruning.records.words import listed, rate_label
+from pruning.records.words import percent, rate_label
 
 TEMPLATE = Path(__file__).parent / "template"
 # Positions of the slider: shares of the dense model's QUALITY that may be lost. The tolerance asked for is added.
@@ -114,7 +115,7 @@ def _data(found: Dict[Path, Record], records: Sequence[Record], images: Thumbnai
     return {
         "model": records[0].model, "quality": QUALITY, "cells": COLUMNS,
         "tolerances": tolerances, "chosen": tolerances.index(tolerance),
-        "leads": [_lead(records, each) for each in tolerances], "first": _first(records, tolerance),
+        "leads": [lead(records, each) for each in tolerances], "first": _first(records, tolerance),
         "metrics": {name: {"title": f"{name} {ARROWS[METRICS[name].better]}", "unit": METRICS[name].unit,
                            "better": METRICS[name].better, "levels": noise_levels(records[0], name)}
                     for name in metrics_of(*records) if not METRICS[name].cost},
@@ -156,37 +157,6 @@ def _answer(record: Record, tolerance: float) -> Dict[str, Any]:
             "words": answer(record, tolerance)[len("How far? "):]}
 
 
-def _lead(records: Sequence[Record], tolerance: float) -> str:
-    """Return what can be saved within the tolerance, in a sentence or two."""
-    good = [(record, point) for record in records for point in [last_good(record, tolerance)] if point]
-    if not good:
-        return (_answer(records[0], tolerance)["words"] if len(records) == 1 else
-                f"No measured rate of any variant is safely within {100 * tolerance:g} % of the dense {QUALITY}.")
-    within = f"Within {100 * tolerance:g} % of the dense {QUALITY}"
-    if len(records) == 1:
-        (record, point), = good
-        gains = listed([f"keeps {_kept(point, record)}", *(_gains(record, point) or ["saves nothing"])])
-        return f"{within}, {record.variant} pruning goes up to rate {point.rate:g}. It {gains}."
-    best: Dict[str, List[str]] = {}  # variant and rate -> what it saves most of
-    for name in ("macs", "parameters"):
-        record, point = max(good, key=lambda pair, name=name: SAVINGS[name].share(pair[1], pair[0].dense))
-        best.setdefault(f"{record.variant} at rate {point.rate:g}", []).extend(_gains(record, point, name))
-    gains = [f"{which} {' and '.join(each)}" for which, each in best.items() if each]
-    return f"{within}, {'; '.join(gains) or 'no variant saves anything'}."
-
-
-def _gains(record: Record, point: Point, *names: str) -> List[str]:
-    """Return 'saves 40 % of the multiply-accumulates' and 'removes 43 % of the parameters', if it does.
-
-    names: "macs", "parameters" or both, which is the default.
-    """
-    words = {"macs": "saves {} of the multiply-accumulates",
-             "parameters": "removes {} of the parameters" if removes(record) else
-                           "zeroes {} of the parameters, which makes nothing smaller or faster"}
-    shares = {name: SAVINGS[name].share(point, record.dense) for name in names or words}
-    return [words[name].format(_percent(share)) for name, share in shares.items() if share >= 0.005]
-
-
 def _equal_savings(records: Sequence[Record], what: str) -> Table:
     rows = [[f"{level:g}", best] for level, best in best_at_equal_savings(records, what)]
     return Table(f"Best {QUALITY} at equal shares of {what}", ["share", "variant"], rows)
@@ -203,7 +173,7 @@ def _first(records: Sequence[Record], tolerance: float) -> Dict[str, Any]:
 def _point(record: Record, point: Point, tolerances: Sequence[float], drawn: Sequence[int]) -> Dict[str, Any]:
     lost = losses(point, record.dense)
     of_images = {} if lost is None else {
-        "losses": {k: _short(lost[k]) for k in drawn}, "worst": _percent(-lost.max()),
+        "losses": {k: _short(lost[k]) for k in drawn}, "worst": percent(-lost.max()),
         "quantiles": list(map(_short, np.quantile(lost, (0.05, 0.25, 0.5, 0.75, 0.95)))),
         "failing": [failures(point, record.dense, each)[0] for each in tolerances]}
     return {
@@ -221,8 +191,8 @@ def _cells(record: Record, point: Point) -> Dict[str, str]:
     dense = record.dense
     low, high = relative_interval(QUALITY, point, dense) if QUALITY in point.metrics else (math.nan, math.nan)
     ends = f"\n({100 * low:.1f} to {100 * high:.1f})".replace("-", "−") if high > low else ""
-    return {"keeps": _kept(point, record) + ends, "macs": _percent(saved_macs(point, dense)),
-            "parameters": f"{_percent(saved_parameters(point, dense))} {'removed' if removes(record) else 'zeroed'}",
+    return {"keeps": _kept(point, record) + ends, "macs": percent(saved_macs(point, dense)),
+            "parameters": f"{percent(saved_parameters(point, dense))} {'removed' if removes(record) else 'zeroed'}",
             "denoiser_seconds": time_cell("denoiser_seconds", point, dense).replace(" (", "\n(")}
 
 
@@ -230,10 +200,6 @@ def _kept(point: Point, record: Record) -> str:
     """Return a point's QUALITY as '97.1 %' of dense's, '–' if it has none."""
     kept = relative(QUALITY, point.metrics.get(QUALITY), record.dense.metrics.get(QUALITY))
     return f"{100 * kept:.1f} %".replace("-", "−") if math.isfinite(kept) else "–"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %".replace("-", "−")
 
 
 def _short(value: Optional[float]) -> Optional[float]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Dict, List, Sequence
 
 from pruning import whole_file
-from pruning.records import comparisons, layers, plots
+from pruning.records import comparisons, grids, layers, plots
 from pruning.records.findings import TOLERANCE, metrics_of
 from pruning.records.page import page
 from pruning.records.record import Record, write_json
@@ -23,10 +23,10 @@ def write_text(text: str, path: Path) -> Path:
 # File name -> function(record, path, images_folder, tolerance), which returns the path, or None if there is nothing
 # to make the file of. The figure of images comes first, because it alone can meet a file that cannot be read.
 RECORD_FILES = {
-    "{variant}_images.png": lambda record, path, images, tolerance: plots.draw_images(record, images, path, tolerance),
+    "{variant}_images.png": lambda record, path, images, tolerance: grids.draw_images(record, images, path, tolerance),
     "{variant}.png": lambda record, path, images, tolerance: plots.draw_accuracy(record, path, tolerance),
-    "{variant}_metrics.png": lambda record, path, images, tolerance: plots.draw_metrics(record, path),
-    "{variant}_cost.png": lambda record, path, images, tolerance: plots.draw_cost(record, path),
+    "{variant}_metrics.png": lambda record, path, images, tolerance: plots.draw_metrics(record, path, tolerance),
+    "{variant}_cost.png": lambda record, path, images, tolerance: plots.draw_cost(record, path, tolerance),
     "{variant}_layers.png": lambda record, path, images, tolerance: layers.draw_layers(record, path),
     "{variant}.txt": lambda record, path, images, tolerance: write_text(summary(record, tolerance), path),
 }
@@ -67,14 +67,16 @@ def write_sensitivity(found: dict, folder) -> Path:
     return path
 
 
-def write_comparison(records: Sequence[Record], folder, tolerance: float = TOLERANCE, warning: str = "") -> List[Path]:
-    """Write the figure and the text that compare the variants of one model and dataset, and return their paths.
+def write_comparison(found: Dict[Path, Record], folder, tolerance: float = TOLERANCE, warning: str = "") -> List[Path]:
+    """Write the figures and the text that compare the variants of one model and dataset, and return their paths.
 
-    warning: how the records were measured differently, if they were.
+    found: records by path. warning: how they were measured differently, if they were.
     """
+    records, folder = list(found.values()), Path(folder)
     text = comparison_summary(records, tolerance, warning)
-    return [comparisons.draw_comparison(records, Path(folder) / "comparison.png", warning),
-            write_text(text, Path(folder) / "comparison.txt")]
+    return [comparisons.draw_comparison(found, folder / "comparison.png", tolerance, warning),
+            comparisons.draw_comparison_metrics(records, folder / "comparison_metrics.png"),
+            write_text(text, folder / "comparison.txt")]
 
 
 def write_models(records: Sequence[Record], folder) -> List[Path]:

@@ -6,7 +6,7 @@ from typing import Dict, List, Sequence, Tuple
 from pruning.data.faults import sentences
 from pruning.methods import METHODS
 from pruning.metrics import METRICS
-from pruning.records.answers import answer, share_of_dense, time_beside_dense
+from pruning.records.answers import answer, lead, share_of_dense, time_beside_dense
 from pruning.records.findings import (
     ARROWS,
     COLLAPSED,
@@ -21,6 +21,7 @@ from pruning.records.findings import (
     floor,
     images_of,
     in_order,
+    is_baseline,
     last_good,
     metrics_of,
     relative,
@@ -201,7 +202,7 @@ def comparison_summary(records: Sequence[Record], tolerance: float = TOLERANCE, 
     records = in_order(records)
     first = records[0]
     parts = [wrapped(f"WARNING: {warning}") if warning else "",
-             "\n".join(wrapped(answer(record, tolerance)) for record in records),
+             wrapped(lead(records, tolerance)), "\n".join(wrapped(answer(record, tolerance)) for record in records),
              f"Pruning methods on {first.model}\n" + wrapped(f"{setup(first)}, on {first.settings['device']}"),
              *(_equal_savings(records, what) for what in SAVED),
              *map(str, comparison_tables(records, tolerance)),
@@ -246,7 +247,7 @@ def _best(measured: Sequence[Scored]) -> str:
 def units(records: Sequence[Record]) -> str:
     """Return what a rate means for each variant, in a sentence."""
     shares = "; ".join(f"{record.variant}: {record.dense.unit}, {'removed' if removes(record) else 'zeroed'}"
-                       for record in records)
+                       for record in records if not is_baseline(record))
     return f"A rate is a share of what the method prunes ({shares}), so equal rates do not save equally."
 
 

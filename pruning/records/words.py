@@ -43,7 +43,11 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}".replace("-", "−")
 
 
+def percent(share: float) -> str:
+    """'66 %': a share in whole percent."""
+    return f"{100 * share:.0f} %".replace("-", "−")
+
+
 def change(value: float, dense: float) -> str:
     """'−14.0 %': a value as a change from dense."""
     return f"{100 * (value / dense - 1):+.1f} %".replace("-", "−") if dense else "no change"
-
