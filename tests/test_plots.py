@@ -2,9 +2,13 @@
 import dataclasses
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
@@ -13,10 +17,11 @@ from pruning import UserError, merge_results, visualize_results
 from pruning.methods import METHODS, default_options
 from pruning.metrics import METRICS
 from pruning.metrics.intervals import mean_interval
-from pruning.records import comparisons, drawing, findings, plots, report, summaries, tables
-from pruning.records.answers import answer
+from pruning.records import comparisons, drawing, findings, grids, palette, plots, report, summaries, tables
+from pruning.records.answers import answer, lead
 from pruning.records.record import Notes, Point, Record, read_record, record_path, write_record
 from pruning.records.store import image_file
+from pruning.records.words import percent
 
 RATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 CLIP = {  # mean scores at 0, 0.1 ... 0.9
@@ -87,7 +92,10 @@ def flat(text):
 def drawn_text(draw, monkeypatch, tmp_path):
     """Return all text in a figure, without line breaks."""
     figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, part, **_: figures.append(figure) or part.write_bytes(b""))
+    monkeypatch.setattr(drawing, "save_svg", lambda figure, path: None)
+    for module in (plots, grids, comparisons, drawing):
+        if hasattr(module, "save_png"):
+            monkeypatch.setattr(module, "save_png", lambda figure, path: figures.append(figure) or path)
     draw(tmp_path / "x.png")
     return flat(" ".join(text.get_text() for text in dict.fromkeys(figures[0].findobj(Text))))  # each text once
 
@@ -146,7 +154,7 @@ def test_what_cannot_be_said_relative_to_dense_is_a_gap(metric, value, dense):
 
 @pytest.mark.parametrize("heights", [[0.5], [0.5] * 4, [1.0, 0.99, 0.98], [0.0, 0.01, 0.9], [0.3, 0.1, 0.32]])
 def test_labels_are_pushed_apart_in_their_order_and_stay_below_the_top(heights):
-    placed = drawing.spread(heights, 0.1)
+    placed = drawing.spread(heights, [0.1] * len(heights))
     ordered = [placed[i] for i in sorted(range(len(heights)), key=lambda i: heights[i])]
     assert all(above - below > 0.1 - 1e-9 for below, above in zip(ordered, ordered[1:]))
     assert max(placed) <= 1
@@ -245,8 +253,8 @@ def test_the_ratio_of_a_mask_without_an_interval_is_noise_and_left_out(monkeypat
     assert "times as long" not in text
     assert "masks do the same work as dense, so their ratios are left out" in flat(text)
     drawn = drawn_text(lambda path: plots.draw_cost(record, path), monkeypatch, tmp_path)
-    assert "The records hold no intervals" in drawn
-    assert np.isnan(drawing.ratios(record, "denoiser_seconds")[0]).tolist() == [False, True, True]
+    assert "The records hold no intervals of times" in drawn
+    assert "time of a denoiser call" not in plots.bars(record.points[0], record.dense)
     assert "hold no intervals" not in drawing.ratio_note([make_record()])
     assert "The records of magnitude hold no intervals" in drawing.ratio_note([record, make_record("iterative")])
 
@@ -360,7 +368,7 @@ def test_images_that_fail_are_counted_beside_the_mean():
 def test_methods_are_compared_where_they_save_the_same_and_not_at_equal_rates():
     records = [make_record(name) for name in CLIP]
     text = summaries.comparison_summary(records)
-    parameters, macs = (text.partition(f"at equal shares of {what}")[2].partition("\n\n")[0].splitlines()
+    macs, parameters, times = (text.partition(f"at equal shares of {what}")[2].partition("\n\n")[0].splitlines()
                         for what in findings.SAVED)
     best = {line.split()[0]: line.split(maxsplit=1)[1] for line in parameters if line.startswith("   ")}
     assert best["0.1"] == "iterative; magnitude may be as good"
@@ -412,7 +420,7 @@ def test_a_metric_relative_to_dense_is_drawn_and_described_as_its_entry_says(met
     text = drawn_text(lambda path: plots.draw_accuracy(record, path), monkeypatch, tmp_path)
     assert "1 − colour_shift" in text
     assert "says nothing: kid." in text
-    assert "(clip_score, lpips: of the paired difference to dense)" in text
+    assert "(clip_score and lpips: of the paired difference to dense)" in text
     assert "colour_shift ↓ lower is better: a test" in summaries.summary(record)
     record.dense.seed_spread = {"colour_shift": 0.125}
     assert drawing.noise_levels(record, "colour_shift") == {"another seed": [0.125]}  # a distance, not around dense
@@ -426,7 +434,7 @@ def test_a_metric_whose_share_of_dense_says_nothing_is_drawn_in_panels_only(metr
     assert accuracy.count("sharpness") == 1
     panels = drawn_text(lambda path: plots.draw_metrics(record, path), monkeypatch, tmp_path)
     assert "sharpness ↑ higher is better" in panels
-    assert "(clip_score, lpips, sharpness: of the paired difference to dense)" in panels
+    assert "(clip_score, lpips and sharpness: of the paired difference to dense)" in panels
     record.dense.seed_spread, record.dense.floors = {"sharpness": 2.0}, {"sharpness": 1.0}
     assert drawing.noise_levels(record, "sharpness") == {"another seed": [18, 22]}  # and no floor without a reference
 
@@ -437,20 +445,24 @@ def test_a_metric_that_is_a_cost_is_no_accuracy(metric, monkeypatch, tmp_path):
     assert "energy" in drawn_text(lambda path: plots.draw_metrics(record, path), monkeypatch, tmp_path)
 
 
-def test_a_biased_metric_is_faded_and_explained_if_there_are_fewer_images_than_features(metric, monkeypatch, tmp_path):
+def test_a_biased_metric_is_left_out_and_named_if_there_are_fewer_images_than_features(metric, monkeypatch, tmp_path):
     record = metric(make_record(rates=(0.1,)), "style_distance", (2.0, 3.0), biased=True, against="reference",
                     backbone="clip", relative="ratio")
     record.dense.floors["style_distance"] = 0.5
     assert not findings.unreliable(record, "style_distance")  # the record does not say how many features
     record.notes.feature_sizes["clip"] = 33
     assert findings.unreliable(record, "style_distance")
-    text = drawn_text(lambda path: plots.draw_metrics(record, path), monkeypatch, tmp_path)
-    assert "faded: 32 images, 33 features" in text
-    assert "style_distance is biased upward" in text
+    for draw in (plots.draw_metrics, plots.draw_accuracy,
+                 lambda record, path: comparisons.draw_comparison_metrics([record], path)):
+        text = drawn_text(lambda path, draw=draw: draw(record, path), monkeypatch, tmp_path)
+        assert "style_distance is left out: 32 images are fewer than its 33 features." in text
+        assert text.count("style_distance") == 1
     assert "by 33 features; as many real images score 0.5." in flat(summaries.summary(record))
     assert drawing.noise_levels(record, "style_distance") == {"real images": [0.5]}
     record.notes.feature_sizes["clip"] = 32
     assert not findings.unreliable(record, "style_distance")
+    text = drawn_text(lambda path: plots.draw_accuracy(record, path), monkeypatch, tmp_path)
+    assert "dense ÷ style_distance" in text
 
 
 @pytest.mark.parametrize("change", [
@@ -467,7 +479,7 @@ def test_odd_notes_that_are_read_are_drawn_too(tmp_path, change):
     write_record(record, tmp_path / "r.json")
     record = read_record(tmp_path / "r.json")
     report.write_record_files(record, tmp_path, tmp_path / "images")
-    report.write_comparison([record, other], tmp_path)
+    report.write_comparison({tmp_path / "r.json": record, tmp_path / "other.json": other}, tmp_path)
 
 
 def with_gaps():
@@ -483,13 +495,13 @@ def with_gaps():
 ], ids=["one point, one image", "dense alone", "gaps, unknown method", "nothing finite", "only time"])
 def test_whatever_a_record_holds_is_drawn(tmp_path, record):
     written = report.write_record_files(record, tmp_path, tmp_path / "images")
-    assert [path.name for path in written] == [
-        f"{record.variant}.png", f"{record.variant}_metrics.png", f"{record.variant}_cost.png",
-        f"{record.variant}.txt"]  # no image, no figure of images
-    assert sorted(tmp_path.iterdir()) == sorted(written)
-    for path in written[:2]:
+    ends = [".png", "_metrics.png", *(["_cost.png"] if record.points else []), ".txt"]  # and no figure of no image
+    assert [path.name for path in written] == [f"{record.variant}{end}" for end in ends]
+    figures = written[:-1]
+    assert sorted(tmp_path.iterdir()) == sorted([*written, *(path.with_suffix(".svg") for path in figures)])
+    for path in figures[:2]:
         with Image.open(path) as image:
-            assert image.width >= 700
+            assert image.width == 1660
             assert len(np.unique(np.asarray(image.convert("L")))) > 20
 
 
@@ -501,24 +513,24 @@ def test_images_are_drawn_captions_down_and_rates_across_and_the_worst_below(mon
     values[7] -= 20
     save_images(tmp_path, record, range(12), (0.0, 0.5))
     (tmp_path / "images/magnitude+scope=global/0.5/0001.png").unlink()
-    assert plots.draw_images(record, tmp_path / "images", tmp_path / "x.png") == tmp_path / "x.png"
+    assert grids.draw_images(record, tmp_path / "images", tmp_path / "x.png") == tmp_path / "x.png"
     with Image.open(tmp_path / "x.png") as image:
         pixels = np.asarray(image.convert("RGB"))
 
     def place(rate, k):
-        y, x = np.nonzero((np.abs(pixels.astype(int) - (round(200 * rate), 20 * k, 90)) <= 1).all(-1))
+        y, x = np.nonzero((np.abs(pixels.astype(int) - (round(200 * rate), 20 * k, 90)) <= 4).all(-1))
         return (np.median(x), np.median(y)) if len(x) > 500 else None
     assert place(0.0, 0)[0] < place(0.5, 0)[0]  # rates across
     assert place(0.0, 0)[1] < place(0.0, 1)[1] < place(0.0, 5)[1]  # captions down
     assert place(0.0, 5)[1] < place(0.5, 7)[1] < place(0.5, 9)[1]  # the two that lose most
     assert place(0.5, 1) is None  # the missing one is left out
     assert [k for k in range(12) if place(0.0, k)] == [0, 1, 2, 3, 4, 5, 7, 9]
-    text = drawn_text(lambda path: plots.draw_images(record, tmp_path / "images", path), monkeypatch, tmp_path)
-    assert "With a percentage: those that lose most clip_score at rate 0.5." in text
+    text = drawn_text(lambda path: grids.draw_images(record, tmp_path / "images", path), monkeypatch, tmp_path)
+    assert "Right: how much clip_score the image loses at rate 0.5; the last 2 lose most of all." in text
     lost = findings.losses(record.points[0], record.dense)
-    assert set(re.findall("−[0-9]+ % at rate 0.5", text)) == {f"−{100 * lost[k]:.0f} % at rate 0.5" for k in (7, 9)}
+    assert re.findall("−[0-9]+ %", text)[-2:] == [f"−{100 * lost[k]:.0f} %" for k in (7, 9)]
     keep_metrics(record, "fid")
-    assert plots.shown_images(record) == [0, 1, 2, 3, 4, 5]
+    assert grids.shown_images(record) == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_broken_image_is_named_and_nothing_is_written(tmp_path):
@@ -571,7 +583,7 @@ def test_the_names_of_lines_do_not_touch():
     figure = Figure(figsize=(4.8, 2.9), layout="constrained")
     axes = figure.add_subplot()
     axes.plot([0, 1], [0, 1])
-    lines = drawing.lines_of([], METHODS)
+    lines = palette.lines_of(list(METHODS))
     drawing.label_ends(figure, (axes, [(1, 0.5, name, lines[name]) for name in METHODS]))
     figure.draw_without_rendering()
     boxes = [text.get_window_extent() for text in axes.texts if text.get_text()]
@@ -580,16 +592,232 @@ def test_the_names_of_lines_do_not_touch():
     assert all(box.x1 <= figure.bbox.x1 for box in boxes)
 
 
+# ---- lines and their colours
+
+# A colour as protanopes and deuteranopes see it, on linear RGB (Machado et al., 2009, severity 1).
+EYES = {"normal": np.eye(3),
+        "protanope": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
+                      [-0.003882, -0.048116, 1.051998]],
+        "deuteranope": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
+                        [-0.011820, 0.042940, 0.968881]]}
+
+
+def seen(colour, eyes):
+    """Return a colour in CIELAB as the eyes see it."""
+    rgb = np.array(to_rgb(colour))
+    linear = np.clip(np.array(EYES[eyes]) @ np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4), 0, 1)
+    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ linear
+    x, y, z = (np.cbrt(v) if v > 0.008856 else 7.787 * v + 16 / 116 for v in xyz / (0.9505, 1, 1.089))
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("eyes", EYES)
+def test_lines_of_a_figure_differ_for_all_eyes_and_from_white(eyes):
+    metrics = [name for name in palette.LINES if name in METRICS]
+    methods = [name for name in palette.LINES if name not in METRICS]
+    assert {name for name, metric in METRICS.items() if metric.relative and not metric.cost} <= set(metrics)
+    for lines, least in (([palette.LINES[name] for name in methods], 20),
+                         ([palette.LINES[name] for name in metrics], 30), (palette.SPARE, 20)):
+        colours = [seen(line.colour, eyes) for line in lines]
+        for i, colour in enumerate(colours):
+            assert colour[0] < 75  # of a lightness up to 100
+            assert all(np.linalg.norm(colour - other) >= least for other in colours[:i])
+
+
 def test_the_default_variant_of_a_method_keeps_its_line_whatever_else_is_drawn():
-    magnitude, other, iterative = make_record(rates=()), make_record(rates=(), scope="global"), make_record("iterative")
-    alone, together = drawing.variant_lines([iterative]), drawing.variant_lines([other, magnitude, iterative])
+    magnitude, other, iterative = make_record(), make_record(scope="global"), make_record("iterative")
+    alone, together = palette.variant_lines([iterative]), palette.variant_lines([other, magnitude, iterative])
     assert alone["iterative"] == together["iterative"]
-    assert together["magnitude"] != together["magnitude+scope=global"] not in drawing.lines_of([], METHODS).values()
+    assert together["magnitude"] != together["magnitude+scope=global"]
+    assert together["magnitude+scope=global"].colour not in [line.colour for line in palette.LINES.values()]
 
 
 def test_many_lines_stay_different():
-    lines = drawing.lines_of([f"v{i}" for i in range(16)], {})
-    assert len(set(lines.values())) == 16
+    assert len(set(palette.lines_of([f"v{i}" for i in range(10)]).values())) == 10
+
+
+def test_solid_is_removed_and_dashed_is_zeroed_whatever_the_method():
+    records = [make_record("structured", rates=(0.3,)), make_record("magnitude", rates=(0.3,)), masked()]
+    lines = palette.variant_lines(records)
+    assert [lines[record.variant].dashes for record in records] == ["-", "--", "--"]
+
+
+def masked():
+    """A record of a method that removes, whose units were zeroed in place."""
+    record = make_record("structured", rates=(0.3,), mask_only=True)
+    for point in record.points:
+        point.nonzero_parameters, point.parameters = point.parameters, record.dense.parameters
+    return record
+
+
+# ---- what a figure claims
+
+def test_nothing_is_claimed_between_rates_that_are_far_apart():
+    axes = Figure().add_subplot()
+    x, y = (0, 0.1, 0.2, 0.7, 0.8), (1, 1, 0.9, 0.5, 0.3)
+    drawing.curve(axes, x, y, [(value - 0.1, value + 0.1) for value in y], palette.LINES["joint"])
+    bands = [path.vertices[:, 0] for each in axes.collections if isinstance(each, PolyCollection)
+             for path in each.get_paths()]
+    assert [(min(xs), max(xs)) for xs in bands] == [(0, 0.2), (0.7, 0.8)]
+    pale = [line.get_xdata().tolist() for line in axes.lines if (line.get_alpha() or 1) < 0.5]
+    assert pale == [[0.2, 0.7]]
+
+
+def test_a_line_ends_where_it_leaves_the_panel():
+    assert drawing.end_of([0, 0.2, 0.4], [1, 0.8, 0.4], bottom=0.6) == pytest.approx((0.3, 0.6))
+    assert drawing.end_of([0, 0.2, 0.4], [1, 0.8, math.nan], bottom=0.6) == (0.2, 0.8)
+    assert math.isnan(drawing.end_of([0, 0.2], [math.nan] * 2)[1])
+
+
+def axes_named(figure, label):
+    return next((axes for axes in figure.findobj(Axes) if axes.get_xlabel().startswith(label)), None)
+
+
+def badges(axes):
+    """Return the place and the text of each large mark."""
+    return {(*map(float, text.xy), text.get_text()) for text in axes.texts if text.get_bbox_patch()}
+
+
+def test_the_large_mark_stands_at_the_rate_of_the_answer_on_every_frontier():
+    removing, zeroing, fallen = make_record("attention_heads", noise=0.1), make_record("iterative"), make_record(
+        "structured")
+    records = [removing, zeroing, fallen]
+    figure = comparisons.draw_frontiers(records, 0.05, "")
+    assert findings.last_good(fallen) is None
+    for what, marked in (("multiply", [removing]), ("parameters", [removing, zeroing]), ("image time", [removing])):
+        share = next(share for name, share in findings.SAVED.items() if name.startswith(what))
+        expected = {(share(good, record.dense), good.metrics["clip_score"] / record.dense.metrics["clip_score"],
+                     f"{good.rate:g}") for record in marked for good in [findings.last_good(record)]}
+        assert badges(axes_named(figure, what)) == expected
+    assert f"up to rate {findings.last_good(removing).rate:g}," in answer(removing)
+
+
+def test_what_saves_nothing_or_falls_at_once_is_named_and_not_drawn():
+    fallen = make_record("iterative", rates=(0.7,), clip=(83, 20))
+    figure = comparisons.draw_frontiers([make_record("structured", rates=(0.2,)), fallen], 0.05, "")
+    text = flat(" ".join(text.get_text() for text in figure.findobj(Text)))
+    assert "Not drawn: iterative (no multiply-accumulates saved); iterative (no image time saved)." in text
+    assert "Below 60 % at every measured rate: iterative." in text
+    names = [text.get_text() for text in axes_named(figure, "parameters").texts]
+    assert "structured" in names
+    assert "iterative" not in names
+
+
+@pytest.fixture
+def baseline(monkeypatch):
+    """Return a function that makes a record of a baseline, which saves time and nothing else."""
+    def make(name, times, clip):
+        monkeypatch.setitem(METHODS, name, SimpleNamespace(baseline=True, unit="steps", options={}, help="a test"))
+        record = make_record(name, rates=tuple(times), clip=clip, noise=0.1)
+        for point, ratio in zip(record.points, times.values()):
+            for field in ("parameters", "nonzero_parameters", "weight_bytes", "file_bytes", "macs", "peak_bytes"):
+                setattr(point, field, getattr(record.dense, field))
+            point.image_seconds = ratio * point.dense_image_seconds
+            point.ratio_intervals = {"image_seconds": [0.99 * ratio, 1.01 * ratio]}
+        return record
+    return make
+
+
+def test_a_baseline_is_drawn_over_time_alone_and_figure_summary_and_report_say_if_it_saves_more(baseline):
+    steps = baseline("steps", {0.25: 0.75, 0.5: 0.5}, (83, 83, 82.5))
+    records = [make_record("attention_heads", noise=0.1), steps]
+    for point in records[0].points:
+        point.image_seconds, point.ratio_intervals["image_seconds"] = 0.8 * point.dense_image_seconds, [0.79, 0.81]
+    good = findings.last_good(records[0])
+    time, size = (percent(share(good, records[0].dense)) for share in (findings.saved_time, findings.saved_parameters))
+    words = (f"Of the time of an image, steps at rate 0.5 saves 50 % and attention_heads at rate {good.rate:g} saves "
+             f"{time}. For time alone, pruning is not the best choice. Only pruning makes the model smaller: "
+             f"attention_heads at rate {good.rate:g} removes {size} of the parameters. Both can be used together.")
+    figure = comparisons.draw_frontiers(records, 0.05, "")
+    assert words in flat(" ".join(text.get_text() for text in figure.findobj(Text)))
+    assert words in flat(summaries.comparison_summary(records))
+    assert words in flat(lead(records))
+    drawn = {what: "steps" in [text.get_text() for text in axes_named(figure, what).texts]
+             for what in ("multiply", "parameters", "image time")}
+    assert drawn == {"multiply": False, "parameters": False, "image time": True}
+    assert palette.variant_lines(records)["steps"].dashes == "-."
+    slower = [records[0], baseline("steps", {0.05: 0.95}, (83, 83))]
+    assert "steps at rate 0.05 saves 5 %." in lead(slower)
+    assert "not the best choice" not in lead(slower)
+    assert "Of the time" not in lead(records[:1])
+
+
+def test_costs_are_drawn_at_the_safe_rate_and_at_the_rate_nearest_to_half_of_it(monkeypatch, tmp_path):
+    record = make_record("attention_heads", rates=(0.05, 0.12, 0.2, 0.5), clip=(83, 83, 82.5, 82, 50), noise=0.1)
+    text = drawn_text(lambda path: plots.draw_cost(record, path), monkeypatch, tmp_path)
+    assert "costs at its safe rate 0.2, and at 0.12" in text
+    point, dense = record.points[2], record.dense
+    found = plots.bars(point, dense)
+    assert "nonzero parameters" not in found
+    assert found["parameters"].share == point.parameters / dense.parameters
+    assert found["parameters"].text == "4.92 of 5.3 million"
+    low, high = point.ratio_intervals["image_seconds"]
+    assert found["time of an image"] == (point.image_seconds / point.dense_image_seconds, [low, high],
+                                         f"{low:.2f} to {high:.2f}")
+    mask = make_record("magnitude", rates=(0.3,), clip=(83, 20))
+    assert plots.bars(mask.points[0], mask.dense)["nonzero parameters"].share == pytest.approx(0.73, abs=0.01)
+    text = drawn_text(lambda path: plots.draw_cost(mask, path), monkeypatch, tmp_path)
+    assert "at rate 0.3; no measured rate is safe" in text
+    assert plots.draw_cost(make_record(rates=()), tmp_path / "x.png") is None
+
+
+def test_at_most_ten_rates_of_images_are_shown_with_dense_the_last_and_the_safe_one():
+    rates = tuple(n / 40 for n in range(1, 37))
+    clip = (83, *(83 - 100 * max(0, rate - 0.46) for rate in rates))
+    record = make_record("attention_heads", rates=rates, clip=clip)
+    good = findings.last_good(record)
+    shown = grids.shown_points(record, 0.05)
+    assert len(shown) == 10
+    assert (shown[0], shown[-1]) == (record.dense, record.points[-1])
+    assert good in shown
+    assert grids.shown_points(make_record(), 0.05) == findings.all_points(make_record())
+
+
+def test_a_comparison_shows_one_caption_by_variants_and_rates_and_its_svg_has_no_images(tmp_path):
+    found = {}
+    for method in ("structured", "attention_heads"):
+        record = make_record(method, rates=(0.1, 0.2))
+        found[tmp_path / method / "r.json"] = record
+        save_images(tmp_path / method, record, range(2), (0.0, 0.1, 0.2))
+    caption, rows = grids.variant_rows(found, 0.05)
+    assert caption == next(iter(found.values())).samples[0]["caption"]
+    assert [row.left for row in rows] == ["structured", "attention_heads"]
+    assert [row.heads for row in rows] == [["dense", "0.1", "0.2"]] * 2
+    assert [row.framed for row in rows] == [None, 2]
+    assert all(file.is_file() for row in rows for file in row.files)
+    comparisons.draw_comparison(found, tmp_path / "with.png")
+    elsewhere = {tmp_path / "none" / f"{record.variant}.json": record for record in found.values()}
+    comparisons.draw_comparison(elsewhere, tmp_path / "without.png")
+    with Image.open(tmp_path / "with.png") as images, Image.open(tmp_path / "without.png") as none:
+        assert images.height > none.height
+    assert (tmp_path / "with.svg").read_bytes() == (tmp_path / "without.svg").read_bytes()
+    assert b"<image" not in (tmp_path / "with.svg").read_bytes()
+
+
+# ---- files
+
+def test_a_figure_is_a_palette_png_of_830_points_and_an_svg_that_is_always_the_same(tmp_path):
+    record = keep_metrics(make_record(rates=(0.1, 0.2)), "clip_score")
+    for name in ("a", "b"):
+        plots.draw_accuracy(record, tmp_path / f"{name}.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "a.svg", "b.png", "b.svg"]
+    with Image.open(tmp_path / "a.png") as image:
+        assert (image.mode, image.width) == ("P", 2 * 830)
+        corner = image.convert("RGB").getpixel((0, 0))
+    assert corner == (255, 255, 255)  # readable on a dark page
+    svg = (tmp_path / "a.svg").read_text(encoding="utf-8")
+    assert svg == (tmp_path / "b.svg").read_text(encoding="utf-8")
+    assert "magnitude pruning of shapes-unet stays" in svg  # text, and no outlines of letters
+    assert "dc:date" not in svg
+
+
+def test_a_figure_that_a_palette_would_spoil_keeps_its_colours(tmp_path):
+    figure = Figure(figsize=(1, 1))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.imshow(np.random.RandomState(0).randint(0, 256, (200, 200, 3), np.uint8))
+    drawing.save_png(figure, tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as image:
+        assert image.mode == "RGB"
 
 
 # ---- the commands
@@ -660,7 +888,7 @@ def test_two_settings_of_one_method_stand_in_one_comparison_under_their_own_name
     assert "71.5" in row
     assert capsys.readouterr().out.count("How far? magnitude+scope=global pruning of shapes-unet") == 1
     records = [read_record(path) for path in folder.glob("*.json")]
-    drawn = drawn_text(lambda path: comparisons.draw_comparison(records, path), monkeypatch, tmp_path)
+    drawn = drawn_text(lambda path: comparisons.draw_comparison_metrics(records, path), monkeypatch, tmp_path)
     assert drawn.count("magnitude+scope=global") == 2  # in the legend and the caption
 
 
@@ -676,7 +904,8 @@ def test_methods_selects_by_the_name_of_the_variant(texts_only, tmp_path):
 
 def test_compare_draws_each_model_and_dataset_apart(results, tmp_path):
     visualize_results.main(["--results_dir", str(results), "--compare", "--output_dir", str(tmp_path / "out")])
-    assert pictures(results) == ["out/shapes-unet/coco/comparison.png", "out/shapes-unet/shapes/comparison.png"]
+    assert pictures(results) == [f"out/shapes-unet/{dataset}/comparison{end}.png" for dataset in ("coco", "shapes")
+                                 for end in ("", "_metrics")]
     assert (tmp_path / "out/shapes-unet/coco/comparison.txt").read_text().count("magnitude") > 3
 
 
@@ -687,7 +916,7 @@ def test_compare_refuses_records_that_were_measured_differently(results):
         visualize_results.main(["--results_dir", str(results), "--compare"])
     assert pictures(results) == []
     visualize_results.main(["--results_dir", str(results), "--compare", "--force"])
-    assert len(pictures(results)) == 2
+    assert len(pictures(results)) == 4
     forced, alike = ((results / f"shapes-unet/{data}/comparison.txt").read_text() for data in ("shapes", "coco"))
     assert "WARNING: steps: 20 and 30" in forced
     assert "WARNING" not in alike

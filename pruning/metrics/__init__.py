@@ -23,7 +23,7 @@ class Metric(NamedTuple):
     interval: Optional[str] = None  # the 95 % interval: of the "difference" to dense image by image, or of the "value"
     bounds: Tuple[float, float] = (-math.inf, math.inf)  # of its values; an interval never leaves them
     relative: str = "ratio"  # how it is drawn relative to dense: "ratio", "value", "1 - value", or "" if not at all
-    biased: bool = False  # biased upward for few images; drawn faded if there are fewer images than features
+    biased: bool = False  # biased upward for few images; left out of figures if there are fewer images than features
     cost: bool = False  # what pruning should save; every other metric is about quality
 
     @property

@@ -40,6 +40,7 @@ from pruning.records.drawing import (
     value_axis,
 )
 from pruning.records.findings import (
+    GAP,
     QUALITY,
     SAVED,
     SIMILARITY,
@@ -67,7 +68,7 @@ from pruning.records.grids import draw_rows, height_of, variant_rows
 from pruning.records.palette import Line, lines_of, variant_lines
 from pruning.records.record import Record
 from pruning.records.summaries import compile_note, protocol, setup, units
-from pruning.records.words import counted, listed
+from pruning.records.words import counted, listed, percent
 
 FRONTIER = (0.6, 1.06)  # of the dense QUALITY: what the frontiers show, as nobody wants less
 
@@ -82,12 +83,15 @@ def draw_comparison(found: Dict[Path, Record], path: Path, tolerance: float = TO
     the records were measured differently, if they were.
     """
     records, (caption, rows) = in_order(list(found.values())), variant_rows(found, tolerance)
-    save_svg(_comparison(records, tolerance, warning), path.with_suffix(".svg"))
-    return save_png(_comparison(records, tolerance, warning, caption, rows), path)
+    if not rows:
+        return save(draw_frontiers(records, tolerance, warning), path)
+    save_svg(draw_frontiers(records, tolerance, warning), path.with_suffix(".svg"))
+    return save_png(draw_frontiers(records, tolerance, warning, caption, rows), path)
 
 
-def _comparison(records: Sequence[Record], tolerance: float, warning: str, caption: str = "", rows=()) -> Figure:
-    """Return the figure of frontiers, and of images if there are rows of them."""
+@rc_context(STYLE)
+def draw_frontiers(records: Sequence[Record], tolerance: float, warning: str, caption: str = "", rows=()) -> Figure:
+    """Return the figure of frontiers, and below them of rows of images of one caption if there are any."""
     shown = {what: _over(records, what) for what in SAVED} if QUALITY in metrics_of(*records) else {}
     shown = {what: those for what, those in shown.items() if those}
     lines, notes = variant_lines(records), _notes(records, shown, tolerance)
@@ -107,7 +111,7 @@ def _comparison(records: Sequence[Record], tolerance: float, warning: str, capti
           f"Pruning {records[0].model}. {lead(records, tolerance)}")
     small_print(upper, *notes)
     if rows:
-        title(lower[0], f"“{caption}” by variant and rate; framed: the safe rate")
+        title(lower[0], f"“{caption}”, framed at the safe rate of each variant")
         for axes, part in zip(lower[0].subplots(1, len(parts), squeeze=False)[0], parts):
             draw_rows(axes, part, WIDTH / len(parts))
     label_ends(figure, *labelled)
@@ -139,12 +143,14 @@ def _draw_frontier(axes, what: str, records: Sequence[Record], lines: Dict[str, 
     level(axes, 1)
     for record in records:
         line, points = lines[record.variant], all_points(record)
-        x, y = [share(point, record.dense) for point in points], relative_curve(record, QUALITY)
+        x = [share(point, record.dense) for point in points]
+        y = _in_sight(x, relative_curve(record, QUALITY))
         curve(axes, x, y, [relative_interval(QUALITY, point, record.dense) for point in points], line)
         if SAVED[what] is saved_time:
             low, high = np.array([saved_time_interval(point, record.dense) for point in points]).T
             axes.hlines(y, low, high, color=line.colour, linewidth=0.9)
-        ends.append((*end_of(x, y, FRONTIER[0]), record.variant.replace("+", "\n+"), line))
+        if any(value >= FRONTIER[0] for value in y[1:]):
+            ends.append((*end_of(x, y, FRONTIER[0]), record.variant.replace("+", "\n+"), line))
         shares, heights = [*shares, *x], [*heights, *y]
     for drawn in axes.lines:
         drawn.set_clip_on(True)  # what is lower leaves the panel
@@ -152,7 +158,7 @@ def _draw_frontier(axes, what: str, records: Sequence[Record], lines: Dict[str, 
                   textcoords="offset points", ha="right", va="top", fontsize=8, color=SAFE_TEXT)
     visible = [value for value, height in zip(shares, heights) if math.isfinite(value) and height >= FRONTIER[0]]
     axes.set_xlim(min(-0.02, *visible) - 0.01, max(0.1, *visible) + 0.04)
-    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
     in_percent(axes.xaxis)
     in_percent(axes.yaxis)
     axes.set_xlabel(f"{what} →")
@@ -160,26 +166,35 @@ def _draw_frontier(axes, what: str, records: Sequence[Record], lines: Dict[str, 
     return ends
 
 
+def _in_sight(x: Sequence[float], y: Sequence[float]) -> List[float]:
+    """Return y without the values that lie below the frontier's panel and that no line leads to: those are NaN."""
+    return [value if value >= FRONTIER[0] or i and y[i - 1] >= FRONTIER[0] and abs(x[i] - x[i - 1]) <= GAP
+            else math.nan for i, value in enumerate(y)]
+
+
 def _notes(records: Sequence[Record], shown: Dict[str, list], tolerance: float) -> list:
     undrawn = [f"{listed(others)} (no {what})" for what, those in shown.items()
                for others in [[record.variant for record in records if record not in those and not is_baseline(record)]]
                if others]
+    below = [record.variant for record in records if record.points
+             and not any(value >= FRONTIER[0] for value in relative_curve(record, QUALITY)[1:])] if shown else []
     kinds = {"Solid: units removed": any(map(removes, records)),
              "dashed: weights zeroed": any(not removes(each) and not is_baseline(each) for each in records),
              "dash-dotted: nothing pruned, over time alone": any(map(is_baseline, records))}
     return [f"{setup(records[0])}. {'; '.join(kind for kind, there in kinds.items() if there)}.",
             "A number in a mark: the safe rate, the highest whose whole interval is within "
             f"{100 * tolerance:g} % of dense. Rates count what each method prunes, so they do not compare.",
-            band_note([QUALITY]), f"Not drawn: {'; '.join(undrawn)}." if undrawn else ""]
+            band_note([QUALITY]), f"Not drawn: {'; '.join(undrawn)}." if undrawn else "",
+            f"Below {percent(FRONTIER[0])} at every measured rate: {listed(below)}." if below else ""]
 
 
 @rc_context(STYLE)
 def draw_comparison_metrics(records: Sequence[Record], path: Path) -> Path:
-    """Draw all variants that prune in one panel for each metric, over the rate, and a legend."""
+    """Draw all variants that prune in one panel for each metric, over the rate."""
     records = in_order([record for record in records if not is_baseline(record)])
     lines, known = variant_lines(records), drawn_metrics(*records)
     metrics = [name for name in known if not any(unreliable(record, name) for record in records)]
-    figure, (*all_axes, last) = panels(len(metrics) + 1)
+    figure, all_axes = panels(len(metrics))
     for axes, name in zip(all_axes, metrics):
         drawn = sum(noise_levels(records[0], name).values(), [])
         for record in records:
@@ -190,10 +205,9 @@ def draw_comparison_metrics(records: Sequence[Record], path: Path) -> Path:
         rate_axis(axes, [rate for record in records for rate in _rates(record)])
         draw_noise_levels(axes, records[0], name)
         metric_axis(axes, name)
-    last.axis("off")
-    last.legend(handles=[legend_entry(record.variant.replace("+", "\n+"), lines[record.variant]) for record in records],
-                loc="upper left", frameon=False, fontsize=8)
-    title(figure, f"Pruning methods on {records[0].model}, by pruning rate")
+    figure.legend(handles=[legend_entry(record.variant, lines[record.variant]) for record in records], ncols=2,
+                  loc="outside upper left", frameon=False, fontsize=8, alignment="left", title_fontsize=10.5,
+                  title=f"Pruning methods on {records[0].model}, by pruning rate")
     small_print(figure, f"{setup(records[0])}. {units(records)}",
                 f"{band_note(metrics)} {noise_note(records[:1], metrics)}", left_out_note(records, known),
                 *map(compile_note, records))

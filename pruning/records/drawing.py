@@ -63,6 +63,7 @@ def save(figure: Figure, path: Path) -> Path:
 
 def save_svg(figure: Figure, path: Path) -> None:
     """Write a figure as SVG, which is the same whenever it is written."""
+    _lay_out(figure)
     with whole_file(path) as part:
         figure.savefig(part, format="svg", metadata={"Date": None, "Creator": None})
 
@@ -72,15 +73,23 @@ def save_png(figure: Figure, path: Path) -> Path:
 
     The file has a palette of 256 colours, which takes a third of the bytes, unless that changes the picture visibly.
     """
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=DPI)
-    with Image.open(content) as image:
-        full = image.convert("RGB")
+    _lay_out(figure)
+    content, size = io.BytesIO(), np.round(DPI * figure.get_size_inches()).astype(int)
+    figure.set_size_inches(size / DPI)  # a whole number of pixels
+    figure.savefig(content, format="rgba", dpi=DPI)
+    full = Image.frombuffer("RGBA", tuple(size), content.getvalue()).convert("RGB")
     small = full.quantize(256, dither=Image.Dither.NONE)
     error = np.abs(np.asarray(small.convert("RGB"), np.int16) - np.asarray(full, np.int16)).mean()
     with whole_file(path) as part:
-        (small if error < VISIBLE else full).save(part, format="PNG", optimize=True, dpi=(DPI, DPI))
+        (small if error < VISIBLE else full).save(part, format="PNG", dpi=(DPI, DPI))
     return path
+
+
+def _lay_out(figure: Figure) -> None:
+    """Place all parts of a figure for good, which takes most of the time of drawing."""
+    if figure.get_layout_engine():
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
 
 
 def title(figure, text: str) -> None:
@@ -99,7 +108,7 @@ def band_note(metrics: Sequence[str]) -> str:
     paired = paired_metrics(metrics)
     return ("Bars and bands: 95 % intervals" + (f" ({listed(paired)}: of the paired difference to dense)"
                                                 if paired else "")
-            + f"; thin lines: rates more than {GAP:g} apart, with nothing measured between.")
+            + f"; pale lines: nothing was measured between, over more than {GAP:g}.")
 
 
 def left_out_note(records: Sequence[Record], metrics: Sequence[str]) -> str:
@@ -114,15 +123,16 @@ def left_out_note(records: Sequence[Record], metrics: Sequence[str]) -> str:
 def curve(axes, x, y, ends, line: Line) -> None:
     """Draw a line with its intervals, (low, high) at each x; values that are NaN are gaps.
 
-    Only between points at most GAP apart is it a full line with a band, because a band over what was not measured
-    would claim to know it.
+    Between points more than GAP apart the line is pale and has no band, because a band would claim to know what was
+    not measured.
     """
     x, y, (low, high) = np.array(x, float), np.array(y, float), np.array(ends, float).reshape(-1, 2).T
-    for i in range(len(x) - 1):
-        near, both = abs(x[i + 1] - x[i]) <= GAP + 1e-9, slice(i, i + 2)
-        axes.plot(x[both], y[both], color=line.colour, linestyle=line.dashes, linewidth=1.6 if near else 0.7)
-        if near:
-            axes.fill_between(x[both], low[both], high[both], color=line.colour, alpha=0.18, linewidth=0)
+    style, far = {"color": line.colour, "linestyle": line.dashes}, np.abs(np.diff(x)) > GAP + 1e-9
+    for run in np.split(np.arange(len(x)), np.flatnonzero(far) + 1):
+        axes.plot(x[run], y[run], **style)
+        axes.fill_between(x[run], low[run], high[run], color=line.colour, alpha=0.18, linewidth=0)
+    for i in np.flatnonzero(far):
+        axes.plot(x[i:i + 2], y[i:i + 2], linewidth=0.8, alpha=0.45, **style)
     axes.vlines(x, low, high, color=line.colour, linewidth=0.9)
     axes.plot(x, y, linestyle="", clip_on=False, **marks(line))
 
@@ -144,7 +154,7 @@ def legend_entry(name: str, line: Line) -> Line2D:
 def rate_axis(axes, rates, most: int = 4) -> None:
     """Lay out the x axis for rates, 0 being dense, with about as many labels as `most`."""
     last = max(rates, default=0.0)
-    step = next(step for step in (0.05, 0.1, 0.2, 1.0) if last < (most + 0.5) * step)
+    step = next(step for step in (0.05, 0.1, 0.2, 0.25, 0.5) if last <= (most + 0.5) * step + 1e-9)
     ticks = np.arange(0, last + 0.01, step)
     axes.set_xticks(ticks, ["dense" if tick == 0 else f"{tick:.2g}" for tick in ticks])
     axes.set_xlim(-0.03 * max(last, 0.1), 1.03 * max(last, 0.1))
@@ -267,6 +277,7 @@ def label_ends(figure: Figure, *labelled) -> None:
 
 
 def _label_axes(figure: Figure, axes, ends) -> None:
+    ends = sorted(ends, key=lambda end: -end[0])  # of equal heights, the nearest end has the lowest name: none cross
     letter = 10.5 / (axes.get_window_extent().height / figure.dpi * 72)
     heights = [axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[1] for x, y, _, _ in ends]
     sizes = [letter * (1.2 + name.count("\n")) for _, _, name, _ in ends]

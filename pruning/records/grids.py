@@ -33,7 +33,7 @@ from pruning.records.words import percent, rate_label
 ROWS, WORST = 6, 2  # of a record: the first captions, and those that lose most
 VARIANTS, COLUMNS = 6, 10  # of a comparison: rows; of both: dense and rates at most
 EDGE = 160  # pixels of an image
-LEFT, RIGHT = 1.7, 0.5  # inches beside the images, for captions and for losses
+LEFT, RIGHT, HEAD = 1.5, 0.45, 0.17  # inches beside and above the images, for captions, losses and rates
 
 
 class Row(NamedTuple):
@@ -131,7 +131,7 @@ def variant_rows(found: Dict[Path, Record], tolerance: float) -> tuple:
 
 def height_of(rows: Sequence[Row], width: float = WIDTH) -> float:
     """Return the height in inches of rows that are so many inches wide."""
-    return sum(map(_height, rows)) * _edge(rows, width)
+    return sum(_edge(rows, width) + _head(row) for row in rows)
 
 
 def _edge(rows: Sequence[Row], width: float) -> float:
@@ -139,31 +139,32 @@ def _edge(rows: Sequence[Row], width: float) -> float:
     return min(0.85, (width - LEFT - RIGHT) / max(len(row.files) for row in rows))
 
 
-def _height(row: Row) -> float:
-    return 1.24 if any(row.heads) else 1.0
+def _head(row: Row) -> float:
+    return HEAD if any(row.heads) else 0.0
 
 
 def draw_rows(axes, rows: Sequence[Row], width: float = WIDTH) -> None:
-    """Draw rows of images below each other, in units of one image, with the image at the safe rate in a frame."""
-    columns, top = max(len(row.files) for row in rows), 0.0
+    """Draw rows of images below each other, in inches, with the image at the safe rate in a frame."""
+    edge, top = _edge(rows, width), 0.0
+    inner, columns = 0.94 * edge, max(len(row.files) for row in rows)
     for row in rows:
-        head = _height(row) - 1
+        top += _head(row)
         for place, (file, text) in enumerate(zip(row.files, row.heads)):
-            x, y = place + 0.03, top + head + 0.03
-            safe = place == row.framed
+            x, y, safe = place * edge, top + 0.06 * edge, place == row.framed
             pixels = picture(file)
-            tall, wide = (0.94 * edge / max(pixels.shape[:2]) for edge in pixels.shape[:2])
+            tall, wide = (inner * pixel / max(pixels.shape[:2]) for pixel in pixels.shape[:2])
             axes.imshow(pixels, extent=(x, x + wide, y + tall, y), interpolation="antialiased")
             if safe:
                 axes.add_patch(Rectangle((x, y), wide, tall, fill=False, edgecolor=SAFE_TEXT, linewidth=2.2))
-            axes.text(place + 0.5, top + head, text, ha="center", va="bottom", fontsize=8,
+            axes.text(x + inner / 2, top + 0.02, text, ha="center", va="bottom", fontsize=8,
                       color=SAFE_TEXT if safe else "black", fontweight="bold" if safe else "normal")
-        axes.text(-0.1, top + head + 0.5, _wrapped(row.left), ha="right", va="center", fontsize=8)
-        axes.text(columns + 0.1, top + head + 0.5, row.right, ha="left", va="center", fontsize=8,
+        middle = top + 0.06 * edge + inner / 2
+        axes.text(-0.1, middle, _wrapped(row.left), ha="right", va="center", fontsize=8)
+        axes.text(columns * edge + 0.05, middle, row.right, ha="left", va="center", fontsize=8,
                   fontweight="bold" if row.failed else "normal")
-        top += _height(row)
-    axes.set_xlim(-LEFT / _edge(rows, width), (width - LEFT) / _edge(rows, width))
-    axes.set_ylim(top, 0)
+        top += edge
+    axes.set_xlim(-LEFT, width - LEFT)
+    axes.set_ylim(top + 0.03, 0)
     axes.set_aspect("equal", anchor="NW")
     axes.axis("off")
 

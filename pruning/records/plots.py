@@ -21,6 +21,7 @@ from pruning.records.drawing import (
     label_ends,
     left_out_note,
     level,
+    marks,
     metric_axis,
     noise_levels,
     noise_note,
@@ -199,10 +200,9 @@ def draw_synthetic(rates: Sequence[float], curves: Dict[str, Dict[str, Sequence[
     lines = lines_of(list(curves))
     figure = Figure(figsize=(WIDTH, 4.8), layout="constrained")
     axes = figure.add_subplot()
-    nothing = [(math.nan, math.nan)] * len(rates)
     for method, each in curves.items():
-        axes.plot(rates, each["expected"], color=lines[method].colour, linewidth=0.8, alpha=0.6)
-        curve(axes, rates, each["accuracy"], nothing, lines[method]._replace(dashes=":"))
+        axes.plot(rates, each["expected"], color=lines[method].colour, linestyle=":")
+        axes.plot(rates, each["accuracy"], linestyle="", clip_on=False, **marks(lines[method]))
     rate_axis(axes, rates, 10)
     axes.set_xlabel("pruning rate")
     axes.set_ylabel("EXPECTED accuracy relative to the dense model\n(↑ is better, dense = 1)")
@@ -210,6 +210,7 @@ def draw_synthetic(rates: Sequence[float], curves: Dict[str, Dict[str, Sequence[
         axes.text(0.5, height, "SYNTHETIC - not a measurement", transform=axes.transAxes, rotation=14, fontsize=25,
                   color="0.4", alpha=0.35, ha="center", va="center", fontweight="bold", zorder=10)
     title(figure, "SYNTHETIC: what one might expect of each method, no model was run")
+    small_print(figure, "Lines: the expectation. Marks: the expectation with noise.")
     label_ends(figure, (axes, [(*end_of(rates, each["accuracy"]), method, lines[method])
                                for method, each in curves.items()]))
     return save(figure, path)
