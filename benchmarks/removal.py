@@ -36,7 +36,7 @@ from pruning import UserError, cli, methods, whole_file
 from pruning.methods import METHODS
 from pruning.metrics import costs
 from pruning.models import pipelines, provenance
-from pruning.records import drawing
+from pruning.records import drawing, palette
 from pruning.records.record import write_json
 
 RATES = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -207,10 +207,11 @@ def draw(data: dict, path: Path) -> None:
     """Draw a panel for each model: the shares of dense's MACs as lines and of its time as markers, against the rate."""
     dense = {row["model"]: row for row in data["rows"] if row["method"] == "dense"}
     rows = [row for row in data["rows"] if row["method"] in PRUNERS and "seconds" in row]
-    line_of = drawing.lines_of(list(PRUNERS), METHODS)  # methods have the colours of the other figures
-    lines = {name: line_of[name] for name in PRUNERS if any(row["method"] == name for row in rows)}
+    line_of = palette.lines_of(list(PRUNERS))  # methods have the colours of the other figures
+    lines = {name: line_of[name] if name in METHODS else line_of[name]._replace(dashes="--")
+             for name in PRUNERS if any(row["method"] == name for row in rows)}
     columns = min(2, len(dense))
-    figure = Figure(figsize=(4.8 * columns + 1.5, 3.3 * -(-len(dense) // columns) + 1.2), layout="constrained")
+    figure = Figure(figsize=(drawing.WIDTH, 2.7 * -(-len(dense) // columns) + 1.2), layout="constrained")
     for i, (name, base) in enumerate(dense.items()):
         axes = figure.add_subplot(-(-len(dense) // columns), columns, i + 1)
         for pruner, line in lines.items():
@@ -225,8 +226,8 @@ def draw(data: dict, path: Path) -> None:
         axes.set_ylim(bottom=0)
     handles = [axes.plot([], [], line.dashes, color=line.colour, marker=line.marker)[0] for line in lines.values()]
     figure.legend(handles, list(lines), loc="outside right center", fontsize=9, frameon=False)
-    figure.suptitle("What pruning saves: costs of a denoiser call")
-    drawing.small_print(figure, [setup(data)])
+    drawing.title(figure, "What pruning saves: costs of a denoiser call")
+    drawing.small_print(figure, setup(data))
     drawing.save(figure, path)
 
 

@@ -23,7 +23,7 @@ from pruning.progress import tqdm
 from pruning.records import card, report, store
 from pruning.records.comparability import beside
 from pruning.records.findings import all_points
-from pruning.records.plots import shown_images
+from pruning.records.grids import shown_images
 from pruning.records.record import BrokenRecordError, Point, Record, read_record, record_path, write_record
 from pruning.records.summaries import reach, setup
 from pruning.records.words import counted, duration, rate_list

@@ -204,6 +204,7 @@ def test_every_promised_file_is_there_and_no_other(measured):
     record, folder = measured
     own = folder / record.model / record.dataset
     ends = (".json", ".png", "_metrics.png", "_cost.png", "_images.png", "_layers.png", ".txt")
+    ends += tuple(end.replace(".png", ".svg") for end in ends if end.endswith(".png") and end != "_images.png")
     promised = {"report.html", "results.csv", *(f"{record.variant}{end}" for end in ends)}
     assert {path.name for path in own.iterdir() if path.is_file()} == promised
     assert not list(folder.rglob("*.part"))

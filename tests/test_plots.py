@@ -452,8 +452,7 @@ def test_a_biased_metric_is_left_out_and_named_if_there_are_fewer_images_than_fe
     assert not findings.unreliable(record, "style_distance")  # the record does not say how many features
     record.notes.feature_sizes["clip"] = 33
     assert findings.unreliable(record, "style_distance")
-    for draw in (plots.draw_metrics, plots.draw_accuracy,
-                 lambda record, path: comparisons.draw_comparison_metrics([record], path)):
+    for draw in (plots.draw_metrics, plots.draw_accuracy):
         text = drawn_text(lambda path, draw=draw: draw(record, path), monkeypatch, tmp_path)
         assert "style_distance is left out: 32 images are fewer than its 33 features." in text
         assert text.count("style_distance") == 1
@@ -869,7 +868,7 @@ def test_compare_draws_models_measured_alike_together_and_names_what_differs_oth
     assert "samples: 8 and 32" in capsys.readouterr().err
 
 
-def test_two_settings_of_one_method_stand_in_one_comparison_under_their_own_names(tmp_path, monkeypatch, capsys):
+def test_two_settings_of_one_method_stand_in_one_comparison_under_their_own_names(tmp_path, capsys):
     for scope in ("layer", "global"):
         record = keep_metrics(make_record(rates=(0.1, 0.2), scope=scope), "clip_score")
         if scope == "global":
@@ -888,8 +887,8 @@ def test_two_settings_of_one_method_stand_in_one_comparison_under_their_own_name
     assert "71.5" in row
     assert capsys.readouterr().out.count("How far? magnitude+scope=global pruning of shapes-unet") == 1
     records = [read_record(path) for path in folder.glob("*.json")]
-    drawn = drawn_text(lambda path: comparisons.draw_comparison_metrics(records, path), monkeypatch, tmp_path)
-    assert drawn.count("magnitude+scope=global") == 2  # in the legend and the caption
+    figure = comparisons.draw_frontiers(records, 0.05, "")
+    assert {"magnitude", "magnitude\n+scope=global"} <= {text.get_text() for text in figure.findobj(Text)}
 
 
 def test_methods_selects_by_the_name_of_the_variant(texts_only, tmp_path):
@@ -904,8 +903,7 @@ def test_methods_selects_by_the_name_of_the_variant(texts_only, tmp_path):
 
 def test_compare_draws_each_model_and_dataset_apart(results, tmp_path):
     visualize_results.main(["--results_dir", str(results), "--compare", "--output_dir", str(tmp_path / "out")])
-    assert pictures(results) == [f"out/shapes-unet/{dataset}/comparison{end}.png" for dataset in ("coco", "shapes")
-                                 for end in ("", "_metrics")]
+    assert pictures(results) == ["out/shapes-unet/coco/comparison.png", "out/shapes-unet/shapes/comparison.png"]
     assert (tmp_path / "out/shapes-unet/coco/comparison.txt").read_text().count("magnitude") > 3
 
 
@@ -916,7 +914,7 @@ def test_compare_refuses_records_that_were_measured_differently(results):
         visualize_results.main(["--results_dir", str(results), "--compare"])
     assert pictures(results) == []
     visualize_results.main(["--results_dir", str(results), "--compare", "--force"])
-    assert len(pictures(results)) == 4
+    assert len(pictures(results)) == 2
     forced, alike = ((results / f"shapes-unet/{data}/comparison.txt").read_text() for data in ("shapes", "coco"))
     assert "WARNING: steps: 20 and 30" in forced
     assert "WARNING" not in alike

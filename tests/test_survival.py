@@ -16,7 +16,7 @@ from PIL import Image
 
 from pruning import UserError, pruning_analysis, sweep, test_single_rate
 from pruning.models import generation
-from pruning.records import plots, store
+from pruning.records import grids, store
 from pruning.records.record import read_record
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,15 +135,15 @@ def test_a_sweep_with_broken_files_ends_with_the_record_of_an_undisturbed_one(tm
 
 
 def test_discarded_images_leave_those_of_the_figure_and_are_made_again_when_needed(tmp_path, made):
-    flags = ["--num_images", str(plots.ROWS + 4)]
+    flags = ["--num_images", str(grids.ROWS + 4)]
     discarded = measure(tmp_path, "--metrics", "clip_score", "--discard_images", *flags)
-    shown = sorted(plots.shown_images(discarded))
-    assert shown[:plots.ROWS] == list(range(plots.ROWS))  # and those that lose most
+    shown = sorted(grids.shown_images(discarded))
+    assert shown[:grids.ROWS] == list(range(grids.ROWS))  # and those that lose most
     kept = {rate: {int(path.stem) for path in (tmp_path / "shapes-unet/shapes/images/magnitude" / rate).iterdir()}
             for rate in ("dense", "0.3", "0.8")}
     assert sorted(kept["dense"]) == sorted(kept["0.3"]) == shown
     assert kept["0.8"] <= set(shown)
-    lacking = sum(not {first, first + 1} <= found for found in kept.values() for first in range(0, plots.ROWS + 4, 2))
+    lacking = sum(not {first, first + 1} <= found for found in kept.values() for first in range(0, grids.ROWS + 4, 2))
     assert 0 < lacking < 15
     before = len(made)
     record = measure(tmp_path, *CHEAP, *flags)

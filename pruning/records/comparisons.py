@@ -20,18 +20,14 @@ from pruning.records.drawing import (
     band_note,
     curve,
     draw_badges,
-    draw_noise_levels,
     end_of,
     in_percent,
     label_ends,
-    left_out_note,
     legend_entry,
     level,
-    metric_axis,
-    noise_levels,
-    noise_note,
     panels,
     rate_axis,
+    ratio_note,
     save,
     save_png,
     save_svg,
@@ -46,11 +42,9 @@ from pruning.records.findings import (
     SIMILARITY,
     TOLERANCE,
     all_points,
-    drawn_metrics,
     formula,
     images_of,
     in_order,
-    interval,
     is_baseline,
     last_good,
     metrics_of,
@@ -61,13 +55,11 @@ from pruning.records.findings import (
     saved_time,
     saved_time_interval,
     saves,
-    unreliable,
-    values_of,
 )
 from pruning.records.grids import draw_rows, height_of, variant_rows
 from pruning.records.palette import Line, lines_of, variant_lines
 from pruning.records.record import Record
-from pruning.records.summaries import compile_note, protocol, setup, units
+from pruning.records.summaries import compile_note, protocol, setup
 from pruning.records.words import counted, listed, percent
 
 FRONTIER = (0.6, 1.06)  # of the dense QUALITY: what the frontiers show, as nobody wants less
@@ -184,34 +176,9 @@ def _notes(records: Sequence[Record], shown: Dict[str, list], tolerance: float) 
     return [f"{setup(records[0])}. {'; '.join(kind for kind, there in kinds.items() if there)}.",
             "A number in a mark: the safe rate, the highest whose whole interval is within "
             f"{100 * tolerance:g} % of dense. Rates count what each method prunes, so they do not compare.",
-            band_note([QUALITY]), f"Not drawn: {'; '.join(undrawn)}." if undrawn else "",
+            f"{band_note([QUALITY])} {ratio_note(records)}", *map(compile_note, records),
+            f"Not drawn: {'; '.join(undrawn)}." if undrawn else "",
             f"Below {percent(FRONTIER[0])} at every measured rate: {listed(below)}." if below else ""]
-
-
-@rc_context(STYLE)
-def draw_comparison_metrics(records: Sequence[Record], path: Path) -> Path:
-    """Draw all variants that prune in one panel for each metric, over the rate."""
-    records = in_order([record for record in records if not is_baseline(record)])
-    lines, known = variant_lines(records), drawn_metrics(*records)
-    metrics = [name for name in known if not any(unreliable(record, name) for record in records)]
-    figure, all_axes = panels(len(metrics))
-    for axes, name in zip(all_axes, metrics):
-        drawn = sum(noise_levels(records[0], name).values(), [])
-        for record in records:
-            ends = [interval(name, point, record.dense) for point in all_points(record)]
-            curve(axes, _rates(record), values_of(record, name), ends, lines[record.variant])
-            drawn += [*values_of(record, name), *np.ravel(ends)]
-        value_axis(axes, drawn)
-        rate_axis(axes, [rate for record in records for rate in _rates(record)])
-        draw_noise_levels(axes, records[0], name)
-        metric_axis(axes, name)
-    figure.legend(handles=[legend_entry(record.variant, lines[record.variant]) for record in records], ncols=2,
-                  loc="outside upper left", frameon=False, fontsize=8, alignment="left", title_fontsize=10.5,
-                  title=f"Pruning methods on {records[0].model}, by pruning rate")
-    small_print(figure, f"{setup(records[0])}. {units(records)}",
-                f"{band_note(metrics)} {noise_note(records[:1], metrics)}", left_out_note(records, known),
-                *map(compile_note, records))
-    return save(figure, path)
 
 
 def _rates(record: Record) -> list:

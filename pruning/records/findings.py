@@ -193,11 +193,6 @@ def removes(record: Record) -> bool:
     return any(point.parameters < record.dense.parameters for point in record.points)
 
 
-def is_baseline(record: Record) -> bool:
-    """Return whether the variant prunes nothing: it is what a user could do instead."""
-    return getattr(METHODS.get(record.method), "baseline", False)
-
-
 def time_ratio(name: str, point: Point, dense: Point) -> Tuple[float, float, float]:
     """Return one of TIMES as a ratio to dense's, and the ends of its 95 % interval, NaN if the record has none.
 
@@ -344,6 +339,11 @@ def _paired_interval(scored: Scored, other: Scored):
 
 
 # ---- records
+
+def is_baseline(record: Record) -> bool:
+    """Return whether the variant prunes nothing: it is what a user could do instead."""
+    return getattr(METHODS.get(record.method), "baseline", False)
+
 
 def in_order(records: Sequence[Record]) -> List[Record]:
     """Sort records by method as METHODS lists them, other methods last, and by variant."""

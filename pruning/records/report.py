@@ -68,15 +68,13 @@ def write_sensitivity(found: dict, folder) -> Path:
 
 
 def write_comparison(found: Dict[Path, Record], folder, tolerance: float = TOLERANCE, warning: str = "") -> List[Path]:
-    """Write the figures and the text that compare the variants of one model and dataset, and return their paths.
+    """Write the figure and the text that compare the variants of one model and dataset, and return their paths.
 
     found: records by path. warning: how they were measured differently, if they were.
     """
-    records, folder = list(found.values()), Path(folder)
-    text = comparison_summary(records, tolerance, warning)
-    return [comparisons.draw_comparison(found, folder / "comparison.png", tolerance, warning),
-            comparisons.draw_comparison_metrics(records, folder / "comparison_metrics.png"),
-            write_text(text, folder / "comparison.txt")]
+    text = comparison_summary(list(found.values()), tolerance, warning)
+    return [comparisons.draw_comparison(found, Path(folder) / "comparison.png", tolerance, warning),
+            write_text(text, Path(folder) / "comparison.txt")]
 
 
 def write_models(records: Sequence[Record], folder) -> List[Path]:
