@@ -84,8 +84,8 @@ def draw_comparison(found: Dict[Path, Record], path: Path, tolerance: float = TO
 @rc_context(STYLE)
 def draw_frontiers(records: Sequence[Record], tolerance: float, warning: str, caption: str = "", rows=()) -> Figure:
     """Return the figure of frontiers, and below them of rows of images of one caption if there are any."""
-    shown = {what: _over(records, what) for what in SAVED} if QUALITY in metrics_of(*records) else {}
-    shown = {what: those for what, those in shown.items() if those}
+    saving = {what: [record for record in records if saves(record, what)] for what in SAVED}
+    shown = {what: those for what, those in saving.items() if those and QUALITY in metrics_of(*records)}
     lines, notes = variant_lines(records), _notes(records, shown, tolerance)
     parts = [rows[::2], rows[1::2]] if len(rows) > 1 and max(len(row.files) for row in rows) <= 4 else [rows]
     heights = [max(2.2, 0.8 + 0.15 * sum(1.2 + each.variant.count("+") for each in those)) for those in shown.values()]
@@ -121,12 +121,6 @@ def _badges(record: Record, what: str, lines: Dict[str, Line], tolerance: float)
     return [Badge(SAVED[what](good, dense), height, f"{good.rate:g}", lines[record.variant])]
 
 
-def _over(records: Sequence[Record], what: str) -> list:
-    """Return the records that save something of `what`. Baselines save time alone."""
-    return [record for record in records
-            if saves(record, what) and (SAVED[what] is saved_time or not is_baseline(record))]
-
-
 def _draw_frontier(axes, what: str, records: Sequence[Record], lines: Dict[str, Line], tolerance: float) -> list:
     """Draw QUALITY over one of SAVED, with each safe rate in a large mark. Returns the ends of the lines."""
     share, ends, shares, heights = SAVED[what], [], [], []
@@ -148,8 +142,8 @@ def _draw_frontier(axes, what: str, records: Sequence[Record], lines: Dict[str, 
         drawn.set_clip_on(True)  # what is lower leaves the panel
     axes.annotate(f"within {100 * tolerance:g} %", (1, 1), xycoords="axes fraction", xytext=(-3, -3),
                   textcoords="offset points", ha="right", va="top", fontsize=8, color=SAFE_TEXT)
-    visible = [value for value, height in zip(shares, heights) if math.isfinite(value) and height >= FRONTIER[0]]
-    axes.set_xlim(min(-0.02, *visible) - 0.01, max(0.1, *visible) + 0.04)
+    visible = [x for x, height in zip(shares, heights) if math.isfinite(x) and height >= FRONTIER[0]]
+    axes.set_xlim(min([-0.02, *visible]) - 0.01, max([0.1, *visible]) + 0.04)
     axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
     in_percent(axes.xaxis)
     in_percent(axes.yaxis)

@@ -19,13 +19,11 @@ from pruning.records.findings import (
     ARROWS,
     GAP,
     SAME,
-    all_points,
     feature_size,
     floor,
     images_of,
     last_good,
     paired_metrics,
-    time_ratio,
     unreliable,
 )
 from pruning.records.palette import Line
@@ -189,12 +187,6 @@ def in_percent(axis) -> None:
 def level(axes, height: float) -> None:
     """Draw the dense model's value as a dotted horizontal line."""
     axes.axhline(height, color="0.4", linestyle=":", linewidth=1.2, zorder=1)
-
-
-def ratios(record: Record, name: str) -> Tuple[np.ndarray, np.ndarray]:
-    """Return one of TIMES as a ratio to dense at dense and each rate, (n,), and its intervals, (n, 2)."""
-    found = np.array([time_ratio(name, point, record.dense) for point in all_points(record)])
-    return found[:, 0], found[:, 1:]
 
 
 def ratio_note(records: Sequence[Record]) -> str:

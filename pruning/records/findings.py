@@ -19,24 +19,6 @@ COLLAPSED = 0.5  # QUALITY has collapsed below this share of the dense model's
 ARROWS = {"higher": "↑", "lower": "↓"}
 
 
-class Cost(NamedTuple):
-    """How figures show what a denoiser costs, a field of Point."""
-
-    title: str
-    unit: str
-    scale: float  # from the field's unit to the unit shown
-    other: str = ""  # a field that a second line shows
-    label: str = ""  # of the second line
-
-
-COSTS = {
-    "parameters": Cost("parameters", "million", 1e-6, "nonzero_parameters", "nonzero"),
-    "weight_bytes": Cost("weights in memory", "MB", 1e-6, "file_bytes", "in a saved file"),
-    "peak_bytes": Cost("peak memory, one image", "MB", 1e-6),
-    "macs": Cost("multiply-accumulates per call", "billion, one latent", 1e-9),
-}
-
-
 class Time(NamedTuple):
     """How figures and tables show a time, a field of Point: as a ratio to the time of dense."""
 

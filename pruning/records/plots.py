@@ -114,6 +114,24 @@ def draw_metrics(record: Record, path: Path, tolerance: float = TOLERANCE) -> Pa
     return save(figure, path)
 
 
+class Size(NamedTuple):
+    """A field of Point that is a size, and how it is shown."""
+
+    field: str
+    scale: float  # from the field's unit to the unit shown
+    unit: str
+
+
+SIZES = {
+    "parameters": Size("parameters", 1e-6, "million"),
+    "nonzero parameters": Size("nonzero_parameters", 1e-6, "million"),
+    "weights in memory": Size("weight_bytes", 1e-6, "MB"),
+    "saved file": Size("file_bytes", 1e-6, "MB"),
+    "peak memory, one image": Size("peak_bytes", 1e-6, "MB"),
+    "multiply-accumulates": Size("macs", 1e-9, "billion"),
+}
+
+
 class Bar(NamedTuple):
     """What a point costs as a share of dense, its 95 % interval, and the cost in its own unit."""
 
@@ -124,19 +142,14 @@ class Bar(NamedTuple):
 
 def bars(point: Point, dense: Point) -> Dict[str, Bar]:
     """Return a bar for each cost that a record holds and that says something, by its name."""
-    sizes = {"parameters": ("parameters", 1e-6, "million"),
-             "nonzero parameters": ("nonzero_parameters", 1e-6, "million"),
-             "weights in memory": ("weight_bytes", 1e-6, "MB"), "saved file": ("file_bytes", 1e-6, "MB"),
-             "peak memory, one image": ("peak_bytes", 1e-6, "MB"),
-             "multiply-accumulates": ("macs", 1e-9, "billion")}
     found = {}
-    for name, (field, scale, unit) in sizes.items():
-        own, before = getattr(point, field), getattr(dense, field)
+    for name, size in SIZES.items():
+        own, before = getattr(point, size.field), getattr(dense, size.field)
         if own is not None and before:
-            found[name] = Bar(own / before, (math.nan, math.nan),
-                              f"{scale * own:,.3g} of {scale * before:,.3g} {unit}")
-    if abs(found["nonzero parameters"].share - found["parameters"].share) < 0.005:
-        del found["nonzero parameters"]
+            text = f"{size.scale * own:,.3g} of {size.scale * before:,.3g} {size.unit}"
+            found[name] = Bar(own / before, (math.nan, math.nan), text)
+    if point.nonzero_parameters > 0.995 * point.parameters:
+        found.pop("nonzero parameters", None)
     for name, time in TIMES.items():
         share, *ends = time_ratio(name, point, dense)
         if math.isfinite(share):
@@ -176,7 +189,7 @@ def draw_cost(record: Record, path: Path, tolerance: float = TOLERANCE) -> Path 
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.grid(False, axis="y")
-    axes.set_xlim(0, max(1.05, *(each[name].share + 0.4 for each in sets for name in names)))
+    axes.set_xlim(0, max([1.05, *(each[name].share + 0.4 for each in sets for name in names)]))
     axes.set_xlabel("÷ dense (← lower is better)")
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=8)
     title(figure, f"What {record.variant} pruning of {record.model} costs at "
