@@ -158,6 +158,12 @@ def test_numbers_that_half_precision_cannot_hold_stay_in_float32(tmp_path):
         tmp_path / "pruned/unet/diffusion_pytorch_model.safetensors")
 
 
+def test_a_model_whose_images_are_the_dense_ones_is_saved_with_null_for_what_is_infinite(tmp_path):
+    pipeline, _ = tiny_pipeline()
+    saving.save(pipeline, "unet", tmp_path / "pruned", SAMPLING, {}, {"metrics": {"psnr_dense": float("inf")}})
+    assert saving.read_manifest(tmp_path / "pruned")["point"] == {"metrics": {"psnr_dense": None}}
+
+
 def test_a_pruned_model_is_pruned_further_and_saved_again(tmp_path, saved):
     pipeline = pipelines.load_pipeline(str(saved))
     methods.prune("attention_heads", pipeline.unet, 0.9, **NORM)

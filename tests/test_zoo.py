@@ -13,7 +13,7 @@ from torch import nn
 
 from benchmarks import families
 from pruning import UserError, methods
-from pruning.methods import blocks, bypass, ranks, reach, surgery
+from pruning.methods import blocks, bypass, moments, ranks, reach, sequential, surgery
 from pruning.methods.calibration import Calibration
 from pruning.models import portable
 from pruning.models.provenance import release
@@ -213,6 +213,18 @@ def test_removed_equals_masked_after_the_refit_too(name, method):
     assert done == methods.prune(method, masked, 0.5, calibration=known, mask_only=True)
     one, other = zoo.run(name, removed), zoo.run(name, masked)
     assert done.inexact or (one - other).abs().max() <= 1e-5 * other.abs().max()
+
+
+def test_experts_do_not_learn_from_the_tokens_that_other_experts_get_after_pruning():
+    model = zoo.build("HiDreamImageTransformer2DModel")
+    known, layers = calibration("HiDreamImageTransformer2DModel", model), moments.prunable_layers(model)
+    aims, learnt = sequential.dense_outputs(model, layers, known), {}
+    sequential.in_order(model, layers, aims, lambda name, layer, x, y: learnt.update({name: (x, y)}), known)
+    experts = {name for name in learnt if ".experts." in name}
+    assert experts
+    assert all((x.shape[1], y.shape[1], x.any(), y.any()) == (1, 1, False, False)
+               for x, y in map(learnt.get, experts))
+    assert all(x.any() and y.any() for x, y in map(learnt.get, set(learnt) - experts))
 
 
 @pytest.mark.parametrize("name", [pytest.param(each, marks=[] if each in ("QwenImageTransformer2DModel",

@@ -215,6 +215,13 @@ def own_settings(kind: type, model: str) -> dict:
     return {"steps": steps if isinstance(steps, int) else None, "guidance_scale": float(guidance or 1)}
 
 
+def default_size(kind: type) -> Optional[int]:
+    """Return how many pixels a side a pipeline class draws unless told otherwise; None if it does not say."""
+    takes = inspect.signature(kind.__call__).parameters
+    height, width = takes["height"].default, takes["width"].default
+    return height if isinstance(height, int) and height == width else None
+
+
 def sampling_settings(pipeline, model: str, given: Optional[dict] = None) -> dict:
     """Return steps, guidance_scale and image_size (pixels a side): as given, else as the model is meant to be used.
 
@@ -228,7 +235,8 @@ def sampling_settings(pipeline, model: str, given: Optional[dict] = None) -> dic
              getattr(getattr(pipeline, denoiser_name(pipeline)).config, "sample_size", None))
     size = next((each for each in sizes if isinstance(each, int)), None)
     scale = getattr(pipeline, "vae_scale_factor", None)
-    settings = {"image_size": size * scale if size and scale else None, **own_settings(type(pipeline), model), **given}
+    settings = {"image_size": size * scale if size and scale else default_size(type(pipeline)),
+                **own_settings(type(pipeline), model), **given}
     for name, words in (("image_size", "what size its images have"), ("steps", "in how many steps it draws")):
         if settings[name] is None:
             raise UserError(f"{type(pipeline).__name__} does not say {words}; give --{name}")

@@ -18,7 +18,7 @@ from typing import Any, Dict, Iterator, List, Optional
 from pruning import UserError
 from pruning.models import portable, weights_files
 from pruning.models.hub import first_line
-from pruning.records.record import no_constant, write_json
+from pruning.records.record import no_constant, plain, write_json
 
 MANIFEST, FORMAT_VERSION = "pruning.json", 1
 DENOISERS = ("unet", "transformer")  # the pipeline's component that is pruned
@@ -59,7 +59,7 @@ def save(pipeline, component: str, folder: Path, sampling: Dict[str, Any], pruni
             file.chmod((part / "model_index.json").stat().st_mode)  # safetensors lets only the owner read
         write_json({"format_version": FORMAT_VERSION, "component": component, "base_class": type(denoiser).__name__,
                     "config": config, "removals": getattr(denoiser, "removals", []), "sampling": sampling,
-                    "pruning": pruning, "point": point}, part / MANIFEST)
+                    "pruning": pruning, "point": plain(point)}, part / MANIFEST)
         part.rename(folder)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {folder}: {getattr(error, 'strerror', None) or first_line(error)}") from None

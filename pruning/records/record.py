@@ -95,23 +95,23 @@ def write_record(record: Record, path) -> None:
 
     Raises ValueError that names the field if the record could not be read again.
     """
-    data = {"schema_version": SCHEMA_VERSION, **_plain(record)}
+    data = {"schema_version": SCHEMA_VERSION, **plain(record)}
     _parse(data)
     write_json(data, path)
 
 
-def _plain(value):
+def plain(value):
     """Return `value` as lists, dicts and Python numbers, with None for numbers that are not finite."""
     if type(value) is float:  # first, as nearly all values of a record are
         return value if math.isfinite(value) else None
     if dataclasses.is_dataclass(value):
         value = vars(value)
     if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
+        return {name: plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if hasattr(value, "tolist"):  # a numpy array or number
-        return _plain(value.tolist())
+        return plain(value.tolist())
     return value
 
 
