@@ -136,15 +136,15 @@ def _layout(value, indent: str = "") -> str:
     return left + "\n" + ",\n".join(inner + line for line in lines) + "\n" + indent + right
 
 
-def find_records(results_dir) -> List[Path]:
+def find_records(results_dir, pattern: str = "*/*/*.json") -> List[Path]:
     """Return the records in a results folder, sorted: JSON files at MODEL/DATASET/NAME.json with a schema version.
 
-    Raises UserError if the folder or a file in it cannot be read.
+    pattern: where they lie in another folder. Raises UserError if the folder or a file in it cannot be read.
     """
     if not Path(results_dir).is_dir():
         raise UserError(f"there is no folder {results_dir}; run a sweep first, or name one with --results_dir")
     try:
-        return sorted(path for path in Path(results_dir).glob("*/*/*.json")
+        return sorted(path for path in Path(results_dir).glob(pattern)
                       if path.is_file() and b'"schema_version"' in path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
