@@ -218,7 +218,8 @@ def measure_sensitivity(args) -> Tuple[Path, dict]:
                         "out --pattern")
     args.metrics, path = [], own_path(args)
     experiment = prepare(args, path, None)
-    denoiser = copy.deepcopy(experiment.dense).to("cpu" if experiment.offload else experiment.device)
+    denoiser = pipelines.on_device(copy.deepcopy(experiment.dense), "cpu" if experiment.offload else experiment.device,
+                                   pipelines.DENOISER)
     options = experiment.record.options
     rates, survey = methods.survey(args.method, denoiser, experiment.calibration, **options)
     pipelines.set_denoiser(experiment.pipeline, denoiser, experiment.device, experiment.offload)

@@ -29,15 +29,14 @@ PROCESSORS = {"AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0", "Sli
 HEADED = {"AllegroAttnProcessor2_0", "AuraFlowAttnProcessor2_0", "BriaAttnProcessor", "BriaFiboAttnProcessor",
           "BriaFibo2AttnProcessor", "CogVideoXAttnProcessor2_0", "CogView4AttnProcessor", "CosmosAttnProcessor2_0",
           "DreamLiteAttnProcessor2_0", "EasyAnimateAttnProcessor2_0", "ErnieImageSingleStreamAttnProcessor",
-          "Flux2AttnProcessor", "Flux3AttnProcessor", "GlmImageAttnProcessor", "HeliosAttnProcessor", "HiDreamAttnProcessor",
-          "HunyuanAttnProcessor2_0", "HunyuanImageAttnProcessor", "HunyuanVideoAttnProcessor2_0",
-          "HunyuanVideo15AttnProcessor2_0", "Ideogram4AttnProcessor", "JoyImageAttnProcessor",
-          "Kandinsky5AttnProcessor", "Krea2AttnProcessor", "LongCatImageAttnProcessor", "Lumina2AttnProcessor2_0",
-          "MotifVideoAttnProcessor2_0",
-          "MotifVideoCrossAttnProcessor2_0", "NucleusMoEAttnProcessor2_0", "OmniGenAttnProcessor2_0",
-          "OvisImageAttnProcessor", "PRXAttnProcessor2_0", "QwenDoubleStreamAttnProcessor2_0",
-          "QwenImage21AttnProcessor", "SanaLinearAttnProcessor3_0", "SkyReelsV2AttnProcessor", "WanAttnProcessor",
-          "ZSingleStreamAttnProcessor"}
+          "Flux2AttnProcessor", "Flux3AttnProcessor", "GlmImageAttnProcessor", "HeliosAttnProcessor",
+          "HiDreamAttnProcessor", "HunyuanAttnProcessor2_0", "HunyuanImageAttnProcessor",
+          "HunyuanVideoAttnProcessor2_0", "HunyuanVideo15AttnProcessor2_0", "Ideogram4AttnProcessor",
+          "JoyImageAttnProcessor", "Kandinsky5AttnProcessor", "Krea2AttnProcessor", "LongCatImageAttnProcessor",
+          "Lumina2AttnProcessor2_0", "MotifVideoAttnProcessor2_0", "MotifVideoCrossAttnProcessor2_0",
+          "NucleusMoEAttnProcessor2_0", "OmniGenAttnProcessor2_0", "OvisImageAttnProcessor", "PRXAttnProcessor2_0",
+          "QwenDoubleStreamAttnProcessor2_0", "QwenImage21AttnProcessor", "SanaLinearAttnProcessor3_0",
+          "SkyReelsV2AttnProcessor", "WanAttnProcessor", "ZSingleStreamAttnProcessor"}
 ADDED_KV = {"AttnAddedKVProcessor", "AttnAddedKVProcessor2_0"}
 ACTIVATIONS = ("GELU", "ApproximateGELU", "LinearActivation", "GEGLU", "SwiGLU")
 
