@@ -114,8 +114,10 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
     networks = {family: backbones.load_backbone(kind, family, device)
                 for family in dict.fromkeys(families.values()) if distributed.is_main}
     status(f"loading {model}")
+    unused: Faults = {}
     with distributed.main_first():
-        pipeline = pipelines.load_pipeline(model, "cpu" if args.offload else device, dtype)
+        pipeline = pipelines.load_pipeline(model, "cpu" if args.offload else device, dtype, unused)
+    tell(unused)
     generation.remember_prompts(pipeline)
     dense = pipelines.take_denoiser(pipeline)
     methods.check_weights(dense)
@@ -165,7 +167,7 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
     if earlier:
         check_continues(earlier, record, path)
     code = [*(earlier.notes.code if earlier else []), provenance.code_version()]
-    notes = Notes(faults={**faults, **found}, code=list(dict.fromkeys(code)), reference_images=len(real),
+    notes = Notes(faults={**faults, **unused, **found}, code=list(dict.fromkeys(code)), reference_images=len(real),
                   feature_sizes={family: features.shape[1] for family, features in reference.items()})
 
     drawn = [Sample(f"recovery-{i:05d}", caption, None) for i, caption in enumerate(captions)]
@@ -292,10 +294,13 @@ def tell(faults: Faults) -> None:
 
 
 def hash_originals(samples: Sequence[Sample], size: int) -> str:
-    """Return the content_hash of the samples' originals, after each was read. Raises UserError if one cannot be."""
-    starts = tqdm(range(0, max(1, len(samples)), BLOCK), desc="originals", delay=2, leave=False)
-    blocks = (data.load_originals(samples[start:start + BLOCK], size) for start in starts)
-    return store.hash_of_blocks(blocks, (len(samples), size, size, 3))
+    """Return the content_hash of the samples' originals. Raises UserError that counts those that cannot be read."""
+    starts, broken = tqdm(range(0, max(1, len(samples)), BLOCK), desc="originals", delay=2, leave=False), {}
+    blocks = (data.load_originals(samples[start:start + BLOCK], size, broken) for start in starts)
+    found = store.hash_of_blocks(blocks, (len(samples), size, size, 3))
+    if broken:
+        raise UserError(" ".join([*sentences(broken), "Replace them"]))
+    return found
 
 
 def describe_originals(networks: Dict[str, Any], described, versions, device: str, size: int,

@@ -16,7 +16,7 @@ if __package__ in (None, ""):
 from pruning import UserError, cli
 from pruning.records import report
 from pruning.records.answers import answer
-from pruning.records.comparability import beside, by_variant
+from pruning.records.comparability import by_variant
 from pruning.records.record import find_records, merge, read_record, write_record
 from pruning.records.store import only_writer
 
@@ -50,8 +50,7 @@ def main(argv=None) -> None:
             for shard in set() if args.partial else set(shards) - {path}:
                 shard.unlink()
         report.write_record_files(record, path.parent, path.parent / "images", args.tolerance)
-        found, left_out = beside(path, record)
-        report.write_report(found, path.parent, args.tolerance, left_out=left_out)
+        report.remake_report(path, record, args.tolerance)
         print(path)
         print(answer(record, args.tolerance))
 

@@ -45,7 +45,8 @@ def prune_copy(experiment: Experiment, rate: float):
     """
     method, options = experiment.record.method, experiment.record.options
     calibrates = bool(rate and methods.needs(method, options))
-    denoiser = copy.deepcopy(experiment.dense).to("cpu" if experiment.offload else experiment.device)
+    denoiser = pipelines.on_device(copy.deepcopy(experiment.dense), "cpu" if experiment.offload else experiment.device,
+                                   pipelines.DENOISER)
     pruned: Optional[Pruned] = None
     if calibrates:
         methods.calibrate(method, denoiser, experiment.calibration, **options)
@@ -228,8 +229,9 @@ def time_calls(experiment: Experiment, denoiser, rate: float, images: Images) ->
         seconds, = costs.denoiser_seconds([denoiser], experiment.batch_call, place=place)
         return {"denoiser_seconds": seconds, "dense_denoiser_seconds": seconds, "image_seconds": image,
                 "dense_image_seconds": image, "ratio_intervals": {}}
-    dense_seconds, ratio, ends = costs.time_ratio(
-        dense if offload else dense.to(experiment.device), denoiser, experiment.batch_call, place)
+    if not offload:
+        pipelines.on_device(dense, experiment.device, "the dense denoiser beside the pruned one")
+    dense_seconds, ratio, ends = costs.time_ratio(dense, denoiser, experiment.batch_call, place)
     release_dense(pipeline, dense, offload)
     pipelines.set_denoiser(pipeline, denoiser, "cpu" if offload else experiment.device)
     in_calls = min(1.0, images.calls * dense_seconds * ratio / len(experiment.batches[0]) / image)  # share of the time

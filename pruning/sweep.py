@@ -21,7 +21,6 @@ from pruning.metrics import costs
 from pruning.models import pipelines, saving
 from pruning.progress import tqdm
 from pruning.records import card, report, store
-from pruning.records.comparability import beside
 from pruning.records.findings import all_points
 from pruning.records.grids import shown_images
 from pruning.records.record import BrokenRecordError, Point, Record, read_record, record_path, write_record
@@ -60,8 +59,7 @@ def sweep(args, run_pruning_experiment: Callable[..., Optional[Point]]) -> Tuple
             record = read_record(path) if known and path.exists() else None
             if record and not args.shard:
                 report.write_record_files(record, path.parent, experiment.images_folder, args.tolerance)
-                found, left_out = beside(path, record)
-                report.write_report(found, path.parent, args.tolerance, left_out=left_out)
+                report.remake_report(path, record, args.tolerance)
             for rate, folder in saved_folders(args).items() if record else ():
                 if folder.is_dir() and rate in [point.rate for point in all_points(record)]:
                     card.write(record, rate, folder, experiment.images_folder, args.tolerance)
@@ -209,8 +207,9 @@ def earlier_record(path: Path) -> Optional[Record]:
 def measure_sensitivity(args) -> Tuple[Path, dict]:
     """Measure how much the guided output changes if one layer alone is pruned by args.method. No image is measured.
 
-    Writes a JSON file, a figure and a text, and returns the path of the JSON file and what it holds. Raises UserError
-    if the method does not prune layer by layer, or if something cannot be had.
+    Writes a JSON file, a figure, a text and, if there is a record of these arguments, the report, which then shows it
+    too. Returns the path of the JSON file and what it holds. Raises UserError if the method does not prune layer by
+    layer, or if something cannot be had.
     """
     if distributed.world_size > 1:
         raise UserError("--sensitivity runs in one process; start it without a launcher")
@@ -219,7 +218,8 @@ def measure_sensitivity(args) -> Tuple[Path, dict]:
                         "out --pattern")
     args.metrics, path = [], own_path(args)
     experiment = prepare(args, path, None)
-    denoiser = copy.deepcopy(experiment.dense).to("cpu" if experiment.offload else experiment.device)
+    denoiser = pipelines.on_device(copy.deepcopy(experiment.dense), "cpu" if experiment.offload else experiment.device,
+                                   pipelines.DENOISER)
     options = experiment.record.options
     rates, survey = methods.survey(args.method, denoiser, experiment.calibration, **options)
     pipelines.set_denoiser(experiment.pipeline, denoiser, experiment.device, experiment.offload)
@@ -231,7 +231,10 @@ def measure_sensitivity(args) -> Tuple[Path, dict]:
     found = {"model": experiment.record.model, "dataset": args.dataset, "variant": experiment.record.variant,
              "images": options["calibration_images"], "settings": experiment.record.settings,
              "versions": experiment.record.versions, "rates": list(rates), "layers": layers}
-    return report.write_sensitivity(found, path.parent), found
+    written, record = report.write_sensitivity(found, path.parent), earlier_record(path)
+    if record:
+        report.remake_report(path, record, args.tolerance)
+    return written, found
 
 
 def own_path(args) -> Path:

@@ -44,13 +44,15 @@ def main(argv=None) -> None:
         folder = _folder(args.output_dir, group, alone=len(warned) == 1)
         together = folder or next(iter(group)).parent
         if args.compare:
-            tasks += [(report.write_comparison, group, together, args.tolerance, warning),
-                      (report.write_report, group, together, args.tolerance, warning)]
+            tasks.append((report.write_comparison, group, together, args.tolerance, warning))
         else:
             tasks += [(_draw, record, folder or path.parent, path.parent / "images", args.tolerance)
                       for path, record in group.items()]
-            alike, left_out = measured_alike(group)
-            tasks.append((report.write_report, alike, together, args.tolerance, warning, left_out))
+        if folder or warning:
+            alike, left_out = (group, []) if warning else measured_alike(group)
+            tasks.append((report.write_report, alike, folder or together, args.tolerance, warning, left_out))
+        else:  # the report of a folder is of all its records, also if some are drawn only
+            tasks.append((report.remake_report, *next(iter(group.items())), args.tolerance))
     if args.compare:
         of_models, reasons = of_several_models([group for group, _ in warned])
         tasks += [(report.write_models, records, args.output_dir or args.results_dir) for records in of_models]

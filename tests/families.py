@@ -1,10 +1,12 @@
 """Tiny random pipelines of the families that the command is tested on: FAMILIES, name -> a function that makes one."""
 from __future__ import annotations
 
+import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
     DDIMScheduler,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -51,7 +53,7 @@ def clip(width, projected=None, number=""):
         hidden_size=width, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
         projection_dim=projected or width, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        max_position_embeddings=tokenizer.model_max_length)
+        max_position_embeddings=128)  # to which HiDream fills captions up
     return {f"text_encoder{number}": kind(config), f"tokenizer{number}": tokenizer}
 
 
@@ -138,21 +140,24 @@ def z_image():
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
 
 
-def qwen_image():
-    from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
+def qwen_vl(tokenizer):
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-    tokenizer = qwen_tokenizer()
     text = dict(vocab_size=len(tokenizer), hidden_size=TEXT, intermediate_size=32, num_hidden_layers=1,
                 num_attention_heads=2, num_key_value_heads=1,
                 rope_scaling={"type": "mrope", "mrope_section": [2, 2, 2]})
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=dict(
-        depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=TEXT), **text)
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=dict(
+        depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=TEXT), **text))
+
+
+def qwen_image():
+    from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
+    tokenizer = qwen_tokenizer()
     return QwenImagePipeline(
         transformer=QwenImageTransformer2DModel(
             in_channels=64, out_channels=16, num_layers=1, attention_head_dim=16, num_attention_heads=4,
             joint_attention_dim=TEXT, axes_dims_rope=(8, 4, 4)),
         vae=AutoencoderKLQwenImage(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
-        text_encoder=Qwen2_5_VLForConditionalGeneration(config), tokenizer=tokenizer,
+        text_encoder=qwen_vl(tokenizer), tokenizer=tokenizer,
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
 
 
@@ -230,6 +235,67 @@ def flux2_klein():
         tokenizer=tokenizer, scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
 
 
+def hunyuan_dit():
+    from diffusers import HunyuanDiT2DModel, HunyuanDiTPipeline
+    from transformers import BertConfig, BertModel
+    tokenizer = qwen_tokenizer()
+    return HunyuanDiTPipeline(
+        transformer=HunyuanDiT2DModel(
+            sample_size=8, in_channels=4, patch_size=2, hidden_size=32, num_attention_heads=4, attention_head_dim=8,
+            num_layers=2, mlp_ratio=2.0, cross_attention_dim=TEXT, cross_attention_dim_t5=TEXT,
+            pooled_projection_dim=POOLED),
+        text_encoder=BertModel(BertConfig(
+            vocab_size=len(tokenizer), hidden_size=TEXT, intermediate_size=32, num_hidden_layers=1,
+            num_attention_heads=2)),
+        tokenizer=tokenizer, vae=vae(4, levels=4), scheduler=DDPMScheduler(prediction_type="v_prediction"), **t5("_2"),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+
+
+def omnigen():
+    from diffusers import OmniGenPipeline, OmniGenTransformer2DModel
+    tokenizer = qwen_tokenizer()
+    return OmniGenPipeline(
+        transformer=OmniGenTransformer2DModel(
+            in_channels=4, hidden_size=32, num_attention_heads=4, num_key_value_heads=4, intermediate_size=48,
+            num_layers=1, pad_token_id=0, vocab_size=len(tokenizer), time_step_dim=8, pos_embed_max_size=8,
+            rope_scaling={"long_factor": [1.0] * 4, "short_factor": [1.0] * 4}),
+        vae=vae(4, levels=4), tokenizer=tokenizer,
+        scheduler=FlowMatchEulerDiscreteScheduler(invert_sigmas=True, num_train_timesteps=1))
+
+
+def hidream():
+    from diffusers import HiDreamImagePipeline, HiDreamImageTransformer2DModel
+    from transformers import LlamaConfig, LlamaForCausalLM
+    tokenizer = qwen_tokenizer()
+    return HiDreamImagePipeline(
+        transformer=HiDreamImageTransformer2DModel(
+            patch_size=8, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+            num_attention_heads=4, caption_channels=(TEXT, TEXT), text_emb_dim=POOLED, num_routed_experts=2,
+            num_activated_experts=1, axes_dims_rope=(4, 6, 6), llama_layers=(0, 1)),
+        vae=vae(16, levels=1, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), **clip(POOLED // 2, POOLED // 2),
+        **clip(POOLED // 2, POOLED // 2, "_2"), **t5("_3"), tokenizer_4=tokenizer,
+        text_encoder_4=LlamaForCausalLM(qwen_config(LlamaConfig, tokenizer, head_dim=8)))
+
+
+def kandinsky5():
+    from diffusers import Kandinsky5T2IPipeline, Kandinsky5Transformer3DModel
+    from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
+    tokenizer = qwen_tokenizer()
+    tokenizer.add_tokens(["<|image_pad|>", "<|video_pad|>"], special_tokens=True)
+    transformer = Kandinsky5Transformer3DModel(
+        in_visual_dim=16, out_visual_dim=16, in_text_dim=TEXT, in_text_dim2=POOLED, time_dim=16, model_dim=32,
+        ff_dim=48, num_text_blocks=1, num_visual_blocks=1, axes_dims=(4, 6, 6))
+    for parameter in transformer.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)  # gates, which would hide the blocks behind them
+    return Kandinsky5T2IPipeline(
+        transformer=transformer, vae=vae(16, levels=1), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        text_encoder=qwen_vl(tokenizer),
+        tokenizer=Qwen2VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor()),
+        **clip(POOLED, number="_2"))
+
+
 FAMILIES = {
     "sd15": lambda: StableDiffusionPipeline(
         unet=BUILD["sd15"](), vae=vae(4), scheduler=DDIMScheduler(clip_sample=False, steps_offset=1), **clip(TEXT),
@@ -254,7 +320,15 @@ FAMILIES = {
     "cogview4": cogview4,
     "sana_sprint": sana_sprint,
     "flux2_klein": flux2_klein,
+    "hunyuan_dit": hunyuan_dit,
+    "omnigen": omnigen,
+    "hidream": hidream,
+    "kandinsky5": kandinsky5,
 }
+# Pixels a side. Two families draw one size alone, of 128 x 128 latents: here by a VAE that does not shrink images.
+# HunyuanDiT passes a table with a row a token, of which there must not be as many as latents in a call.
+SIZES = {**dict.fromkeys(FAMILIES, SIZE), "hidream": 128, "kandinsky5": 128, "hunyuan_dit": 64}
 # Of classes that the oldest releases lack, or run with torch 2.5 alone.
-NEEDS_TORCH_25 = ("flux", "sana", "z_image", "qwen", "chroma", "lumina2", "auraflow", "cogview4")  # on the CPU
+NEEDS_TORCH_25 = ("flux", "sana", "z_image", "qwen", "chroma", "lumina2", "auraflow", "cogview4", "omnigen", "hidream",
+                  "kandinsky5")  # on the CPU
 OLD_TORCH = release("torch") < (2, 5)

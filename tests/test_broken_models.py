@@ -15,9 +15,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from pruning import UserError, data, offline_by
+from pruning import UserError, data, offline_by, pruning_analysis
+from pruning.data.faults import sentences
 from pruning.metrics import backbones
 from pruning.models import generation, pipelines, saving, weights_files
+from pruning.records.record import read_record
 
 UNET, VAE, TEXT, MMDIT = ("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
                           "text_encoder/model.safetensors", "transformer/diffusion_pytorch_model.safetensors")
@@ -111,8 +113,24 @@ def test_tensors_that_nothing_uses_are_named_and_the_model_runs(tmp_path, capsys
     change_tensors(folder / TEXT, lambda tensors: tensors.update(
         {"text_model.embeddings.position_ids": torch.arange(16), "logit_scale": torch.zeros(1)}))
     pipelines.load_pipeline(str(folder))
-    said = f"text_encoder of {folder} holds 1 tensor that its class does not use: logit_scale\n"
+    said = "Tensors in weights files that the classes of their components do not use: 1 (text_encoder: logit_scale).\n"
     assert capsys.readouterr().err == said
+    pruning_analysis.main(["--model", str(folder), "--num_images", "1", "--steps", "1", "--rates", "0.5", "--metrics",
+                           "generation_time", "--results_dir", str(tmp_path / "results")])
+    assert said in capsys.readouterr().err
+    path = tmp_path / "results/model/shapes/magnitude.json"
+    assert sentences(read_record(path).notes.faults)[-1] == said.strip()
+    assert "logit_scale" in path.with_suffix(".txt").read_text(encoding="utf-8")
+
+
+def test_a_gpu_that_is_too_small_for_the_denoiser_is_one_line_with_the_remedy():
+    class Large(torch.nn.Linear):
+        def to(self, device):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB\nmore")
+
+    message = r"cuda has no memory for the denoiser .*--offload model or --dtype bfloat16 \(CUDA .* 20.00 GiB\)$"
+    with pytest.raises(UserError, match=message):
+        pipelines.set_denoiser(pipelines.load_pipeline("shapes-unet"), Large(1, 1), "cuda")
 
 
 @pytest.fixture

@@ -385,6 +385,18 @@ def test_a_broken_file_is_computed_and_written_again(tmp_path, spoil):
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_the_dense_denoiser_is_sampled_once_for_each_number_of_captions():
+    drawn = []
+
+    def sample(denoiser, count):
+        drawn.append((denoiser, count))
+        return torch.randn(count, 3, generator=torch.Generator().manual_seed(count))
+    known, dense = Calibration(list, 0, sample=sample), object()
+    again = [known.dense_latents(dense, count) for count in (4, 12, 4, 12)]
+    assert drawn == [(dense, 4), (dense, 12)]
+    assert all(torch.equal(found, sample(dense, count).float()) for found, count in zip(again, (4, 12, 4, 12)))
+
+
 def test_without_a_folder_nothing_is_left_behind():
     known = Calibration(list, 0)
     known.keep("key", lambda: {"a": torch.ones(1)})

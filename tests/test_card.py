@@ -64,6 +64,13 @@ def test_consent_to_run_code_is_asked_for_only_where_there_is_code(record, tmp_p
     assert ("trust_remote_code=True" in code) == python
 
 
+def test_parts_that_the_pipeline_lacks_are_named_as_diffusers_asks(record, tmp_path):
+    (tmp_path / "pruning.json").write_text('{"absent": ["text_encoder_3", "tokenizer_3"]}')
+    code = card.text(record, tmp_path, False).split("```python")[1].split("```")[0]
+    ast.parse(code)
+    assert f'from_pretrained("{tmp_path.name}", text_encoder_3=None, tokenizer_3=None)' in code
+
+
 def test_captions_are_no_markup(record, tmp_path):
     hostile = "`](x) **a** <img src=x>'"
     odd = replace(record, samples=[{**sample, "caption": hostile} for sample in record.samples])

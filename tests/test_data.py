@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pruning import UserError
+from pruning import UserError, experiment
 from pruning.data import (
     DATASETS,
     Dataset,
@@ -700,6 +700,17 @@ def test_a_broken_image_is_an_error_that_names_the_file(tmp_path, body):
     (folder / "val2017" / samples[5].id).write_bytes(body)
     with pytest.raises(UserError, match=samples[5].id):
         load_originals(samples, 8)
+
+
+def test_broken_images_are_counted_and_the_first_three_named_before_the_work(tmp_path):
+    folder = coco_folder(tmp_path)
+    samples, _ = load_samples("coco", 12, 0, folder)
+    for index in (1, 4, 7, 9):
+        (folder / "val2017" / samples[index].id).write_bytes(jpeg()[:-40])
+    named = "; ".join(f"{samples[index].id}: .*" for index in (1, 4, 7))
+    message = f"^Images in {folder / 'val2017'} that cannot be read: 4 .{named}; ….. Replace"
+    with pytest.raises(UserError, match=message):
+        experiment.hash_originals(samples, 8)
 
 
 @pytest.mark.parametrize(("width", "height"), [(90, 30), (30, 90), (91, 31)])

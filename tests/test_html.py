@@ -218,12 +218,15 @@ def test_drawing_and_comparing_write_the_report(tmp_path, monkeypatch):
     monkeypatch.setattr(visualize_results.report, "RECORD_FILES", {})  # figures take long
     monkeypatch.setattr(visualize_results.report, "write_comparison", lambda *_: [])
     folder = tmp_path / "shapes-unet/shapes"
-    for flags in (["--methods", "magnitude"], [], ["--compare"]):
+    for flags in (["--methods", "magnitude"], ["--results_file", str(folder / "structured.json")], [], ["--compare"]):
         visualize_results.main(["--results_dir", str(tmp_path), *flags])
         html = (folder / "report.html").read_text(encoding="utf-8")
-        assert list(variants_of(data_of(html))) == flags[1:] or ["magnitude", "structured"]
-        assert (folder / "results.csv").read_text().count("structured") == (0 if flags[1:] else 3)
+        assert sorted(variants_of(data_of(html))) == ["magnitude", "structured"]  # drawing one drops no other
+        assert (folder / "results.csv").read_text().count("structured") == 3
         (folder / "report.html").unlink()
+    visualize_results.main(["--results_file", str(folder / "magnitude.json"), "--output_dir", str(tmp_path / "own")])
+    html = (tmp_path / "own/report.html").read_text(encoding="utf-8")
+    assert list(variants_of(data_of(html))) == ["magnitude"]
 
 
 # ---- in a browser

@@ -5,12 +5,14 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
 
 from pruning import UserError, data, methods, pruning_analysis, test_single_rate
 from pruning.methods import bypass, zeroing
@@ -156,6 +158,36 @@ def test_numbers_that_half_precision_cannot_hold_stay_in_float32(tmp_path):
     assert all(torch.equal(one, other) for one, other in zip(unet.parameters(), loaded.parameters()))
     assert saving.file_bytes(unet) == 4 * unet.num_parameters() == bytes_of_numbers(
         tmp_path / "pruned/unet/diffusion_pytorch_model.safetensors")
+
+
+def test_shards_are_narrowed_alike_and_load_here_and_in_diffusers_alone(tmp_path):
+    pipeline, unet = tiny_pipeline()
+    for name, parameter in unet.named_parameters():
+        if name != "conv_in.weight":  # one number keeps all shards in float32
+            parameter.data = parameter.data.half().float()
+    methods.prune("structured", unet, 0.5, **NORM)
+    pipeline.save_pretrained = partial(pipeline.save_pretrained, max_shard_size="100KB")
+    for folder, dtypes in (("wide", {torch.float32}), ("narrow", {torch.float16})):
+        saving.save(pipeline, "unet", tmp_path / folder, SAMPLING, {}, {})
+        shards = {file.name: load_file(file) for file in (tmp_path / folder / "unet").glob("*.safetensors")}
+        assert len(shards) > 2
+        assert {tensor.dtype for shard in shards.values() for tensor in shard.values()} == dtypes
+        index = json.loads((tmp_path / folder / "unet/diffusion_pytorch_model.safetensors.index.json").read_text())
+        assert index["weight_map"] == {name: file for file, shard in shards.items() for name in shard}
+        assert index["metadata"]["total_size"] == saving.file_bytes(unet) == sum(
+            bytes_of_numbers(tmp_path / folder / "unet" / file) for file in shards)
+        own = pipelines.load_pipeline(str(tmp_path / folder)).unet
+        alone = DiffusionPipeline.from_pretrained(tmp_path / folder, trust_remote_code=True, safety_checker=None).unet
+        assert type(alone).__name__ == "PrunedUNet2DConditionModel"
+        for loaded in (own, alone):
+            assert all(torch.equal(one, other) for one, other in zip(unet.parameters(), loaded.parameters()))
+        unet.conv_in.weight.data = unet.conv_in.weight.data.half().float()
+
+
+def test_a_model_whose_images_are_the_dense_ones_is_saved_with_null_for_what_is_infinite(tmp_path):
+    pipeline, _ = tiny_pipeline()
+    saving.save(pipeline, "unet", tmp_path / "pruned", SAMPLING, {}, {"metrics": {"psnr_dense": float("inf")}})
+    assert saving.read_manifest(tmp_path / "pruned")["point"] == {"metrics": {"psnr_dense": None}}
 
 
 def test_a_pruned_model_is_pruned_further_and_saved_again(tmp_path, saved):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from test_calibration import One
+from test_plots import make_record
 from test_reconstruct import Idle, Net, Twice, calibration, calls_of, fresh_error, samples, total, zeros_of
 from torch import nn
 
@@ -14,6 +15,7 @@ from pruning import UserError, cli, methods, pruning_analysis
 from pruning.methods import SCOPES, moments, probes, prune, recovery, refit, sparsegpt, wanda, weights
 from pruning.methods.calibration import Calibration
 from pruning.models import pipelines
+from pruning.records.record import record_path, write_record
 from pruning.records.summaries import ends_of_sensitivity
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -409,11 +411,14 @@ QUICK = ["--sensitivity", "--num_images", "2", "--steps", "2", "--device", "cpu"
 
 
 def test_the_command_writes_the_sensitivity_of_each_layer_and_no_image(tmp_path, capsys):
+    record = make_record("magnitude", scope="global", calibration_images=1)
+    write_record(record, record_path(tmp_path, "shapes-unet", "shapes", record.variant))
     pruning_analysis.main([*QUICK, "--results_dir", str(tmp_path), "--method", "magnitude", "--scope", "global",
                            "--verbose"])
     folder, name = tmp_path / "shapes-unet" / "shapes", "magnitude+scope=global+calibration_images=1_sensitivity"
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {
-        f"{name}.json", f"{name}.png", f"{name}.txt"}
+        f"{name}.json", f"{name}.png", f"{name}.txt", f"{record.variant}.json", "report.html", "results.csv"}
+    assert "if this layer alone is pruned" in (folder / "report.html").read_text(encoding="utf-8")
     found = json.loads((folder / f"{name}.json").read_text())
     layers = moments.prunable_layers(pipelines.load_pipeline("shapes-unet").unet)
     assert list(found["layers"]) == list(layers)

@@ -13,7 +13,7 @@ from torch import nn
 
 from benchmarks import families
 from pruning import UserError, methods
-from pruning.methods import blocks, bypass, ranks, reach, surgery
+from pruning.methods import blocks, bypass, moments, ranks, reach, sequential, surgery
 from pruning.methods.calibration import Calibration
 from pruning.models import portable
 from pruning.models.provenance import release
@@ -24,14 +24,11 @@ UNITS = {"structured": ("neurons", "channels"), "attention_heads": ("heads",)}
 QUICK = ("ErnieImageTransformer2DModel", "Flux2Transformer2DModel", "HiDreamImageTransformer2DModel",
          "HunyuanVideoTransformer3DModel", "JoyImageEditTransformer3DModel", "Kandinsky5Transformer3DModel",
          "Lumina2Transformer2DModel", "PRXTransformer2DModel", "UNet2DConditionModel/kandinsky",
-         "OmniGenTransformer2DModel")
-# Classes whose heads or neurons cannot go one by one: rotary positions that differ between heads (LTX, Mochi), heads
-# of two attentions in one projection (Lumina-Next), a norm over all neurons (Cascade, Wuerstchen), one key head for
-# all (DreamLite).
+         "OmniGenTransformer2DModel", "StableCascadeUNet", "DreamLiteUNetModel")
+# Classes whose heads cannot go one by one, because rotary positions differ between heads.
 WITHOUT = {
-    "structured": {"StableCascadeUNet", "WuerstchenPrior"},
-    "attention_heads": {"DreamLiteUNetModel", "LTXVideoTransformer3DModel", "LuminaNextDiT2DModel",
-                        "MochiTransformer3DModel"}}
+    "structured": set(),
+    "attention_heads": {"LTXVideoTransformer3DModel", "MochiTransformer3DModel"}}
 EACH = pytest.mark.parametrize("name", [
     name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in zoo.NAMES])
 METHODS = pytest.mark.parametrize("method", list(UNITS))
@@ -137,14 +134,19 @@ def inputs_of(name, model, layers):
     return seen
 
 
+def normed(group):
+    """Whether a norm lets each unit act on the others."""
+    return group.norms_across() or group.kind.vectors or group.kind.unit == "channels"
+
+
 @EACH
 def test_a_unit_decides_its_own_inputs_of_the_layers_behind_and_no_other(name):
     """The probe: what a unit owns of the rows gets other values, and what changes behind them is looked at."""
     model = zoo.build(name)
     groups, _ = surgery.find_groups(model, ("heads", "neurons", "channels"))
     one_of_each = {(type(group.module), group.kind.unit, tuple(p.path for p in group.parts())): group
-                   for group in groups if not group.norms_across() and group.kind.unit != "channels"}
-    assert one_of_each or all(group.norms_across() or group.kind.unit == "channels" for group in groups)
+                   for group in groups if not normed(group)}
+    assert one_of_each or all(map(normed, groups))
     for group in one_of_each.values():
         unit, columns = group.units // 2, group.columns()
         dense = inputs_of(name, model, group.column_layers())
@@ -213,6 +215,18 @@ def test_removed_equals_masked_after_the_refit_too(name, method):
     assert done == methods.prune(method, masked, 0.5, calibration=known, mask_only=True)
     one, other = zoo.run(name, removed), zoo.run(name, masked)
     assert done.inexact or (one - other).abs().max() <= 1e-5 * other.abs().max()
+
+
+def test_experts_do_not_learn_from_the_tokens_that_other_experts_get_after_pruning():
+    model = zoo.build("HiDreamImageTransformer2DModel")
+    known, layers = calibration("HiDreamImageTransformer2DModel", model), moments.prunable_layers(model)
+    aims, learnt = sequential.dense_outputs(model, layers, known), {}
+    sequential.in_order(model, layers, aims, lambda name, layer, x, y: learnt.update({name: (x, y)}), known)
+    experts = {name for name in learnt if ".experts." in name}
+    assert experts
+    assert all((x.shape[1], y.shape[1], x.any(), y.any()) == (1, 1, False, False)
+               for x, y in map(learnt.get, experts))
+    assert all(x.any() and y.any() for x, y in map(learnt.get, set(learnt) - experts))
 
 
 @pytest.mark.parametrize("name", [pytest.param(each, marks=[] if each in ("QwenImageTransformer2DModel",

@@ -1,12 +1,13 @@
 """Original images: opened as RGB and brought to one size."""
 from __future__ import annotations
 
-from typing import List
+from typing import List, Optional
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from pruning import UserError
+from pruning.data.faults import Faults, note
 from pruning.data.samples import Sample
 
 RESIZE_RULE = "largest centred square, antialiased bicubic"  # what fit_image does, for the record
@@ -54,12 +55,18 @@ def fit_image(image: Image.Image, size: int) -> Image.Image:
     return square.resize((size, size), Image.Resampling.BICUBIC)
 
 
-def load_originals(samples: List[Sample], size: int) -> np.ndarray:
+def load_originals(samples: List[Sample], size: int, broken: Optional[Faults] = None) -> np.ndarray:
     """Return the original images of `samples`, fitted by `fit_image`, as uint8 (n, size, size, 3).
 
-    Raises UserError if an image file is missing or broken.
+    broken: gets the images that cannot be read, so that all of them can be named; their rows hold nothing. None: the
+    first one raises UserError.
     """
     originals = np.empty((len(samples), size, size, 3), np.uint8)
     for sample, row in zip(samples, originals):
-        row[:] = fit_image(sample.open_image(), size)
+        try:
+            row[:] = fit_image(sample.open_image(), size)
+        except UserError as error:
+            if broken is None:
+                raise
+            note(broken, f"Images in {sample.file.parent} that cannot be read", f"{sample.id}: {error.__cause__}")
     return originals

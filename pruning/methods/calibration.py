@@ -34,6 +34,7 @@ class Calibration:
         self._record = record
         self._sample = sample
         self._kept: Dict[str, Dict[str, Tensor]] = {}
+        self._dense_latents: Dict[int, Tensor] = {}
         self._scratch = None if folder else tempfile.TemporaryDirectory()  # removed with this object
         self.folder = folder or Path(self._scratch.name)  # of what `keep` writes; other runs may use the same
         self.memory = memory  # bytes of moments that may be in memory together
@@ -71,6 +72,12 @@ class Calibration:
         if self._sample is None:
             raise UserError("this method samples with the pruned denoiser; give a calibration that can (sample=)")
         return self._sample(denoiser, captions).float()
+
+    def dense_latents(self, denoiser: nn.Module, captions: int) -> Tensor:
+        """Return `latents` of the dense denoiser, which is sampled once for all rates. Raises as `latents` does."""
+        if captions not in self._dense_latents:
+            self._dense_latents[captions] = self.latents(denoiser, captions)
+        return self._dense_latents[captions]
 
     def keep(self, key: str, compute: Callable[[], Dict[str, Tensor]]) -> Dict[str, Tensor]:
         """Return compute(), tensors by name on the CPU, from memory or from the folder if they were computed before.

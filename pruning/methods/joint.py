@@ -133,7 +133,7 @@ def case_of(denoiser: nn.Module, groups: List[Group], calibration: Calibration, 
              **losses.rank_paths(denoiser, known, calibration)}
     aims = units.aims_of(denoiser, groups, calibration)
     return total, Case(denoiser, groups, found, known, paths, aims, gathered, calibration,
-                       calibration.latents(denoiser, MANY))
+                       calibration.dense_latents(denoiser, MANY))
 
 
 def without(dense: Case, bypassed: Dict[str, bypass.Streams], budget: str, total: float) -> Case:

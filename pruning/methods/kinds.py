@@ -18,7 +18,7 @@ from diffusers.models import normalization
 from diffusers.models.attention_processor import AttnAddedKVProcessor
 from torch import nn
 
-from pruning.methods.standins import HeadlessAttention, PrunedGroupNorm
+from pruning.methods.standins import HeadlessAttention, PrunedGroupNorm, PrunedResponseNorm
 
 # Attention processors that treat heads independently between the layers that KINDS names. Without heads, an attention
 # of these yields its output bias.
@@ -28,16 +28,15 @@ PROCESSORS = {"AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0", "Sli
 # The same, of attentions that cannot run without heads.
 HEADED = {"AllegroAttnProcessor2_0", "AuraFlowAttnProcessor2_0", "BriaAttnProcessor", "BriaFiboAttnProcessor",
           "BriaFibo2AttnProcessor", "CogVideoXAttnProcessor2_0", "CogView4AttnProcessor", "CosmosAttnProcessor2_0",
-          "EasyAnimateAttnProcessor2_0", "ErnieImageSingleStreamAttnProcessor", "Flux2AttnProcessor",
-          "Flux3AttnProcessor", "GlmImageAttnProcessor", "HeliosAttnProcessor", "HiDreamAttnProcessor",
-          "HunyuanAttnProcessor2_0", "HunyuanImageAttnProcessor", "HunyuanVideoAttnProcessor2_0",
-          "HunyuanVideo15AttnProcessor2_0", "Ideogram4AttnProcessor", "JoyImageAttnProcessor",
-          "Kandinsky5AttnProcessor", "Krea2AttnProcessor", "LongCatImageAttnProcessor", "Lumina2AttnProcessor2_0",
-          "MotifVideoAttnProcessor2_0",
-          "MotifVideoCrossAttnProcessor2_0", "NucleusMoEAttnProcessor2_0", "OmniGenAttnProcessor2_0",
-          "OvisImageAttnProcessor", "PRXAttnProcessor2_0", "QwenDoubleStreamAttnProcessor2_0",
-          "QwenImage21AttnProcessor", "SanaLinearAttnProcessor3_0", "SkyReelsV2AttnProcessor", "WanAttnProcessor",
-          "ZSingleStreamAttnProcessor"}
+          "DreamLiteAttnProcessor2_0", "EasyAnimateAttnProcessor2_0", "ErnieImageSingleStreamAttnProcessor",
+          "Flux2AttnProcessor", "Flux3AttnProcessor", "GlmImageAttnProcessor", "HeliosAttnProcessor",
+          "HiDreamAttnProcessor", "HunyuanAttnProcessor2_0", "HunyuanImageAttnProcessor",
+          "HunyuanVideoAttnProcessor2_0", "HunyuanVideo15AttnProcessor2_0", "Ideogram4AttnProcessor",
+          "JoyImageAttnProcessor", "Kandinsky5AttnProcessor", "Krea2AttnProcessor", "LongCatImageAttnProcessor",
+          "Lumina2AttnProcessor2_0", "MotifVideoAttnProcessor2_0", "MotifVideoCrossAttnProcessor2_0",
+          "NucleusMoEAttnProcessor2_0", "OmniGenAttnProcessor2_0", "OvisImageAttnProcessor", "PRXAttnProcessor2_0",
+          "QwenDoubleStreamAttnProcessor2_0", "QwenImage21AttnProcessor", "SanaLinearAttnProcessor3_0",
+          "SkyReelsV2AttnProcessor", "WanAttnProcessor", "ZSingleStreamAttnProcessor"}
 ADDED_KV = {"AttnAddedKVProcessor", "AttnAddedKVProcessor2_0"}
 ACTIVATIONS = ("GELU", "ApproximateGELU", "LinearActivation", "GEGLU", "SwiGLU")
 
@@ -62,6 +61,14 @@ def processor_obstacle(attention: nn.Module, processors=frozenset(HEADED)) -> st
     if processor not in processors:
         return f"its processor is {processor}"
     return "" if key_heads(attention) > 1 else "its only key head must stay"
+
+
+def one_key_obstacle(attention: nn.Module) -> str:
+    """Return why query heads cannot be taken out of an attention whose key head is to stay."""
+    processor = type(attention.processor).__name__
+    if processor not in HEADED:
+        return f"its processor is {processor}"
+    return "" if key_heads(attention) == 1 else "it has several key heads"
 
 
 def single_block_obstacle(block: nn.Module) -> str:
@@ -116,6 +123,19 @@ def shrink_attention(attention: nn.Module, units: int, kept: int) -> None:
     for name in ("inner_dim", "inner_kv_dim"):
         if hasattr(attention, name):
             setattr(attention, name, getattr(attention, name) * kept // units)
+
+
+def shrink_queries(attention: nn.Module, units: int, kept: int) -> None:
+    """Set the widths of an attention that keeps its only key head."""
+    for name in ("heads", "num_heads", "sliceable_head_dim", "inner_dim"):
+        if hasattr(attention, name):
+            setattr(attention, name, getattr(attention, name) * kept // units)
+
+
+def shrink_both(block: nn.Module, units: int, kept: int) -> None:
+    """Set the widths of two attentions that share an output projection."""
+    for attention in (block.attn1, block.attn2):
+        shrink_attention(attention, units, kept)
 
 
 def shrink_added(attention: nn.Module, units: int, kept: int) -> None:
@@ -185,6 +205,14 @@ def shrink_resnet(resnet: nn.Module, units: int, kept: int) -> None:
     resnet.norm2.weight, resnet.norm2.bias = old.weight, old.bias
 
 
+def shrink_response(block: nn.Module, units: int, kept: int, norm: str) -> None:
+    """Let the norm at this path count the removed neurons as zeros."""
+    parent, _, own = norm.rpartition(".")
+    old = block.get_submodule(norm)
+    new = PrunedResponseNorm(old, getattr(old, "dense_channels", units)).train(old.training)
+    block.get_submodule(parent)._modules[own] = new
+
+
 class Kind(NamedTuple):
     """Classes of modules that units can be taken out of. Layers are paths in the module; absent layers are skipped.
 
@@ -200,6 +228,7 @@ class Kind(NamedTuple):
     units: Callable[[nn.Module], int]  # how many units the module has; 0: none are left
     obstacle: Callable[[nn.Module], str] = lambda module: ""  # why units cannot be taken out; "" if they can
     follows: Tuple[str, ...] = ()  # like rows, but not scored: copies of other layers, and norms of the inner width
+    vectors: Tuple[str, ...] = ()  # like follows: paths of parameters that hold numbers of the units and no others
     spans: Dict[str, Callable[[nn.Module], Tuple[int, int]]] = {}  # of layers that not only these units own places of:
     # path -> the first of the rows or columns that belong to the units, and how many do
     norm_groups: Callable[[nn.Module], int] = lambda module: 1  # norm groups, which must lose equally many units
@@ -218,6 +247,7 @@ class Kind(NamedTuple):
 QKV = ("to_q", "to_k", "to_v")
 ADDED_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
 QK_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+BOTH = ("attn1", "attn2")  # self- and cross-attention
 SINGLE = ("FluxSingleTransformerBlock", "ChromaSingleTransformerBlock")
 OTHER_SINGLE = (
     "BriaSingleTransformerBlock", "BriaFiboSingleTransformerBlock", "HunyuanImageSingleTransformerBlock",
@@ -234,8 +264,13 @@ KINDS = (
          shrink=shrink_attention, empty=HeadlessAttention, lookalikes="attn|attention"),
     Kind("heads", ATTENTIONS, rows=(*QKV, "to_gate", *ADDED_QKV), columns=("to_out.0", "to_add_out"), units=key_heads,
          follows=("to_qkv", "to_kv", "to_added_qkv", *QK_NORMS), obstacle=processor_obstacle, shrink=shrink_omnigen),
+    Kind("heads", ATTENTIONS, rows=("to_q",), columns=("to_out.0",), units=all_heads, follows=("norm_q",),
+         obstacle=one_key_obstacle, shrink=shrink_queries),
     Kind("heads", ("Attention",), rows=(*QKV, "add_k_proj", "add_v_proj"), columns=("to_out.0",), units=key_heads,
          obstacle=partial(processor_obstacle, processors=ADDED_KV), shrink=shrink_added),
+    Kind("heads", ("LuminaNextDiTBlock",), rows=tuple(f"{each}.{name}" for each in BOTH for name in QKV),
+         columns=("attn2.to_out.0",), units=lambda m: key_heads(m.attn2),
+         follows=tuple(f"{each}.{name}" for each in BOTH for name in QK_NORMS), vectors=("gate",), shrink=shrink_both),
     Kind("heads", ("HiDreamAttention",), rows=(*QKV, "to_q_t", "to_k_t", "to_v_t"), columns=("to_out", "to_out_t"),
          units=key_heads, follows=("q_rms_norm", "k_rms_norm", "q_rms_norm_t", "k_rms_norm_t"),
          obstacle=processor_obstacle, shrink=shrink_attention),
@@ -264,10 +299,19 @@ KINDS = (
          columns=("to_out",), units=lambda m: m.mlp_hidden_dim, shrink=shrink_parallel_neurons,
          spans={"to_qkv_mlp_proj": lambda m: (3 * m.inner_dim, m.mlp_mult_factor * m.mlp_hidden_dim),
                 "to_out": lambda m: (m.inner_dim, m.mlp_hidden_dim)}),
+    Kind("neurons", ("LuminaFeedForward",), rows=("linear_1", "linear_3"), columns=("linear_2",),
+         units=lambda m: m.linear_2.in_features),
     Kind("neurons", ("PRXBlock",), rows=("gate_proj", "up_proj"), columns=("down_proj",),
          units=lambda m: m.down_proj.in_features),
     Kind("neurons", ("GLUMBConv", "GLUMBTempConv"), rows=("conv_inverted", "conv_depth"), columns=("conv_point",),
          units=lambda m: m.conv_point.in_channels, shrink=shrink_depthwise),
+    Kind("neurons", ("SDCascadeResBlock", "ResBlock"), rows=("channelwise.0",), columns=("channelwise.4",),
+         units=lambda m: m.channelwise[4].in_features, vectors=("channelwise.2.gamma", "channelwise.2.beta"),
+         shrink=partial(shrink_response, norm="channelwise.2")),
+    Kind("neurons", ("ConvNextBlock",), rows=("channelwise_linear_1",), columns=("channelwise_linear_2",),
+         units=lambda m: m.channelwise_linear_2.in_features,
+         vectors=("channelwise_norm.gamma", "channelwise_norm.beta"),
+         shrink=partial(shrink_response, norm="channelwise_norm")),
     Kind("channels", ("ResnetBlock2D",), rows=("conv1", "time_emb_proj"), columns=("conv2",), follows=("norm2",),
          units=lambda m: m.conv2.in_channels, obstacle=resnet_obstacle,
          norm_groups=lambda m: m.norm2.num_groups, shrink=shrink_resnet, lookalikes="res_?net|resblock|convnext"),

@@ -6,6 +6,9 @@ outputs y of the same places. So every layer corrects what the layers before it 
 
 If a layer's output is added to a residual stream, y can also hold what the pruned stream lacks there: the dense stream
 minus the pruned one. RESIDUALS names such layers.
+
+An expert among which tokens are shared out gets other tokens in the pruned denoiser than in the dense one, so no place
+has a dense output to learn from. Then only what the dense inputs say counts.
 """
 from __future__ import annotations
 
@@ -42,6 +45,7 @@ class Aims(NamedTuple):
 
     arguments: Dict[str, Any]  # of the calls as one batch
     outputs: Dict[str, Tensor]  # name -> (groups, n, rows) of a layer without bias, with its stream, or of a norm
+    latents: int  # in these calls
     rows: int  # the most places of a layer
     residual: bool  # whether streams are in the outputs
 
@@ -60,7 +64,7 @@ def dense_outputs(denoiser: nn.Module, layers: Dict[str, nn.Module], calibration
     rows = max(1, min(ROWS, calibration.memory // (4 * max(widths, 1))))
     while True:
         arguments, count = one_batch(chosen, latents)
-        aims = Aims(arguments, {}, rows, residual)
+        aims = Aims(arguments, {}, count, rows, residual)
         try:
             _note_outputs(denoiser, layers, norms, aims, calibration.seed)
             return aims
@@ -75,6 +79,7 @@ def _note_outputs(denoiser, layers, norms, aims: Aims, seed: int) -> None:
         if name not in aims.outputs:  # of several calls of a layer, the first counts
             places = _places(name, output_places(layer, x), aims.rows, seed)
             y = input_rows(layer, x, places) @ wide(as_rows(layer)).transpose(1, 2)
+            y = y[:, :0] if _some_tokens(x, aims) else y
             aims.outputs[name] = (y if stream is None else y + _at_places(stream, places)).cpu()
 
     def note_norm(name, output):
@@ -100,9 +105,11 @@ def in_order(denoiser: nn.Module, layers: Dict[str, nn.Module], aims: Aims, solv
         if name not in waiting:
             return
         places = _places(name, output_places(layer, x), aims.rows, calibration.seed)
-        x, y = input_rows(layer, x, places), waiting.pop(name).to(x.device)
+        some_tokens, x, y = _some_tokens(x, aims), input_rows(layer, x, places), waiting.pop(name).to(x.device)
         if not torch.isfinite(x).all():
             raise UserError(f"the input of {name} is not finite after pruning; use --dtype float32 or a lower rate")
+        if some_tokens or not y.shape[1]:
+            x, y = x.new_zeros(1, 1, x.shape[2]), y.new_zeros(1, 1, y.shape[2])  # from which nothing is learnt
         solve(name, layer, x, y if stream is None else y - _at_places(stream, places))
 
     def note_norm(name, output):
@@ -141,6 +148,11 @@ def refit_in_order(denoiser: nn.Module, layers: Dict[str, nn.Module], aims: Aims
 def _places(name: str, count: int, most: int, seed: int) -> Tensor:
     """Return some places below `count`, the same for the same name and count."""
     return some(count, most, torch.Generator().manual_seed(seed_of(seed, "in order", name)))
+
+
+def _some_tokens(x: Tensor, aims: Aims) -> bool:
+    """Return whether a layer is called with a list of tokens that has no row a latent."""
+    return x.dim() == 2 and len(x) != aims.latents
 
 
 def _norm_places(name: str, output: Tensor, most: int, seed: int) -> Tensor:

@@ -54,6 +54,23 @@ class PrunedGroupNorm(nn.GroupNorm):
         return f"{super().extra_repr()}, dense_channels={self.dense_channels}"
 
 
+class PrunedResponseNorm(nn.Module):
+    """GlobalResponseNorm in whose mean the removed channels still count, as zeros (Woo et al., 2023, ConvNeXt V2).
+
+    Input and output (batch, height, width, channels).
+    """
+
+    def __init__(self, norm: nn.Module, dense_channels: int):
+        super().__init__()
+        self.gamma, self.beta, self.dense_channels = norm.gamma, norm.beta, dense_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale each channel by its energy ÷ the mean energy of all dense channels."""
+        energy = torch.norm(x, p=2, dim=(1, 2), keepdim=True)
+        mean = energy.sum(dim=-1, keepdim=True) / self.dense_channels
+        return self.gamma * (x * (energy / (mean + 1e-6))) + self.beta + x
+
+
 class HeadlessAttention(nn.Module):
     """The output of an attention whose heads are all zero: its output bias, and its residual if it has one.
 

@@ -87,6 +87,14 @@ class Group(NamedTuple):
             yield part.layer.weight, part, self.by_unit(part.layer.weight, part)
             if part.dim == 0 and getattr(part.layer, "bias", None) is not None:
                 yield part.layer.bias, part, self.by_unit(part.layer.bias, part)
+        for module, name in self.vectors():
+            parameter = getattr(module, name)
+            yield parameter, Part(name, module, 0, 0, parameter.numel()), parameter.view(1, self.units, -1)
+
+    def vectors(self) -> List[Tuple[nn.Module, str]]:
+        """Return the modules and names of the parameters that hold numbers of the units and no others."""
+        owners = [path.rpartition(".")[::2] for path in self.kind.vectors]
+        return [(self.module.get_submodule(owner), name) for owner, name in owners]
 
     def norms_across(self) -> List[str]:
         """Return the norms whose statistics run over the units that are left, so that removal is not masking."""
@@ -246,6 +254,10 @@ def remove(group: Group, keep: List[int]) -> None:
         bias = getattr(part.layer, "bias", None)
         changes.append((part.layer, part.dim, sliced(part.layer.weight, part),
                         bias if part.dim == 1 or bias is None else sliced(bias, part)))
+    for module, name in group.vectors():
+        old = getattr(module, name)
+        kept = old.view(group.units, -1)[keep].view(*old.shape[:-1], -1)
+        setattr(module, name, nn.Parameter(kept, requires_grad=old.requires_grad))
     for layer, dim, weight, bias in changes:
         layer.weight = weight
         if bias is not None:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from pruning import UserError, check_name, distributed
+from pruning.data.faults import Faults, note, sentences
 from pruning.models import hub, portable, saving, weights_files
 from pruning.models.hub import first_line
 from pruning.models.provenance import release
-from pruning.records.words import counted
 
 
 class Bundled(NamedTuple):
@@ -39,15 +39,17 @@ OFFLOADS = {"model": "enable_model_cpu_offload", "sequential": "enable_sequentia
 ARGUMENTS = ("prompt", "num_inference_steps", "height", "width", "generator", "output_type")
 # What pipelines call their guidance scale. Qwen-Image has two of these, and the first does nothing.
 GUIDANCE = ("guidance_scale", "true_cfg_scale", "distilled_guidance_scale")
+DENOISER = "the denoiser beside the rest of the pipeline"  # what the device has no memory for
 # diffusers' keyword for the dtype: "dtype" is unknown before 0.40, "torch_dtype" is deprecated since then.
 DTYPE = "dtype" if release("diffusers") >= (0, 40) else "torch_dtype"
 
 
-def load_pipeline(model: str, device: str = "cpu", dtype: str = "float32"):
+def load_pipeline(model: str, device: str = "cpu", dtype: str = "float32", faults: Optional[Faults] = None):
     """Load a text-to-image pipeline from safetensors: a bundled name, a folder (also of a pruned model) or a hub id.
 
-    Raises UserError if there is no such model, its files cannot be read or lack tensors, diffusers cannot run it here,
-    or it makes no images of captions alone.
+    faults: gets the tensors in weights files that no component uses; None: they are printed. Raises UserError if there
+    is no such model, its files cannot be read or lack tensors, diffusers cannot run it here, or it makes no images of
+    captions alone.
     """
     import torch
     from diffusers import DiffusionPipeline
@@ -68,14 +70,24 @@ def load_pipeline(model: str, device: str = "cpu", dtype: str = "float32"):
         pipeline = DiffusionPipeline.from_pretrained(
             folder, use_safetensors=True, **{DTYPE: getattr(torch, dtype)}, **{**hub.left_out(config), **pruned})
         unused = weights_files.unused_tensors(pipeline, folder, set(pruned))
-    for name, tensors in unused.items() if distributed.is_main else ():
-        print(f"{name} of {model} holds {counted(len(tensors), 'tensor')} that its class does not use: "
-              f"{weights_files.some(tensors)}", file=sys.stderr)
+    found: Faults = {} if faults is None else faults
+    for name, tensors in unused.items():
+        for tensor in tensors:
+            note(found, "Tensors in weights files that the classes of their components do not use", f"{name}: {tensor}")
+    for sentence in sentences(found) if faults is None and distributed.is_main else ():
+        print(sentence, file=sys.stderr)
     pipeline.set_progress_bar_config(disable=True)
+    return on_device(pipeline, device, model)
+
+
+def on_device(moved, device: str, what: str):
+    """Return a pipeline or a module on the device. Raises UserError that names `what` if its memory is too small."""
+    import torch
+
     try:
-        return pipeline.to(device)
+        return moved.to(device)
     except torch.cuda.OutOfMemoryError as error:
-        raise UserError(f"{device} has no memory for {model}; try --offload model or --dtype bfloat16 "
+        raise UserError(f"{device} has no memory for {what}; try --offload model or --dtype bfloat16 "
                         f"({first_line(error)})") from error
 
 
@@ -181,10 +193,13 @@ def take_denoiser(pipeline):
 
 
 def set_denoiser(pipeline, denoiser, device: str = "cpu", offload: Optional[str] = None) -> None:
-    """Make the pipeline use `denoiser`, on the device or offloaded to the CPU by diffusers (see OFFLOADS)."""
+    """Make the pipeline use `denoiser`, on the device or offloaded to the CPU by diffusers (see OFFLOADS).
+
+    Raises UserError if the device has no memory for the denoiser.
+    """
     if offload:
         pipeline.remove_all_hooks()
-    setattr(pipeline, denoiser_name(pipeline), denoiser if offload else denoiser.to(device))
+    setattr(pipeline, denoiser_name(pipeline), denoiser if offload else on_device(denoiser, device, DENOISER))
     if offload:
         getattr(pipeline, OFFLOADS[offload])(device=device)
 
@@ -215,6 +230,13 @@ def own_settings(kind: type, model: str) -> dict:
     return {"steps": steps if isinstance(steps, int) else None, "guidance_scale": float(guidance or 1)}
 
 
+def default_size(kind: type) -> Optional[int]:
+    """Return how many pixels a side a pipeline class draws unless told otherwise; None if it does not say."""
+    takes = inspect.signature(kind.__call__).parameters
+    height, width = takes["height"].default, takes["width"].default
+    return height if isinstance(height, int) and height == width else None
+
+
 def sampling_settings(pipeline, model: str, given: Optional[dict] = None) -> dict:
     """Return steps, guidance_scale and image_size (pixels a side): as given, else as the model is meant to be used.
 
@@ -228,7 +250,8 @@ def sampling_settings(pipeline, model: str, given: Optional[dict] = None) -> dic
              getattr(getattr(pipeline, denoiser_name(pipeline)).config, "sample_size", None))
     size = next((each for each in sizes if isinstance(each, int)), None)
     scale = getattr(pipeline, "vae_scale_factor", None)
-    settings = {"image_size": size * scale if size and scale else None, **own_settings(type(pipeline), model), **given}
+    settings = {"image_size": size * scale if size and scale else default_size(type(pipeline)),
+                **own_settings(type(pipeline), model), **given}
     for name, words in (("image_size", "what size its images have"), ("steps", "in how many steps it draws")):
         if settings[name] is None:
             raise UserError(f"{type(pipeline).__name__} does not say {words}; give --{name}")

@@ -13,12 +13,12 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterable, Iterator, List, Optional
 
 from pruning import UserError
 from pruning.models import portable, weights_files
 from pruning.models.hub import first_line
-from pruning.records.record import no_constant, write_json
+from pruning.records.record import no_constant, plain, write_json
 
 MANIFEST, FORMAT_VERSION = "pruning.json", 1
 DENOISERS = ("unet", "transformer")  # the pipeline's component that is pruned
@@ -35,7 +35,8 @@ def save(pipeline, component: str, folder: Path, sampling: Dict[str, Any], pruni
     sampling: the settings that the model is meant for. pruning: all that decides its weights. point: what was measured.
     call: keyword arguments of a denoiser call, on which a denoiser that says its missing blocks in its config must
     answer alike; None: no such denoiser is tried.
-    Weights are stored in half precision if no weight changes by that. Raises UserError if `folder` exists or cannot be
+    Weights are stored in half precision if no weight changes by that. The manifest also names the components that the
+    pipeline lacks and that diffusers must be told to load it without. Raises UserError if `folder` exists or cannot be
     written.
     """
     if folder.exists():
@@ -47,6 +48,8 @@ def save(pipeline, component: str, folder: Path, sampling: Dict[str, Any], pruni
         denoiser = _plain(pruned, call)
         setattr(pipeline, component, denoiser)
     config = {name: value for name, value in denoiser.config.items() if name != "_name_or_path"}
+    absent = [name for name, part in pipeline.components.items()
+              if part is None and name not in type(pipeline)._optional_components]
     part = part_of(folder)
     try:
         shutil.rmtree(part, ignore_errors=True)
@@ -54,12 +57,14 @@ def save(pipeline, component: str, folder: Path, sampling: Dict[str, Any], pruni
         pipeline.save_pretrained(part, safe_serialization=True)
         if getattr(denoiser, "removals", []):
             portable.write(denoiser, component, part)
-        for file in sorted(part.rglob("*.safetensors")):
-            narrow(file)
+        files = sorted(part.rglob("*.safetensors"))
+        for component_folder in {file.parent for file in files}:
+            narrow(component_folder)
+        for file in files:
             file.chmod((part / "model_index.json").stat().st_mode)  # safetensors lets only the owner read
         write_json({"format_version": FORMAT_VERSION, "component": component, "base_class": type(denoiser).__name__,
                     "config": config, "removals": getattr(denoiser, "removals", []), "sampling": sampling,
-                    "pruning": pruning, "point": point}, part / MANIFEST)
+                    "pruning": pruning, "point": plain(point), "absent": absent}, part / MANIFEST)
         part.rename(folder)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {folder}: {getattr(error, 'strerror', None) or first_line(error)}") from None
@@ -100,37 +105,44 @@ def _plain(denoiser, call: Dict[str, Any]):
     return plain if alike else denoiser
 
 
-def narrow(file: Path) -> None:
-    """Rewrite a safetensors file in float16 or bfloat16 if every number in it stays the same."""
+def narrow(folder: Path) -> None:
+    """Rewrite the safetensors files of a component in float16 or bfloat16 if every number in them stays the same."""
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
-    tensors = load_file(file)
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
-    dtype = _narrow_dtype(tensors)
-    if dtype:
-        save_file({name: tensor.to(dtype) if _is_wide(tensor) else tensor for name, tensor in tensors.items()}, file,
-                  metadata)
+    files = sorted(folder.glob("*.safetensors"))  # shards are read one by one, as the memory may not hold all
+    dtype = _narrow_dtype(tensor for file in files for tensor in load_file(file).values())
+    if dtype is None:
+        return
+    size = 0
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata()
+        tensors = {name: tensor.to(dtype) if _is_wide(tensor) else tensor for name, tensor in load_file(file).items()}
+        size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        save_file(tensors, file, metadata)
+    for path in folder.glob("*.safetensors.index.json"):
+        index = json.loads(path.read_text(encoding="utf-8"))
+        write_json({**index, "metadata": {**index["metadata"], "total_size": size}}, path)
 
 
 def file_bytes(denoiser) -> int:
-    """Return the bytes of the denoiser's weights in the file that save() writes, without the names of the tensors."""
-    tensors = denoiser.state_dict()
+    """Return the bytes of the denoiser's weights in the files that save() writes, without the names of the tensors."""
+    tensors = denoiser.state_dict().values()
     narrowed = _narrow_dtype(tensors) is not None
-    return sum(tensor.numel() * (2 if narrowed and _is_wide(tensor) else tensor.element_size())
-               for tensor in tensors.values())
+    return sum(tensor.numel() * (2 if narrowed and _is_wide(tensor) else tensor.element_size()) for tensor in tensors)
 
 
-def _narrow_dtype(tensors: Dict[str, Any]):
+def _narrow_dtype(tensors: Iterable[Any]):
     """Return the half precision in which all float32 numbers stay the same, None if there is none."""
     import torch
 
-    wide = [tensor for tensor in tensors.values() if _is_wide(tensor)]
-    for dtype in (torch.float16, torch.bfloat16):
-        if all(torch.equal(tensor.to(dtype).float(), tensor) for tensor in wide):
-            return dtype
-    return None
+    left = [torch.float16, torch.bfloat16]
+    for tensor in filter(_is_wide, tensors):
+        left = [dtype for dtype in left if torch.equal(tensor.to(dtype).float(), tensor)]
+        if not left:
+            return None
+    return left[0]
 
 
 def _is_wide(tensor) -> bool:

@@ -82,8 +82,8 @@ def _component(source: str, part: str, library: str, kind: str) -> Optional[Any]
 def sampling(found: Skeleton, given: Dict[str, Any], model: str) -> Dict[str, Any]:
     """Return steps, guidance_scale and image_size, as given or as the pipeline's class and configs say."""
     size = found.configs[found.denoiser].get("sample_size")
-    own = {"image_size": size * shrinks(found) if isinstance(size, int) else UNSAID,
-           **pipelines.own_settings(found.pipeline, model)}
+    said = size * shrinks(found) if isinstance(size, int) else pipelines.default_size(found.pipeline)
+    own = {"image_size": said or UNSAID, **pipelines.own_settings(found.pipeline, model)}
     own["steps"] = own["steps"] or STEPS
     return {**own, **{name: value for name, value in given.items() if value is not None}}
 

@@ -1,6 +1,7 @@
 """A record -> the README.md of a saved pipeline: a model card as the hub reads it, with images before and after."""
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Optional
@@ -20,7 +21,7 @@ SHOWN, EDGE = 4, 256  # images in a row of the strip, and pixels a side
 STRIP = "images.webp"
 LOADING = """from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("{folder}"{consent})
+pipeline = DiffusionPipeline.from_pretrained("{folder}"{consent}{absent})
 image = pipeline({prompt!r}, num_inference_steps={steps}{guidance}).images[0]"""
 
 
@@ -42,7 +43,8 @@ def text(record: Record, folder: Path, with_strip: bool, tolerance: float = TOLE
     """Return the card of a saved folder. record: dense, and the rate if it is not 0."""
     dense, point = record.dense, [*record.points, record.dense][0]
     python = any(folder.rglob("*.py"))
-    settings = record.settings
+    settings, manifest = record.settings, folder / "pruning.json"
+    absent = json.loads(manifest.read_text(encoding="utf-8")).get("absent", []) if manifest.exists() else []
     parts = [metadata(record), f"# {record.model}, {record.variant} pruning at {point.rate:g}", made_by(record)]
     if with_strip:
         what = "Above: the dense model. Below: this model, from the same noise"
@@ -50,6 +52,7 @@ def text(record: Record, folder: Path, with_strip: bool, tolerance: float = TOLE
         parts.append(f"![{what}]({STRIP})\n\n{what}. Captions: {captions}.")
     loading = LOADING.format(
         folder=folder.name, consent=", trust_remote_code=True" if python else "", steps=settings["steps"],
+        absent="".join(f", {name}=None" for name in absent),
         prompt=record.samples[0]["caption"],
         guidance=f", guidance_scale={settings['guidance_scale']:g}" if settings["guidance_scale"] != 1 else "")
     parts.append(f"## Load\n\n```python\n{loading}\n```")

@@ -81,9 +81,9 @@ def measured_alike(found: Found) -> Tuple[Found, List[str]]:
 def beside(path: Path, record: Record) -> Tuple[Found, List[str]]:
     """Return a record and those of its folder that were measured as it was, and why others do not join it."""
     others, reasons = {}, []
-    for other in find_records(path.parents[2]):
+    for other in find_records(path.parent, "*.json"):
         try:
-            others.update({other: read_record(other)} if other.parent == path.parent else {})
+            others[other] = read_record(other)
         except UserError as error:
             reasons.append(str(error))
     found = {path: record}

@@ -95,23 +95,23 @@ def write_record(record: Record, path) -> None:
 
     Raises ValueError that names the field if the record could not be read again.
     """
-    data = {"schema_version": SCHEMA_VERSION, **_plain(record)}
+    data = {"schema_version": SCHEMA_VERSION, **plain(record)}
     _parse(data)
     write_json(data, path)
 
 
-def _plain(value):
+def plain(value):
     """Return `value` as lists, dicts and Python numbers, with None for numbers that are not finite."""
     if type(value) is float:  # first, as nearly all values of a record are
         return value if math.isfinite(value) else None
     if dataclasses.is_dataclass(value):
         value = vars(value)
     if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
+        return {name: plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if hasattr(value, "tolist"):  # a numpy array or number
-        return _plain(value.tolist())
+        return plain(value.tolist())
     return value
 
 
@@ -136,15 +136,15 @@ def _layout(value, indent: str = "") -> str:
     return left + "\n" + ",\n".join(inner + line for line in lines) + "\n" + indent + right
 
 
-def find_records(results_dir) -> List[Path]:
+def find_records(results_dir, pattern: str = "*/*/*.json") -> List[Path]:
     """Return the records in a results folder, sorted: JSON files at MODEL/DATASET/NAME.json with a schema version.
 
-    Raises UserError if the folder or a file in it cannot be read.
+    pattern: where they lie in another folder. Raises UserError if the folder or a file in it cannot be read.
     """
     if not Path(results_dir).is_dir():
         raise UserError(f"there is no folder {results_dir}; run a sweep first, or name one with --results_dir")
     try:
-        return sorted(path for path in Path(results_dir).glob("*/*/*.json")
+        return sorted(path for path in Path(results_dir).glob(pattern)
                       if path.is_file() and b'"schema_version"' in path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from None

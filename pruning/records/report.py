@@ -6,6 +6,7 @@ from typing import Dict, List, Sequence
 
 from pruning import whole_file
 from pruning.records import comparisons, grids, layers, plots
+from pruning.records.comparability import beside
 from pruning.records.findings import TOLERANCE, metrics_of
 from pruning.records.page import page
 from pruning.records.record import Record, write_json
@@ -56,6 +57,12 @@ def write_report(found: Dict[Path, Record], folder, tolerance: float = TOLERANCE
     """
     return [write_text(page(found, tolerance, warning, left_out), Path(folder) / "report.html"),
             write_text(results_csv(list(found.values())), Path(folder) / "results.csv")]
+
+
+def remake_report(path: Path, record: Record, tolerance: float = TOLERANCE) -> List[Path]:
+    """Write the report of a record and of all in its folder that were measured alike, and return its paths."""
+    found, left_out = beside(path, record)
+    return write_report(found, path.parent, tolerance, left_out=left_out)
 
 
 def write_sensitivity(found: dict, folder) -> Path:
