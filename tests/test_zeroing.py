@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pruning import UserError
 from pruning.methods import SCOPES, zeroing
@@ -35,6 +36,16 @@ def compared(weights, scope):
     return [row.flatten() for weight in weights.values() for row in weight]
 
 
+class Waits(TorchDispatchMode):
+    """Counts the operations for whose result a GPU is waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "index", "masked_select")
+        return func(*args, **(kwargs or {}))
+
+
 # ---- the score
 
 @EACH_SCOPE
@@ -63,6 +74,17 @@ def test_scores_of_both_signs_and_of_all_sizes_are_ordered(monkeypatch, chunk):
         expected = places.clone()
         expected.view(-1)[order[:count]] = 0
         assert torch.equal(weight, expected)
+
+
+def test_a_threshold_of_many_chunks_waits_for_a_gpu_as_often_as_one_of_one_chunk(monkeypatch):
+    weights, waits = layers((64, 16)), {}
+    for chunk in (16, 1 << 19):
+        monkeypatch.setattr(zeroing, "CHUNK", chunk)
+        with Waits() as counting:
+            zeroing.check_scores(weights, magnitude)
+            zeroing.find_threshold(weights, 300, magnitude)
+        waits[chunk] = counting.count
+    assert 0 < waits[16] == waits[1 << 19]
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-6, 1e30])

@@ -25,7 +25,7 @@ Score = Callable[[Tensor, str], Tensor]
 
 PRUNABLE = (nn.Linear, nn.Conv2d)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # float32 represents all of them exactly
-CHUNK = 1 << 19  # weights scored together: bounds the temporaries to a few MiB
+CHUNK, GPU_CHUNK = 1 << 19, 1 << 23  # weights scored together: bounds the temporaries; a GPU waits for each launch
 
 
 def prunable_weights(denoiser: nn.Module) -> Dict[str, nn.Parameter]:
@@ -69,8 +69,9 @@ def zero_lowest(weights: Dict[str, Tensor], rate: float, score: Score, scope: st
 
 def check_scores(weights: Dict[str, Tensor], score: Score) -> None:
     """Raise UserError if a score is NaN or -inf."""
-    for name, _, scores in _blocks(weights, score):
-        if not scores.min() > -math.inf:  # false for NaN too, which min() passes on
+    lowest_of = [(name, scores.min()) for name, _, scores in _blocks(weights, score)]
+    for (name, _), low in zip(lowest_of, torch.stack([low for _, low in lowest_of]).tolist()):
+        if not low > -math.inf:  # false for NaN too, which min() passes on
             raise UserError(f"{name} has scores that are NaN or -inf and so have no order; check the model's weights")
 
 
@@ -101,13 +102,14 @@ def global_counts(weights: Dict[str, Tensor], rate: float, score: Score) -> Dict
     threshold, ties = find_threshold(weights, count, score)
     below, equal = dict.fromkeys(weights, 0), dict.fromkeys(weights, 0)
     for name, _, scores in _blocks(weights, score, with_zeros(weights)):
-        below[name] += int((scores < threshold).sum())
-        equal[name] += int((scores == threshold).sum())
+        below[name] += (scores < threshold).sum()
+        equal[name] += (scores == threshold).sum()
+    counts = {}
     for name in weights:  # of equal scores the first in order go
-        taken = min(ties, equal[name])
-        below[name] += taken
+        taken = min(ties, int(equal[name]))
+        counts[name] = int(below[name]) + taken
         ties -= taken
-    return below
+    return counts
 
 
 def lowest(scores: Tensor, count: int, scope: str = "layer") -> Tensor:
@@ -199,7 +201,7 @@ def find_threshold(weights: Dict[str, Tensor], count: int, score: Score) -> Tupl
 
     Weights that are zero have the score -inf. A radix selection on the bits of the scores: a histogram of the upper 16
     bits of all scores finds those of the threshold, and a histogram of the lower 16 bits of the scores that share them
-    finds the rest. So the threshold is exact, in constant memory.
+    finds the rest. So the threshold is exact, in constant memory. A GPU is waited for once a histogram.
     """
     zeros = with_zeros(weights)
 
@@ -211,7 +213,7 @@ def find_threshold(weights: Dict[str, Tensor], count: int, score: Score) -> Tupl
     high, rank = _digit(((each >> 16).add_(0x8000) for each in bits()), count, torch.cat([negative, positive]) + 0x8000)
     high -= 0x8000
     order = torch.arange(0x10000) if high >= 0 else torch.arange(0xFFFF, -1, -1)
-    low, ties = _digit((each[each >> 16 == high] & 0xFFFF for each in bits()), rank, order)
+    low, ties = _digit((torch.where(each >> 16 == high, each & 0xFFFF, 0x10000) for each in bits()), rank, order)
     return torch.tensor(high << 16 | low, dtype=torch.int32).view(torch.float32).item(), ties
 
 
@@ -259,7 +261,7 @@ def _blocks(weights: Dict[str, Tensor], score: Score,
     that is zero is -inf.
     """
     for name, weight in weights.items():
-        for rows in weight.detach().split(max(1, CHUNK // weight[0].numel())):
+        for rows in weight.detach().split(max(1, (GPU_CHUNK if weight.is_cuda else CHUNK) // weight[0].numel())):
             scores = score(rows.float(), name)
             if scores.shape != rows.shape:  # a smaller shape would broadcast and zero other weights than asked
                 raise ValueError(f"a score of {name} is {tuple(scores.shape)} for rows of {tuple(rows.shape)}")
@@ -273,9 +275,21 @@ def _blocks(weights: Dict[str, Tensor], score: Score,
 def _digit(digits: Iterable[Tensor], rank: int, order: Tensor) -> Tuple[int, int]:
     """Return the 16-bit digit of that rank (from 1) among all, and the rank among the digits equal to it.
 
-    order: all 65,536 digits, from the one that ranks first.
+    digits: int32. The number 0x10000 is no digit and does not count. order: all 65,536 digits, from the one that ranks
+    first.
     """
-    counts = sum(torch.bincount(digit.flatten(), minlength=0x10000).cpu() for digit in digits)[order]
+    counts = 0
+    for each in digits:
+        counts += _histogram(each.flatten())
+    counts = counts.cpu()[order]  # without the last, 0x10000
     up_to = counts.cumsum(0)
     place = int(torch.searchsorted(up_to, rank))
     return int(order[place]), rank - int(up_to[place] - counts[place])
+
+
+def _histogram(numbers: Tensor) -> Tensor:
+    """Return how often each of 0 to 0x10000 occurs, int64. On CUDA, bincount would be waited for twice."""
+    if numbers.is_cuda:
+        ones = torch.ones((), dtype=torch.int64, device=numbers.device).expand(len(numbers))
+        return ones.new_zeros(0x10001).index_add_(0, numbers, ones)
+    return torch.bincount(numbers, minlength=0x10001)
