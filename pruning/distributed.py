@@ -23,8 +23,8 @@ def _set_by_launcher(name: str, default: int) -> int:
 
 world_size = _set_by_launcher("WORLD_SIZE", 1)
 rank = _set_by_launcher("RANK", 0)
-is_main = rank == 0  # the process that measures, writes and prints
-TIMEOUT = timedelta(hours=6)  # the others wait at a barrier while the main process scores a point
+is_main = rank == 0  # the process that gathers, writes and prints
+TIMEOUT = timedelta(hours=6)  # processes wait for the slowest, which may have the most images to make
 
 
 def own_device(device: str) -> str:
@@ -101,6 +101,16 @@ def gather(items: list) -> list:
     with _collective() as group:
         group.all_gather_object(lists, items)
     return [item for each in lists for item in each]
+
+
+def collect(items: list) -> list:
+    """Return the lists of all processes as one list, in the order of the processes, in the main process; else []."""
+    if world_size == 1:
+        return items
+    lists = [None] * world_size if is_main else None
+    with _collective() as group:
+        group.gather_object(items, lists)
+    return [item for each in lists or () for item in each]
 
 
 def add_up(tensors) -> None:

@@ -43,9 +43,9 @@ class Experiment:
     offload: Optional[str]  # one of pipelines.OFFLOADS
     sampling: Dict[str, Any]  # keyword arguments of generation.generate
     samples: List[Sample]  # those of the record, once for each noise seed
-    networks: Dict[str, Any]  # family of backbones -> network; empty in all processes but the main one
+    networks: Dict[str, Any]  # family of backbones -> network
     caption_embeddings: Optional[np.ndarray]  # (the record's samples, d), if a metric needs them
-    reference: Dict[str, scores.Reference]  # family of backbones -> features of the real images to compare with
+    reference: Dict[str, scores.Reference]  # family -> features of the real images; in the main process alone
     floor_features: Dict[str, np.ndarray]  # family -> features of as many other real images, {} if there are none
     calibration: Optional[Calibration]  # if the method asks for one
 
@@ -111,8 +111,9 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
     kind = args.metric_backbones or DATASETS[args.dataset].backbones
     families = {name: METRICS[name].backbone for name in chosen if METRICS[name].backbone}
     status("loading the networks of the metrics")
-    networks = {family: backbones.load_backbone(kind, family, device)
-                for family in dict.fromkeys(families.values()) if distributed.is_main}
+    with distributed.main_first():
+        networks = {family: backbones.load_backbone(kind, family, device)
+                    for family in dict.fromkeys(families.values())}
     status(f"loading {model}")
     unused: Faults = {}
     with distributed.main_first():
@@ -150,7 +151,7 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
 
     embeddings, cut = backbones.embed_captions(networks["clip"], [sample.caption for sample in samples]) \
         if "clip" in networks else (None, [])
-    sets = sorted({METRICS[name].backbone for name in chosen if METRICS[name].against == "reference"} & set(networks))
+    sets = sorted({families[name] for name in chosen if METRICS[name].against == "reference" and distributed.is_main})
     real = data.reference_samples(args.dataset, samples, args.data_dir) if sets else []
     others, found = data.other_samples(args.dataset, samples, args.seed, args.data_dir) if sets else ([], {})
     for index in cut:

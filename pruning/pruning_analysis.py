@@ -28,10 +28,9 @@ from pruning.steps import (
     add_seconds,
     compile_denoisers,
     count_costs,
-    image_blocks,
     load_images,
     make_images,
-    measure_blocks,
+    measure_images,
     observe_step,
     prune_copy,
     save_pruned,
@@ -43,14 +42,16 @@ RATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 def run_pruning_experiment(experiment: Experiment, rate: float, dense: Optional[Point] = None,
                            measured: Optional[Point] = None, save_to: Optional[Path] = None,
-                           on_batch: Optional[Callable[[int], None]] = None) -> Optional[Point]:
+                           on_batch: Optional[Callable[[int, float], None]] = None) -> Optional[Point]:
     """Measure one point: prune the dense denoiser to `rate`, make the images, measure them. Rate 0 is the dense model.
 
     dense: the dense model's point, for all rates but 0; its images are read from disk.
     measured: the point of an earlier run that lacks metrics; its images are read from disk if they are there.
-    save_to: a folder for the pruned pipeline. on_batch(count): called after every batch of images.
+    save_to: a folder for the pruned pipeline. on_batch(count, seconds_each): called for every batch of images, or
+    of several processes for a batch of each.
 
-    Several processes share out the images. The main process returns the point, the others None.
+    Several processes share out the images, and each measures its own. The main process returns the point, the others
+    None.
     Raises UserError if the method cannot prune the denoiser, or images or the folder cannot be written.
     """
     seconds: Dict[str, float] = {}
@@ -63,24 +64,23 @@ def run_pruning_experiment(experiment: Experiment, rate: float, dense: Optional[
             compiled = compile_denoisers(experiment, denoiser)
         with add_seconds("generate", seconds):
             images = make_images(experiment, rate, on_batch)
-        if not distributed.is_main:
-            return None
-        with add_seconds("time", seconds):
-            times = time_calls(experiment, denoiser, rate, images)
-            if compiled:
-                observe_step(experiment, compiled, len(experiment.batches[0]))
-        measured = Point(
-            rate=rate, sparsity=pruned.taken / pruned.total, unit=pruned.unit, units_total=pruned.total,
-            units_asked=pruned.asked, units_taken=pruned.taken, skipped_modules=pruned.skipped_modules,
-            unreached=unreached_by_reason(pruned.unreached), inexact=pruned.inexact,
-            layer_rates={name: layer.rate for name, layer in pruned.layers.items()},
-            layer_errors={name: layer.error for name, layer in pruned.layers.items() if layer.error is not None},
-            **counts, **times, compiled=compiled and compiled.compiled,
-            metrics={}, intervals={}, per_image={}, floors={}, seed_spread={}, seconds={})
+        if distributed.is_main:
+            with add_seconds("time", seconds):
+                times = time_calls(experiment, denoiser, rate, images)
+                if compiled:
+                    observe_step(experiment, compiled, len(experiment.batches[0]))
+            measured = Point(
+                rate=rate, sparsity=pruned.taken / pruned.total, unit=pruned.unit, units_total=pruned.total,
+                units_asked=pruned.asked, units_taken=pruned.taken, skipped_modules=pruned.skipped_modules,
+                unreached=unreached_by_reason(pruned.unreached), inexact=pruned.inexact,
+                layer_rates={name: layer.rate for name, layer in pruned.layers.items()},
+                layer_errors={name: layer.error for name, layer in pruned.layers.items() if layer.error is not None},
+                **counts, **times, compiled=compiled and compiled.compiled,
+                metrics={}, intervals={}, per_image={}, floors={}, seed_spread={}, seconds={})
     else:
         denoiser, seconds = None, dict(measured.seconds, measure=0.0)
         if on_batch:
-            on_batch(len(images.finite))
+            on_batch(len(images.finite), images.seconds_each)
 
     def measurements(features, rows=None, pixels=None, dense_pixels=None) -> Dict[str, Callable]:
         """Return {metric: the function that measures it}. A new metric is one more line here.
@@ -105,18 +105,22 @@ def run_pruning_experiment(experiment: Experiment, rate: float, dense: Optional[
     with add_seconds("measure", seconds):
         chosen, seeds = experiment.record.settings["metrics"], experiment.record.settings["seeds"]
         everything = range(len(experiment.samples))
-        values, features = measure_blocks(
-            experiment, measurements, chosen, image_blocks(experiment, rate, everything, everything))
+        values, features = measure_images(experiment, measurements, chosen, rate, everything, everything)
+        between = between_seeds(experiment, measurements, chosen, seeds) if rate == 0 else {}
+        if save_to and denoiser is None:
+            denoiser, _ = prune_copy(experiment, rate)  # all processes together
+        if not distributed.is_main:
+            return None
         whole = measurements(features.get)
         means, per_image, intervals = scores.summarise(
             {name: values[name] if name in values else whole[name]() for name in chosen},
             images.finite, None if rate == 0 else dense.per_image, seeds)
         floors = floors_of(experiment, measurements) if rate == 0 else {}
-        spread = seed_spread(experiment, per_image, seeds, measurements) if rate == 0 else {}
+        spread = seed_spread(per_image, seeds, between) if rate == 0 else {}
     point = replace(measured, metrics=means, intervals=intervals, per_image=per_image, floors=floors,
                     seed_spread=spread, seconds=seconds)
     if save_to:
-        save_pruned(experiment, denoiser or prune_copy(experiment, rate)[0], save_to, point)
+        save_pruned(experiment, denoiser, save_to, point)
     return point
 
 
@@ -129,7 +133,15 @@ def floors_of(experiment: Experiment, measurements) -> Dict[str, float]:
             if METRICS[name].against == "reference"}
 
 
-def seed_spread(experiment: Experiment, per_image: Dict[str, list], seeds: int, measurements) -> Dict[str, float]:
+def between_seeds(experiment: Experiment, measurements, names, seeds: int) -> Dict[str, np.ndarray]:
+    """Return {metric: values} of the dense model's images of other seeds against those of the first seed."""
+    count = len(experiment.samples) // seeds
+    others = range(count, len(experiment.samples))
+    against_dense = [name for name in names if METRICS[name].per_image and METRICS[name].against == "dense"]
+    return measure_images(experiment, measurements, against_dense, 0.0, others, [row % count for row in others])[0]
+
+
+def seed_spread(per_image: Dict[str, list], seeds: int, between: Dict[str, np.ndarray]) -> Dict[str, float]:
     """Return how far the dense model is from itself under other noise: smaller changes than that are noise.
 
     For a metric against the dense images: its mean between the images of the first seed and those of the others.
@@ -137,15 +149,10 @@ def seed_spread(experiment: Experiment, per_image: Dict[str, list], seeds: int, 
     """
     if seeds == 1:
         return {}
-    count = len(experiment.samples) // seeds
-    others = range(count, len(experiment.samples))
-    between, _ = measure_blocks(
-        experiment, measurements, [name for name in per_image if METRICS[name].against == "dense"],
-        image_blocks(experiment, 0.0, others, [row % count for row in others]))
     deviations = {name: np.array(values, float).reshape(seeds, -1).std(axis=0, ddof=1)
                   for name, values in per_image.items()}
     return {name: float(between[name].mean()) if name in between else
-            math.sqrt(2 * np.mean(deviations[name] ** 2) / count) for name in per_image}
+            math.sqrt(2 * np.mean(deviations[name] ** 2) / deviations[name].size) for name in per_image}
 
 
 def main(argv=None) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 import copy
 import functools
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -92,42 +93,68 @@ def observe_step(experiment: Experiment, calls: compiling.CompiledCalls, size: i
     calls.observe(lambda: generation.one_step(experiment.pipeline, experiment.samples[:size], **experiment.sampling))
 
 
-def make_images(experiment: Experiment, rate: float, on_batch: Optional[Callable[[int], None]] = None
-                ) -> Optional[Images]:
-    """Make the images of a point that are not on disk yet, and write them batch by batch.
+def make_images(experiment: Experiment, rate: float, on_batch: Optional[Callable[[int, float], None]] = None) -> Images:
+    """Make the images of a point that are not on disk yet. Each batch is written while the next one is drawn.
 
-    Several processes share out the batches. The main process returns what is known about all images, the others None.
+    Several processes share out the batches. Returns what is known about all images. Raises UserError if images can
+    neither be made nor written; what was drawn before is written all the same.
     """
     batches, found = experiment.batches, {}
 
-    def make(batch):
-        images = [load_image(experiment, rate, index) for index in batch]
-        if None in images:
-            made = generation.generate(experiment.pipeline, [experiment.samples[index] for index in batch],
-                                       **experiment.sampling)
-            images = [store.Made(pixels, bool(finite), made.seconds_each, made.calls)
-                      for pixels, finite in zip(made.pixels, made.finite)]
-            for index, image in zip(batch, images):
-                store.save_image(image, image_file(experiment, rate, index), image_provenance(experiment, rate, index))
-        found.update((index, without_pixels(image)) for index, image in zip(batch, images))
-        if on_batch:
-            on_batch(len(batch))
+    def draw():
+        for number in range(distributed.rank, len(batches), distributed.world_size):
+            batch = batches[number]
+            images = [load_image(experiment, rate, index) for index in batch]
+            if None in images:
+                made = generation.generate(experiment.pipeline, [experiment.samples[index] for index in batch],
+                                           **experiment.sampling)
+                images = [store.Made(pixels, bool(finite), made.seconds_each, made.calls)
+                          for pixels, finite in zip(made.pixels, made.finite)]
+                yield batch, images
+            found.update((index, without_pixels(image)) for index, image in zip(batch, images))
+            if on_batch:
+                on_batch(sum(map(len, batches[number:number + distributed.world_size])), images[0].seconds)
 
-    for batch in batches[distributed.rank::distributed.world_size]:
-        make(batch)
-    distributed.barrier()
-    if not distributed.is_main:
-        return None
-    for number, batch in enumerate(batches):
-        if number % distributed.world_size:  # another process has made it; if not, it is made here
-            make(batch)
-    return known_images([found[index] for index in range(len(experiment.samples))])
+    def write(drawn):
+        for index, image in zip(*drawn):
+            store.save_image(image, image_file(experiment, rate, index), image_provenance(experiment, rate, index))
+
+    use_beside(draw(), write)
+    return known_images(found)
+
+
+def use_beside(items: Iterable, use: Callable[[Any], None]) -> None:
+    """Call use(item) for each item in a thread, while the next item is made; one waits at most.
+
+    An error of `use` is raised here when the next item is there. Whatever ends the loop, the thread finishes its item.
+    """
+    with ThreadPoolExecutor(1) as worker:
+        running = None
+        for item in items:
+            if running:
+                running.result()
+            running = worker.submit(use, item)
+        if running:
+            running.result()
+
+
+def made_ahead(items: Iterator) -> Iterator:
+    """Yield the items, none of which is None. A thread makes each while the one before it is used."""
+    with ThreadPoolExecutor(1) as worker:
+        item = next(items, None)
+        while item is not None:
+            coming = worker.submit(next, items, None)
+            yield item
+            item = coming.result()
 
 
 def load_images(experiment: Experiment, rate: float) -> Optional[Images]:
-    """Return what is known about the images of a point, or None if one is missing or was made in another way."""
-    found = [without_pixels(load_image(experiment, rate, index)) for index in range(len(experiment.samples))]
-    return None if None in found else known_images(found)
+    """Return what is known about the images of a point, or None if one is missing or was made in another way.
+
+    Several processes share out the reading.
+    """
+    return known_images({index: without_pixels(load_image(experiment, rate, index))
+                         for batch in experiment.batches[distributed.rank::distributed.world_size] for index in batch})
 
 
 def without_pixels(image: Optional[store.Made]) -> Optional[store.Made]:
@@ -135,9 +162,12 @@ def without_pixels(image: Optional[store.Made]) -> Optional[store.Made]:
     return image and image._replace(pixels=None)
 
 
-def known_images(found: List[store.Made]) -> Images:
-    """Return what is known about all images together."""
-    _, finite, seconds, calls = zip(*found)
+def known_images(found: Dict[int, Optional[store.Made]]) -> Optional[Images]:
+    """Return what is known about the images that all processes have found, or None if one is missing."""
+    everything = dict(distributed.gather(list(found.items())))
+    if None in everything.values():
+        return None
+    _, finite, seconds, calls = zip(*(everything[index] for index in sorted(everything)))
     return Images(np.array(finite), float(np.mean(seconds)), max(calls))
 
 
@@ -154,23 +184,33 @@ def image_blocks(experiment: Experiment, rate: float, rows: Sequence[int], dense
         yield own, pixels, pixels if rate == 0 and own == other else read_pixels(experiment, 0.0, other)
 
 
-def measure_blocks(experiment: Experiment, measurements: Callable, names: Sequence[str], blocks: Iterable
-                   ) -> Tuple[Dict[str, np.ndarray], Dict[str, np.ndarray]]:
-    """Return {metric: the value of each image} and {family of backbones: features (n, d)} of the images in blocks.
+def measure_images(
+        experiment: Experiment, measurements: Callable, names: Sequence[str], rate: float, rows: Sequence[int],
+        dense_rows: Sequence[int]) -> Tuple[Dict[str, np.ndarray], Dict[str, np.ndarray]]:
+    """Return {metric: the value of each image} and {family of backbones: features (n, d)} of images in blocks.
 
     measurements: as in run_pruning_experiment. names: of metrics. The features are those that metrics of the whole set
-    need. blocks: those of image_blocks; nothing else of them is kept.
+    need. rows, dense_rows: as in image_blocks. Each process measures the images of its own batches. The main process
+    returns what all have found, in the order of `rows`, the others nothing.
     """
-    values = {name: [] for name in names if METRICS[name].per_image}
-    features = {METRICS[name].backbone: [] for name in names if name not in values and METRICS[name].backbone}
-    for rows, pixels, dense_pixels in blocks if values or features else ():
-        described = functools.lru_cache(None)(functools.partial(describe, experiment, pixels))
-        measure = measurements(described, rows, pixels, dense_pixels)
-        for name, found in values.items():
-            found.append(measure[name]())
-        for family, found in features.items():
-            found.append(described(family))
-    return tuple({name: np.concatenate(found) for name, found in each.items()} for each in (values, features))
+    per_image = [name for name in names if METRICS[name].per_image]
+    families = {METRICS[name].backbone: None for name in names if name not in per_image and METRICS[name].backbone}
+    shared = [row // experiment.sampling["batch_size"] % distributed.world_size for row in rows]
+    own = [place for place, process in enumerate(shared) if process == distributed.rank]
+
+    def measure(block):
+        described = functools.lru_cache(None)(functools.partial(describe, experiment, block[1]))
+        found = measurements(described, *block)
+        return {name: found[name]() for name in per_image}, {family: described(family) for family in families}
+
+    blocks = image_blocks(experiment, rate, [rows[place] for place in own], [dense_rows[place] for place in own])
+    found = distributed.collect([measure(block) for block in made_ahead(blocks)] if per_image or families else [])
+    order = np.argsort(np.argsort(shared, kind="stable"))  # they come process after process
+
+    def joined(numbers):
+        return {name: np.concatenate([each[name] for each in numbers])[order] for name in numbers[0]} if numbers else {}
+
+    return joined([values for values, _ in found]), joined([features for _, features in found])
 
 
 def describe(experiment: Experiment, pixels: np.ndarray, family: str) -> np.ndarray:

@@ -5,7 +5,6 @@ The function that measures a point is an argument, so that this file imports no 
 from __future__ import annotations
 
 import copy
-import functools
 import shutil
 import sys
 from contextlib import suppress
@@ -26,7 +25,7 @@ from pruning.records.grids import shown_images
 from pruning.records.record import BrokenRecordError, Point, Record, read_record, record_path, write_record
 from pruning.records.summaries import reach, setup
 from pruning.records.words import counted, duration, rate_list
-from pruning.steps import image_file, load_image, load_images, prune_copy, pruned_origin, save_pruned
+from pruning.steps import image_file, load_images, prune_copy, pruned_origin, save_pruned
 
 
 def sweep(args, run_pruning_experiment: Callable[..., Optional[Point]]) -> Tuple[Path, Optional[Record]]:
@@ -41,10 +40,10 @@ def sweep(args, run_pruning_experiment: Callable[..., Optional[Point]]) -> Tuple
     experiment = prepare(args, path, earlier)
     asked, args.rates = args.rates, reachable(experiment, args.rates, args.rates_by_default)
     experiment = noting_rates(experiment, set(args.all_rates or asked) - (set(asked) - set(args.rates)), earlier)
-    if not distributed.is_main:
-        measure_all(experiment, args, path, {}, run_pruning_experiment)
-        return path, None
     known = {point.rate: point for point in (earlier.dense, *earlier.points)} if earlier else {}
+    if not distributed.is_main:
+        measure_all(experiment, args, path, known, run_pruning_experiment)
+        return path, None
     with store.only_writer(path):
         if args.overwrite:
             if not args.shard:
@@ -118,29 +117,28 @@ def measure_all(experiment: Experiment, args, path: Path, known: Dict[float, Poi
     The record is written after each point.
     """
     folders = saved_folders(args)
-    unsaved = {rate for rate in folders if not saving.is_saved(folders[rate], pruned_origin(experiment.record, rate))}
+    # The main process decides for all, as files change while the others look.
+    unsaved = distributed.broadcast({rate for rate in folders if not saving.is_saved(
+        folders[rate], pruned_origin(experiment.record, rate))})
     for rate in unsaved if distributed.is_main else ():
         saving.check_room(folders[rate], least_bytes(experiment))
-    # The main process decides for all, as files change while the others look.
-    todo = distributed.broadcast(missing_points(experiment, args.rates, known))
+    todo = missing_points(experiment, args.rates, known)
     chosen, untimed = set(experiment.record.settings["metrics"]), True
 
-    def on_batch(rate: float, size: int) -> None:
+    def on_batch(count: int, seconds_each: float) -> None:
         nonlocal untimed
-        made = load_image(experiment, rate, 0) if untimed and to_make and distributed.is_main else None
-        if made:
-            seconds = made.seconds * to_make / distributed.world_size
+        if untimed and to_make and distributed.is_main:
+            seconds = seconds_each * to_make / distributed.world_size
             tqdm.write(f"{counted(to_make, 'image')} take about {duration(seconds)} by the first batch; calibration, "
                        "pruning, timing and metrics come on top", file=sys.stderr)
         untimed = False
-        bar.update(size)
+        bar.update(count)
 
     def measure(rate: float, again: bool) -> None:
         bar.set_description(f"{experiment.record.variant} {rate:g}" if rate else "dense")
         save_to = folders[rate] if rate in unsaved else None
         known[rate] = run_pruning_experiment(experiment, rate, known.get(0.0) if rate else None,
-                                             known.get(rate) if again else None, save_to,
-                                             functools.partial(on_batch, rate))
+                                             known.get(rate) if again else None, save_to, on_batch)
         unsaved.discard(rate)
 
     def write() -> None:
@@ -158,14 +156,15 @@ def measure_all(experiment: Experiment, args, path: Path, known: Dict[float, Poi
     with tqdm(total=len(todo) * len(experiment.samples), unit="image",
               disable=not (todo and distributed.is_main)) as bar:
         for rate, again in todo:
-            if not again or distributed.is_main:
-                measure(rate, again)
+            measure(rate, again)
             write()
             if args.discard_images and distributed.is_main and rate:
                 so_far = replace(experiment.record, dense=known[0.0], points=[known[rate]])
                 discard_images(experiment, rate, shown_images(so_far, args.tolerance))
-    for rate in sorted(unsaved) if distributed.is_main else ():  # measured by an earlier run that did not save it
-        save_pruned(experiment, prune_copy(experiment, rate)[0], folders[rate], known[rate])
+    for rate in sorted(unsaved):  # measured by an earlier run that did not save it
+        denoiser, _ = prune_copy(experiment, rate)  # all processes together
+        if distributed.is_main:
+            save_pruned(experiment, denoiser, folders[rate], known[rate])
     if distributed.is_main:
         with suppress(FileNotFoundError):
             checkpoint_file(path).unlink()

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from pruning import merge_results, pruning_analysis
+from pruning import cli, distributed, experiment, merge_results, pruning_analysis, steps, sweep
 from pruning.records.record import read_record
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,7 +68,10 @@ def record_and_images(folder, method):
 
 
 def assert_alike(one, several):
-    """Images are at most a grey level apart, because thread counts differ, and metrics agree to 1e-3."""
+    """Images are at most a grey level apart, because thread counts differ, and metrics agree to 1e-3.
+
+    So do the values of single images, each with its own image; peaks of nearly equal images are far apart.
+    """
     (record, images), (other, others) = one, several
     assert images.keys() == others.keys()
     assert len(images) == 2 * len(record.samples)
@@ -77,6 +80,7 @@ def assert_alike(one, several):
         for name, value in a.metrics.items():
             if name not in ("generation_time", "psnr_dense"):
                 assert b.metrics[name] == pytest.approx(value, rel=1e-3, abs=2e-3), name
+                assert b.per_image.get(name, []) == pytest.approx(a.per_image.get(name, []), rel=5e-3, abs=5e-3), name
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +88,34 @@ def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     pruning_analysis.main([*QUICK, "--results_dir", str(folder), *CALIBRATED])
     return record_and_images(folder, VARIANT)
+
+
+def test_each_process_measures_the_images_of_its_own_batches(tmp_path, monkeypatch):
+    flags = cli.Parser("")
+    cli.add_measuring_flags(flags)
+    args = flags.parse_args([*QUICK[2:-2], "--metrics", "clip_score", "lpips_dense", "fid"])
+    args.num_images, args.results_dir, args.rates = 5, tmp_path, [0.5]
+    made = experiment.prepare(args, sweep.own_path(args), None)
+    steps.make_images(made, 0.0)
+    parts = []
+
+    def measurements(features, rows, pixels, dense_pixels):
+        return {"clip_score": lambda: np.array(rows), "lpips_dense": lambda: pixels.mean((1, 2, 3))}
+
+    def measured():
+        return steps.measure_images(made, measurements, ["clip_score", "fid", "lpips_dense"], 0.0, range(5), range(5))
+
+    one = measured()
+    monkeypatch.setattr(distributed, "world_size", 2)
+    monkeypatch.setattr(distributed, "collect", lambda items: parts.extend(items) or parts[:2 * distributed.rank])
+    for process in range(2):
+        monkeypatch.setattr(distributed, "rank", process)
+        several = measured()
+    assert [list(values["clip_score"]) for values, _ in parts] == [[0, 1, 4], [2, 3]]
+    for numbers, others in zip(one, several):
+        assert numbers.keys() == others.keys()
+        for name in numbers:
+            assert others[name] == pytest.approx(numbers[name], rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])

@@ -8,13 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from pruning import UserError, pruning_analysis, sweep, test_single_rate
+from pruning import UserError, pruning_analysis, steps, sweep, test_single_rate
 from pruning.models import generation
 from pruning.records import grids, store
 from pruning.records.record import read_record
@@ -77,6 +78,52 @@ def test_a_run_cut_off_between_images_makes_only_the_missing_images(tmp_path, ma
     assert made == [2] * 5
     assert without_times(measure(tmp_path, *CHEAP)) == without_times(whole[1])
     assert made == [2] * 9
+
+
+def test_a_thing_is_written_while_the_next_is_drawn_and_what_was_drawn_is_written_whatever_happens():
+    """The writer of the first thing waits until the second is drawn, which a loop that takes turns never reaches."""
+    drawn, written, second = [], [], threading.Event()
+
+    def draw():
+        for number in range(4):
+            if number == 3:
+                raise KeyboardInterrupt
+            drawn.append(number)
+            if number == 1:
+                second.set()
+            yield number
+
+    def write(number):
+        assert second.wait(60)
+        written.append(number)
+
+    with pytest.raises(KeyboardInterrupt):
+        steps.use_beside(draw(), write)
+    assert drawn == written == [0, 1, 2]
+
+
+@pytest.mark.parametrize("broken", [0, 2])
+def test_what_cannot_be_written_is_an_error_before_the_thing_after_the_next_is_drawn(broken):
+    drawn = []
+
+    def write(number):
+        if number == broken:
+            raise UserError("the disk is full")
+
+    with pytest.raises(UserError, match="the disk is full"):
+        steps.use_beside((drawn.append(number) or number for number in range(3)), write)
+    assert drawn == list(range(min(broken + 2, 3)))
+
+
+def test_things_made_ahead_come_in_order_and_so_do_errors():
+    def make():
+        yield from "abc"
+        raise UserError("gone")
+
+    things = steps.made_ahead(make())
+    assert [next(things) for _ in range(2)] == ["a", "b"]
+    with pytest.raises(UserError, match="gone"):
+        list(things)
 
 
 def test_a_metric_added_later_makes_no_image_and_equals_one_measured_at_once(tmp_path, made, whole):
