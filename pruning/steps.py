@@ -1,11 +1,10 @@
 """The steps of a point: prune, make images, time, measure. pruning_analysis.run_pruning_experiment composes them."""
 from __future__ import annotations
 
-import copy
 import functools
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, NamedTuple, Optional, Sequence, Tuple
@@ -46,8 +45,9 @@ def prune_copy(experiment: Experiment, rate: float):
     """
     method, options = experiment.record.method, experiment.record.options
     calibrates = bool(rate and methods.needs(method, options))
-    denoiser = pipelines.on_device(copy.deepcopy(experiment.dense), "cpu" if experiment.offload else experiment.device,
-                                   pipelines.DENOISER)
+    release_dense(experiment.pipeline, experiment.dense, experiment.offload)
+    pipelines.set_denoiser(experiment.pipeline, experiment.dense)  # lets go of the copy of the last rate
+    denoiser = pipelines.copy_to(experiment.dense, "cpu" if experiment.offload else experiment.device)
     pruned: Optional[Pruned] = None
     if calibrates:
         methods.calibrate(method, denoiser, experiment.calibration, **options)
@@ -262,18 +262,12 @@ def time_calls(experiment: Experiment, denoiser, rate: float, images: Images) ->
     the pruned model, with the dense call time in place of its own. Dense images made at another moment would compare
     how busy the machine was.
     """
-    pipeline, dense, offload = experiment.pipeline, experiment.dense, experiment.offload
-    place = (lambda each: pipelines.set_denoiser(pipeline, each, experiment.device, offload)) if offload else None
     image = images.seconds_each
     if rate == 0:
-        seconds, = costs.denoiser_seconds([denoiser], experiment.batch_call, place=place)
+        seconds, = costs.denoiser_seconds([denoiser], experiment.batch_call)
         return {"denoiser_seconds": seconds, "dense_denoiser_seconds": seconds, "image_seconds": image,
                 "dense_image_seconds": image, "ratio_intervals": {}}
-    if not offload:
-        pipelines.on_device(dense, experiment.device, "the dense denoiser beside the pruned one")
-    dense_seconds, ratio, ends = costs.time_ratio(dense, denoiser, experiment.batch_call, place)
-    release_dense(pipeline, dense, offload)
-    pipelines.set_denoiser(pipeline, denoiser, "cpu" if offload else experiment.device)
+    dense_seconds, ratio, ends = time_beside_dense(experiment, denoiser)
     in_calls = min(1.0, images.calls * dense_seconds * ratio / len(experiment.batches[0]) / image)  # share of the time
 
     def image_ratio(call_ratio: float) -> float:
@@ -282,6 +276,36 @@ def time_calls(experiment: Experiment, denoiser, rate: float, images: Images) ->
     return {"denoiser_seconds": dense_seconds * ratio, "dense_denoiser_seconds": dense_seconds,
             "image_seconds": image, "dense_image_seconds": image / image_ratio(ratio),
             "ratio_intervals": {"denoiser_seconds": list(ends), "image_seconds": [image_ratio(end) for end in ends]}}
+
+
+def time_beside_dense(experiment: Experiment, denoiser) -> Tuple[float, float, Tuple[float, float]]:
+    """Return costs.time_ratio of a pruned denoiser: both on the device, or in turns if it cannot hold both."""
+    import torch  # here, because the commands import this file before they need torch
+
+    pipeline, dense, device, offload = experiment.pipeline, experiment.dense, experiment.device, experiment.offload
+    ratio = functools.partial(costs.time_ratio, dense, denoiser, experiment.batch_call)
+    if offload == "sequential":
+        found = ratio(lambda each: pipelines.set_denoiser(pipeline, each, device, offload))
+        release_dense(pipeline, dense, offload)
+    else:
+        if offload:
+            pipeline.remove_all_hooks()
+        try:
+            with pipelines.lent_to(dense, device), pipelines.lent_to(denoiser, device):
+                found = ratio()
+        except torch.cuda.OutOfMemoryError:
+            found = None
+        if found is None:  # outside the handler, which holds the tensors of the failed call
+            tqdm.write("no GPU memory for the dense and the pruned denoiser at once: they are timed in turns")
+            denoiser.to("cpu")
+            torch.cuda.empty_cache()
+            with ExitStack() as turn:
+                def place(each):
+                    turn.close()  # brings the other back
+                    turn.enter_context(pipelines.lent_to(each, device))
+                found = ratio(place)
+    pipelines.set_denoiser(pipeline, denoiser, device, offload)
+    return found
 
 
 def save_pruned(experiment: Experiment, denoiser, folder: Path, point: Point) -> None:

@@ -4,7 +4,6 @@ The function that measures a point is an argument, so that this file imports no 
 """
 from __future__ import annotations
 
-import copy
 import shutil
 import sys
 from contextlib import suppress
@@ -217,8 +216,7 @@ def measure_sensitivity(args) -> Tuple[Path, dict]:
                         "out --pattern")
     args.metrics, path = [], own_path(args)
     experiment = prepare(args, path, None)
-    denoiser = pipelines.on_device(copy.deepcopy(experiment.dense), "cpu" if experiment.offload else experiment.device,
-                                   pipelines.DENOISER)
+    denoiser = pipelines.copy_to(experiment.dense, "cpu" if experiment.offload else experiment.device)
     options = experiment.record.options
     rates, survey = methods.survey(args.method, denoiser, experiment.calibration, **options)
     pipelines.set_denoiser(experiment.pipeline, denoiser, experiment.device, experiment.offload)

@@ -11,6 +11,7 @@ import sys
 import tracemalloc
 from pathlib import Path
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -156,6 +157,44 @@ def test_a_larger_batch_leaves_methods_the_same_calls_to_calibrate_on(tmp_path):
     assert [len(output) for _, output in many.calls] == [16, 16, 2, 2]  # 8 images and 1, in 2 steps, guided
     assert all(bool((a == b).all()) for (_, a), (_, b) in zip(few.calls, many.calls))
     assert few.guidance == many.guidance != 1
+
+
+def test_an_offloaded_denoiser_stays_on_the_device_from_batch_to_batch(tmp_path, monkeypatch):
+    made = prepare(tmp_path, "--batch_size", "1", "--metrics", "lpips_dense", count=3)
+    made = dataclasses.replace(made, offload="model")
+    denoiser, _ = steps.prune_copy(made, 0.0)
+    hooks = {name: getattr(made.pipeline, name)._hf_hook.prev_module_hook for name in ("unet", "text_encoder", "vae")}
+    assert hooks["unet"].model is made.pipeline.text_encoder  # which waits again while the denoiser runs
+    assert hooks["text_encoder"].model is denoiser
+    assert hooks["vae"] is None
+    moved = []
+    monkeypatch.setattr(accelerate.hooks.CpuOffload, "init_hook", lambda _, module: moved.append(module) or module)
+    steps.make_images(made, 0.0)
+    assert [module for module in moved if module is not made.pipeline.text_encoder] == []
+
+
+@pytest.mark.parametrize("offload", [None, "model"])
+def test_denoisers_that_do_not_fit_together_are_timed_in_turns(tmp_path, offload, capsys):
+    made = dataclasses.replace(prepare(tmp_path, "--metrics", "lpips_dense"), offload=offload)
+    denoiser, _ = steps.prune_copy(made, 0.5)
+    before = {name: tensor.clone() for name, tensor in made.dense.state_dict().items()}
+    calls = []
+
+    def full(module, _):
+        calls.append(module)
+        if len(calls) == 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    for module in (made.dense, denoiser):
+        module.register_forward_pre_hook(full)
+    _ = made.batch_call
+    calls.clear()
+    times = steps.time_calls(made, denoiser, 0.5, steps.Images(np.ones(2, bool), 1.0, 2))
+    assert "in turns" in capsys.readouterr().out
+    assert [module is denoiser for module in calls[1:9]] == [False, False, True, True] * 2  # each is warmed up
+    assert all(seconds > 0 for seconds in (times["denoiser_seconds"], times["dense_denoiser_seconds"]))
+    assert made.pipeline.unet is denoiser
+    assert all(torch.equal(tensor, before[name]) for name, tensor in made.dense.state_dict().items())
 
 
 def test_an_experiment_is_not_assigned_to_after_it_was_made(tmp_path):

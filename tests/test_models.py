@@ -123,3 +123,31 @@ def test_a_denoiser_that_falls_back_to_plain_execution_is_told(monkeypatch):
     assert calls.compiled
     observe(calls, denoiser, 8, 2)  # a second version of the code, beyond the limit
     assert not calls.compiled
+
+
+def test_a_copy_on_a_device_is_equal_apart_and_tied_as_the_original():
+    original = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 3))
+    original[2].weight = original[0].weight
+    original[1].weight.requires_grad_(False)
+    copied = pipelines.copy_to(original, "cpu")
+    state = copied.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in original.state_dict().items())
+    assert copied[2].weight is copied[0].weight
+    assert [p.requires_grad for p in copied.parameters()] == [p.requires_grad for p in original.parameters()]
+    assert not {p.data_ptr() for p in copied.parameters()} & {p.data_ptr() for p in original.parameters()}
+    assert {str(p.device) for p in pipelines.copy_to(original, "meta").parameters()} == {"meta"}
+
+
+def test_what_was_lent_to_a_device_is_again_where_it_waited_even_after_an_error():
+    """Another type of numbers stands in for another device."""
+    module = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3, affine=False))
+    before = {name: tensor.data_ptr() for name, tensor in module.state_dict().items()}
+
+    def use():
+        with pipelines.lent_to(module, torch.float64):
+            assert {tensor.dtype for tensor in module.state_dict().values()} == {torch.float64}
+            raise KeyError
+
+    pytest.raises(KeyError, use)
+    assert {name: tensor.data_ptr() for name, tensor in module.state_dict().items()} == before
+    assert module[0].weight.dtype == torch.float32

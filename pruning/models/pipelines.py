@@ -4,6 +4,7 @@ Only diffusers decides how a model is loaded: a bundled model, a folder and a hu
 """
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 import sys
@@ -34,7 +35,7 @@ MODELS = {
 }
 
 # How modules wait on the CPU when the GPU has too little memory: each as a whole, or layer by layer, which is slow.
-OFFLOADS = {"model": "enable_model_cpu_offload", "sequential": "enable_sequential_cpu_offload"}
+OFFLOADS = ("model", "sequential")
 # What a text-to-image pipeline is called with, beside guidance, which not every pipeline takes.
 ARGUMENTS = ("prompt", "num_inference_steps", "height", "width", "generator", "output_type")
 # What pipelines call their guidance scale. Qwen-Image has two of these, and the first does nothing.
@@ -82,10 +83,17 @@ def load_pipeline(model: str, device: str = "cpu", dtype: str = "float32", fault
 
 def on_device(moved, device: str, what: str):
     """Return a pipeline or a module on the device. Raises UserError that names `what` if its memory is too small."""
+    with enough_memory(device, what):
+        return moved.to(device)
+
+
+@contextmanager
+def enough_memory(device: str, what: str):
+    """Raise UserError that names `what` if the device's memory is too small for the block."""
     import torch
 
     try:
-        return moved.to(device)
+        yield
     except torch.cuda.OutOfMemoryError as error:
         raise UserError(f"{device} has no memory for {what}; try --offload model or --dtype bfloat16 "
                         f"({first_line(error)})") from error
@@ -193,15 +201,66 @@ def take_denoiser(pipeline):
 
 
 def set_denoiser(pipeline, denoiser, device: str = "cpu", offload: Optional[str] = None) -> None:
-    """Make the pipeline use `denoiser`, on the device or offloaded to the CPU by diffusers (see OFFLOADS).
+    """Make the pipeline use `denoiser`, on the device or offloaded to the CPU (see OFFLOADS).
 
     Raises UserError if the device has no memory for the denoiser.
     """
     if offload:
         pipeline.remove_all_hooks()
     setattr(pipeline, denoiser_name(pipeline), denoiser if offload else on_device(denoiser, device, DENOISER))
-    if offload:
-        getattr(pipeline, OFFLOADS[offload])(device=device)
+    if offload == "model":
+        offload_models(pipeline, device)
+    elif offload == "sequential":
+        pipeline.enable_sequential_cpu_offload(device=device)
+
+
+def offload_models(pipeline, device: str) -> None:
+    """Let each model of a pipeline wait on the CPU until it is called, and the encoders again while the denoiser runs.
+
+    diffusers' enable_model_cpu_offload brings the denoiser back to the CPU for every batch. Here it stays on the device
+    until an encoder is called, as do the models behind it, which are small.
+    """
+    import torch
+    from accelerate import cpu_offload_with_hook
+
+    pipeline.to("cpu")
+    models = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    own = denoiser_name(pipeline)
+    _, first = cpu_offload_with_hook(models.pop(own), torch.device(device))
+    last = first  # each encoder sends the one before it to the CPU, the first one the denoiser
+    for name in (pipeline.model_cpu_offload_seq or "").partition(own)[0].split("->"):
+        if name in models:
+            _, last = cpu_offload_with_hook(models.pop(name), torch.device(device), prev_module_hook=last)
+    first.hook.prev_module_hook = last if last is not first else None
+    for model in models.values():
+        cpu_offload_with_hook(model, torch.device(device))
+
+
+def copy_to(module, device: str):
+    """Return a copy of a denoiser on a device. Its tensors go straight there, so the CPU does not hold them twice.
+
+    Raises UserError if the device has no memory for the copy.
+    """
+    from torch.nn import Parameter
+
+    with enough_memory(device, DENOISER):
+        copies = {id(p): Parameter(p.detach().to(device, copy=True), p.requires_grad) for p in module.parameters()}
+        copies.update((id(buffer), buffer.to(device, copy=True)) for buffer in module.buffers())
+    return copy.deepcopy(module, copies).to(device)  # the last for what some classes move beside their tensors
+
+
+@contextmanager
+def lent_to(module, device: str):
+    """Have a module's tensors on a device during the block. They also wait where they were: nothing is copied back."""
+    tensors = [*module.parameters(), *module.buffers()]
+    waiting = [tensor.data for tensor in tensors]
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.to(device)
+        yield
+    finally:
+        for tensor, data in zip(tensors, waiting):
+            tensor.data = data
 
 
 def guidance_argument(kind: type) -> Optional[str]:
