@@ -107,20 +107,21 @@ def ssim(images, others, device="cpu") -> np.ndarray:
 
 
 def _ssim_by_torch(image, other, device) -> float:
-    """Return ssim() of one pair by torchmetrics, in strips of STRIP_PIXELS."""
+    """Return ssim() of one pair by torchmetrics, in strips of STRIP_PIXELS. The device is waited for once."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     height, width = image.shape[:2]
     rows = max(1, STRIP_PIXELS // width)
+    pair = [_to_float64(each, device) for each in (image, other)]
 
     def strip_sum(start):
         # The strip has more rows on both sides, so that the window of each of its own rows sees the whole image.
         first, end = max(0, start - WINDOW_REACH), start + rows + WINDOW_REACH
-        pair = (_to_float64(part[first:end], device) for part in (image, other))
-        _, similarity = structural_similarity_index_measure(*pair, data_range=255.0, return_full_image=True)
-        return float(similarity[:, :, start - first:start - first + rows].sum())
+        strips = [each[:, :, first:end] for each in pair]
+        _, similarity = structural_similarity_index_measure(*strips, data_range=255.0, return_full_image=True)
+        return similarity[:, :, start - first:start - first + rows].sum()
 
-    return sum(strip_sum(start) for start in range(0, height, rows)) / image.size
+    return float(sum(strip_sum(start) for start in range(0, height, rows))) / image.size
 
 
 def _ssim_by_scipy(image, other) -> float:
