@@ -72,10 +72,10 @@ def save_png(figure: Figure, path: Path) -> Path:
     The file has a palette of 256 colours, which takes a third of the bytes, unless that changes the picture visibly.
     """
     _lay_out(figure)
-    content, size = io.BytesIO(), np.round(DPI * figure.get_size_inches()).astype(int)
-    figure.set_size_inches(size / DPI)  # a whole number of pixels
-    figure.savefig(content, format="rgba", dpi=DPI)
-    full = Image.frombuffer("RGBA", tuple(size), content.getvalue()).convert("RGB")
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=DPI, pil_kwargs={"compress_level": 0})
+    with Image.open(content) as image:
+        full = image.convert("RGB")
     small = full.quantize(256, dither=Image.Dither.NONE)
     error = np.abs(np.asarray(small.convert("RGB"), np.int16) - np.asarray(full, np.int16)).mean()
     with whole_file(path) as part:
