@@ -304,10 +304,12 @@ def draw_badges(axes, badges: Sequence[Badge]) -> None:
             lift += 3
         taken.append((at[0], at[1] + lift))
         light = np.dot(to_rgb(badge.line.colour), (0.3, 0.6, 0.1)) > 0.6
-        axes.annotate(badge.text, (badge.x, badge.y), xytext=(0, lift), textcoords="offset points", ha="center",
-                      va="center", fontsize=8, fontweight="bold", zorder=5, color="black" if light else "white",
-                      arrowprops={"arrowstyle": "-", "color": badge.line.colour, "shrinkA": 0, "shrinkB": 0},
-                      bbox={"boxstyle": "round,pad=0.25", "facecolor": badge.line.colour, "edgecolor": "white"})
+        at_point = {"xy": (badge.x, badge.y), "xytext": (0, lift), "textcoords": "offset points"}
+        axes.annotate("", **at_point, zorder=4, arrowprops={"arrowstyle": "-", "color": badge.line.colour,
+                                                            "shrinkA": 0, "shrinkB": 0})
+        axes.annotate(badge.text, **at_point, ha="center", va="center", fontsize=8, fontweight="bold", zorder=5,
+                      color="black" if light else "white", bbox={
+                          "boxstyle": "round,pad=0.25", "facecolor": badge.line.colour, "edgecolor": "white"})
 
 
 def spread(heights: Sequence[float], sizes: Sequence[float]) -> List[float]:
