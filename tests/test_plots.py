@@ -691,6 +691,15 @@ def test_the_large_mark_stands_at_the_rate_of_the_answer_on_every_frontier():
     assert f"up to rate {findings.last_good(removing).rate:g}," in answer(removing)
 
 
+def test_a_variant_that_is_far_better_than_dense_is_drawn_at_the_top(tmp_path):
+    record = make_record("attention_heads", rates=(0.1, 0.2), clip=(83, 90, 1e18))
+    figure = comparisons.draw_frontiers([record], 0.05, "")
+    axes = axes_named(figure, "parameters")
+    assert [height for _, height, _ in badges(axes)] == [comparisons.HIGHEST]
+    assert axes.get_ylim()[1] > comparisons.HIGHEST
+    drawing.save_png(figure, tmp_path / "x.png")
+
+
 def test_what_saves_nothing_or_falls_at_once_is_named_and_not_drawn():
     fallen = make_record("iterative", rates=(0.7,), clip=(83, 20))
     figure = comparisons.draw_frontiers([make_record("structured", rates=(0.2,)), fallen], 0.05, "")

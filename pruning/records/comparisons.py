@@ -62,7 +62,8 @@ from pruning.records.record import Record
 from pruning.records.summaries import compile_note, protocol, setup
 from pruning.records.words import counted, listed, percent
 
-FRONTIER = (0.6, 1.06)  # of the dense QUALITY: what the frontiers show, as nobody wants less
+FRONTIER = (0.6, 1.06)  # of the dense QUALITY: what the frontiers show, as nobody wants less; more if a variant has it
+HIGHEST = 1.5  # what is above is drawn here
 
 
 # ---- the variants of a model
@@ -118,14 +119,12 @@ def _badges(record: Record, what: str, lines: Dict[str, Line], tolerance: float)
     if good is None or not math.isfinite(SAVED[what](good, dense)):
         return []
     height = relative(QUALITY, good.metrics[QUALITY], dense.metrics[QUALITY])
-    return [Badge(SAVED[what](good, dense), height, f"{good.rate:g}", lines[record.variant])]
+    return [Badge(SAVED[what](good, dense), min(height, HIGHEST), f"{good.rate:g}", lines[record.variant])]
 
 
 def _draw_frontier(axes, what: str, records: Sequence[Record], lines: Dict[str, Line], tolerance: float) -> list:
     """Draw QUALITY over one of SAVED, with each safe rate in a large mark. Returns the ends of the lines."""
     share, ends, shares, heights = SAVED[what], [], [], []
-    axes.set_ylim(*FRONTIER)
-    axes.axhspan(1 - tolerance, FRONTIER[1], color=SAFE, zorder=0, linewidth=0)
     level(axes, 1)
     for record in records:
         line, points = lines[record.variant], all_points(record)
@@ -142,6 +141,9 @@ def _draw_frontier(axes, what: str, records: Sequence[Record], lines: Dict[str, 
         drawn.set_clip_on(True)  # what is lower leaves the panel
     axes.annotate(f"within {100 * tolerance:g} %", (1, 1), xycoords="axes fraction", xytext=(-3, -3),
                   textcoords="offset points", ha="right", va="top", fontsize=8, color=SAFE_TEXT)
+    top = max([FRONTIER[1], *(height + 0.03 for height in heights if math.isfinite(height))])
+    axes.set_ylim(FRONTIER[0], top)
+    axes.axhspan(1 - tolerance, top, color=SAFE, zorder=0, linewidth=0)
     visible = [x for x, height in zip(shares, heights) if math.isfinite(x) and height >= FRONTIER[0]]
     axes.set_xlim(min([-0.02, *visible]) - 0.01, max([0.1, *visible]) + 0.04)
     axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
@@ -153,8 +155,8 @@ def _draw_frontier(axes, what: str, records: Sequence[Record], lines: Dict[str, 
 
 
 def _in_sight(x: Sequence[float], y: Sequence[float]) -> List[float]:
-    """Return y without the values that lie below the frontier's panel and that no line leads to: those are NaN."""
-    return [value if value >= FRONTIER[0] or i and y[i - 1] >= FRONTIER[0] and abs(x[i] - x[i - 1]) <= GAP
+    """Return y, HIGHEST at most, without values that lie below the panel and that no line leads to: those are NaN."""
+    return [min(value, HIGHEST) if value >= FRONTIER[0] or i and y[i - 1] >= FRONTIER[0] and abs(x[i] - x[i - 1]) <= GAP
             else math.nan for i, value in enumerate(y)]
 
 

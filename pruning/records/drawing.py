@@ -72,10 +72,10 @@ def save_png(figure: Figure, path: Path) -> Path:
     The file has a palette of 256 colours, which takes a third of the bytes, unless that changes the picture visibly.
     """
     _lay_out(figure)
-    content, size = io.BytesIO(), np.round(DPI * figure.get_size_inches()).astype(int)
-    figure.set_size_inches(size / DPI)  # a whole number of pixels
-    figure.savefig(content, format="rgba", dpi=DPI)
-    full = Image.frombuffer("RGBA", tuple(size), content.getvalue()).convert("RGB")
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=DPI, pil_kwargs={"compress_level": 0})
+    with Image.open(content) as image:
+        full = image.convert("RGB")
     small = full.quantize(256, dither=Image.Dither.NONE)
     error = np.abs(np.asarray(small.convert("RGB"), np.int16) - np.asarray(full, np.int16)).mean()
     with whole_file(path) as part:
@@ -304,10 +304,12 @@ def draw_badges(axes, badges: Sequence[Badge]) -> None:
             lift += 3
         taken.append((at[0], at[1] + lift))
         light = np.dot(to_rgb(badge.line.colour), (0.3, 0.6, 0.1)) > 0.6
-        axes.annotate(badge.text, (badge.x, badge.y), xytext=(0, lift), textcoords="offset points", ha="center",
-                      va="center", fontsize=8, fontweight="bold", zorder=5, color="black" if light else "white",
-                      arrowprops={"arrowstyle": "-", "color": badge.line.colour, "shrinkA": 0, "shrinkB": 0},
-                      bbox={"boxstyle": "round,pad=0.25", "facecolor": badge.line.colour, "edgecolor": "white"})
+        at_point = {"xy": (badge.x, badge.y), "xytext": (0, lift), "textcoords": "offset points"}
+        axes.annotate("", **at_point, zorder=4, arrowprops={"arrowstyle": "-", "color": badge.line.colour,
+                                                            "shrinkA": 0, "shrinkB": 0})
+        axes.annotate(badge.text, **at_point, ha="center", va="center", fontsize=8, fontweight="bold", zorder=5,
+                      color="black" if light else "white", bbox={
+                          "boxstyle": "round,pad=0.25", "facecolor": badge.line.colour, "edgecolor": "white"})
 
 
 def spread(heights: Sequence[float], sizes: Sequence[float]) -> List[float]:
