@@ -13,7 +13,7 @@ import numpy as np
 from pruning import UserError, cache_folder, cli, data, distributed, methods
 from pruning.data import DATASETS, Sample
 from pruning.data.faults import Faults, note, sentences
-from pruning.methods import calibration
+from pruning.methods import Pruned, calibration
 from pruning.methods.calibration import GIB, Calibration
 from pruning.metrics import BACKBONES, METRICS, backbones, costs, scores
 from pruning.models import generation, pipelines, provenance
@@ -48,6 +48,7 @@ class Experiment:
     reference: Dict[str, scores.Reference]  # family of backbones -> features of the real images to compare with
     floor_features: Dict[str, np.ndarray]  # family -> features of as many other real images, {} if there are none
     calibration: Optional[Calibration]  # if the method asks for one
+    training: List[Sample]  # captions that are never measured, which it draws to calibrate on
 
     @property
     def batches(self) -> List[range]:
@@ -85,6 +86,28 @@ class Experiment:
         return {"macs": costs.count_macs(denoiser, self.single_call),
                 "peak_bytes": costs.peak_bytes(denoiser, self.single_call)}
 
+    @functools.lru_cache(maxsize=None)  # noqa: B019 - the same
+    def plan(self, rate: float) -> Pruned:
+        """What a baseline leaves out of each drawing at a rate."""
+        return methods.file_of(self.record.method).plan(rate, self.sampling["steps"], self.magnitudes())
+
+    @functools.lru_cache(maxsize=None)  # noqa: B019 - the same
+    def magnitudes(self) -> Optional[List[float]]:
+        """The ratios by which the cache plans, measured once on the training captions; None if nothing asks for them.
+
+        All processes ask together. Raises UserError if diffusers cannot cache this model.
+        """
+        if "captions" not in methods.needs(self.record.method, self.record.options):
+            return None
+        cache, size = methods.file_of("cache"), self.sampling["batch_size"]
+        denoiser = cache.twin(self.dense)
+        pipelines.set_denoiser(self.pipeline, denoiser, self.device, self.offload)
+        found = cache.magnitudes(self.pipeline, denoiser, [
+            functools.partial(generation.generate, self.pipeline, self.training[start:start + size], **self.sampling)
+            for start in range(0, len(self.training), size)])
+        release_dense(self.pipeline, self.dense, self.offload)
+        return distributed.broadcast(found)
+
 
 # ---- preparation
 
@@ -96,6 +119,7 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
     """
     options = cli.method_options(args)
     methods.check_together(options, args.rates)
+    cli.check_baseline(args)
     status("importing torch, diffusers and transformers")
     device = distributed.own_device(pipelines.pick_device(args.device))
     if args.offload and device == "cpu":
@@ -201,7 +225,7 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
         device=device, offload=args.offload, sampling=sampling, samples=repeated,
         networks=networks, caption_embeddings=embeddings,
         reference={family: scores.Reference(features) for family, features in reference.items()}, floor_features=floors,
-        calibration=calibration.Calibration(
+        training=drawn, calibration=calibration.Calibration(
             record_calls, args.seed, checkpoint=checkpoint_file(path), guidance_scale=sampling["guidance_scale"],
             first_batch=min(sampling["batch_size"], calibration.BATCH, len(captions)),
             memory=int(args.calibration_memory * GIB), folder=calibration_folder(record, captions),

@@ -4,10 +4,10 @@ from __future__ import annotations
 import copy
 import functools
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -40,10 +40,16 @@ def add_seconds(stage: str, seconds: Dict[str, float]):
 def prune_copy(experiment: Experiment, rate: float):
     """Prune a copy of the dense denoiser and put it into the pipeline. Returns the copy and what the method reports.
 
+    Of a baseline, the copy stays dense, and the report is its plan.
+
     All processes calibrate together. Training may end differently in each process, so the main process prunes for all.
     Then the report is None in the others.
     """
     method, options = experiment.record.method, experiment.record.options
+    if method in methods.BASELINES:
+        denoiser = copy.deepcopy(experiment.dense)
+        pipelines.set_denoiser(experiment.pipeline, denoiser, experiment.device, experiment.offload)
+        return denoiser, experiment.plan(rate)
     calibrates = bool(rate and methods.needs(method, options))
     denoiser = copy.deepcopy(experiment.dense).to("cpu" if experiment.offload else experiment.device)
     pruned: Optional[Pruned] = None
@@ -102,8 +108,9 @@ def make_images(experiment: Experiment, rate: float, on_batch: Optional[Callable
     def make(batch):
         images = [load_image(experiment, rate, index) for index in batch]
         if None in images:
-            made = generation.generate(experiment.pipeline, [experiment.samples[index] for index in batch],
-                                       **experiment.sampling)
+            with drawing(experiment, rate) as sampling:
+                made = generation.generate(experiment.pipeline, [experiment.samples[index] for index in batch],
+                                           **sampling)
             images = [store.Made(pixels, bool(finite), made.seconds_each, made.calls)
                       for pixels, finite in zip(made.pixels, made.finite)]
             for index, image in zip(batch, images):
@@ -121,6 +128,15 @@ def make_images(experiment: Experiment, rate: float, on_batch: Optional[Callable
         if number % distributed.world_size:  # another process has made it; if not, it is made here
             make(batch)
     return known_images([found[index] for index in range(len(experiment.samples))])
+
+
+def drawing(experiment: Experiment, rate: float) -> ContextManager[Dict[str, Any]]:
+    """Return a context in which a batch is drawn, and which yields the settings: those of all, or a baseline's."""
+    method, pipeline = experiment.record.method, experiment.pipeline
+    if method not in methods.BASELINES:
+        return nullcontext(experiment.sampling)
+    denoiser = getattr(pipeline, pipelines.denoiser_name(pipeline))
+    return methods.file_of(method).drawing(denoiser, experiment.plan(rate), experiment.sampling)
 
 
 def load_images(experiment: Experiment, rate: float) -> Optional[Images]:
@@ -219,7 +235,8 @@ def time_calls(experiment: Experiment, denoiser, rate: float, images: Images) ->
 
     Calls of the pruned and the dense denoiser alternate. The dense model's image time is computed: the image time of
     the pruned model, with the dense call time in place of its own. Dense images made at another moment would compare
-    how busy the machine was.
+    how busy the machine was. A baseline has other calls in a drawing: the time of one is here that of all its calls,
+    divided by the number of dense's.
     """
     pipeline, dense, offload = experiment.pipeline, experiment.dense, experiment.offload
     place = (lambda each: pipelines.set_denoiser(pipeline, each, experiment.device, offload)) if offload else None
@@ -228,11 +245,17 @@ def time_calls(experiment: Experiment, denoiser, rate: float, images: Images) ->
         seconds, = costs.denoiser_seconds([denoiser], experiment.batch_call, place=place)
         return {"denoiser_seconds": seconds, "dense_denoiser_seconds": seconds, "image_seconds": image,
                 "dense_image_seconds": image, "ratio_intervals": {}}
+    calls, others, shares = images.calls, [denoiser], [1.0]
+    if experiment.record.method == "cache":
+        others, shares = methods.file_of("cache").timed(denoiser, experiment.plan(rate))
+    elif experiment.record.method == "steps":
+        calls = load_image(experiment, 0.0, 0).calls
+        others, shares = [], [images.calls / calls]
     dense_seconds, ratio, ends = costs.time_ratio(
-        dense if offload else dense.to(experiment.device), denoiser, experiment.batch_call, place)
+        dense if offload else dense.to(experiment.device), others, experiment.batch_call, place, shares)
     release_dense(pipeline, dense, offload)
     pipelines.set_denoiser(pipeline, denoiser, "cpu" if offload else experiment.device)
-    in_calls = min(1.0, images.calls * dense_seconds * ratio / len(experiment.batches[0]) / image)  # share of the time
+    in_calls = min(1.0, calls * dense_seconds * ratio / len(experiment.batches[0]) / image)  # share of the time
 
     def image_ratio(call_ratio: float) -> float:
         return 1 / (1 - in_calls + in_calls / call_ratio)

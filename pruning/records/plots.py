@@ -53,6 +53,7 @@ from pruning.records.findings import (
     interval,
     losses,
     metrics_of,
+    named,
     relative_curve,
     relative_interval,
     relative_metrics,
@@ -90,7 +91,7 @@ def draw_accuracy(record: Record, path: Path, tolerance: float = TOLERANCE) -> P
     rate_axis(axes, rates)
     axes.set_xlabel(f"pruning rate (share of {record.dense.unit} asked for)", labelpad=-9)
     axes.set_ylabel("accuracy relative to the dense model\n(↑ is better, dense = 1, dotted)")
-    figure.suptitle(f"{record.variant} pruning of {record.model}")
+    figure.suptitle(named(record))
     limit = f" Second dotted line: {100 * tolerance:g} % less {QUALITY} than dense." if QUALITY in metrics else ""
     apart = [name for name in metrics_of(record) if not (METRICS[name].relative or METRICS[name].cost)]
     undrawn = [name for name in metrics if not np.isfinite(curves[name]).any()]
@@ -122,7 +123,7 @@ def draw_metrics(record: Record, path: Path) -> Path:
         draw_noise_levels(axes, record, name)
         if unreliable(record, name):
             faded_note(axes, record, name)
-    figure.suptitle(f"{record.variant} pruning of {record.model}")
+    figure.suptitle(named(record))
     caption(figure, record, metrics, f"x: pruning rate, share of {record.dense.unit} asked for. Dotted: the dense "
             f"model. {band_note(metrics)} {noise_note([record], metrics)} A gap: not finite.")
     return save(figure, path)
@@ -151,7 +152,7 @@ def draw_cost(record: Record, path: Path) -> Path:
         rate_axis(axes, rates)
         if not removes(record):
             axes.text(0.5, 0.05, "no speed-up on dense kernels", transform=axes.transAxes, ha="center", color="0.35")
-    figure.suptitle(f"What {record.variant} pruning of {record.model} saves")
+    figure.suptitle(f"What {named(record)} saves")
     small_print(figure, [
         f"{record.model} on {record.settings['device']}, {protocol(record)}, "
         f"batches of {record.settings.get('batch_size', '?')}",
