@@ -161,8 +161,7 @@ def add_measuring_flags(parser: Parser) -> None:
                         help="keep only the images that the figure shows; metrics added later make the others again")
     parser.add_argument("--overwrite", action="store_true",
                         help="measure again what an earlier run has measured; with --shard, its own rates only")
-    parser.set_defaults(shard=None, sensitivity=False, rates_by_default=False, all_rates=None, baselines=[],
-                        dense_from=None)
+    parser.set_defaults(shard=None, sensitivity=False, rates_by_default=False, all_rates=None, dense_from=None)
 
 
 def add_method_flags(parser: Parser) -> None:

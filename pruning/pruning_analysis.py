@@ -164,7 +164,7 @@ def main(argv=None) -> None:
                         help="measure every n-th rate from the i-th on, as a part for merge_results.py")
     parser.add_argument("--sensitivity", action="store_true",
                         help="measure only how much the denoiser's output depends on each layer, without images")
-    parser.add_argument("--baselines", nargs="+", type=cli.one_of("baseline", BASELINES), default=[],
+    parser.add_argument("--baselines", nargs="+", type=cli.one_of("baseline", BASELINES),
                         help="measure also, each as a record of its own, what a user could do instead: " + "; ".join(
                             f"{name}: {METHODS[name].help}" for name in BASELINES))
     parser.add_argument("--verbose", action="store_true", help="print the tables too, which go to files in any case")

@@ -27,7 +27,7 @@ from pruning.records.findings import all_points, named
 from pruning.records.plots import shown_images
 from pruning.records.record import BrokenRecordError, Point, Record, read_record, record_path, write_record
 from pruning.records.summaries import reach, setup
-from pruning.records.words import counted, duration, rate_label, rate_list
+from pruning.records.words import counted, duration, rate_list
 from pruning.steps import image_file, load_image, load_images, prune_copy, pruned_origin, save_pruned
 
 
@@ -85,10 +85,10 @@ def baseline_arguments(args) -> List[argparse.Namespace]:
     own_flags = dict.fromkeys(option for entry in methods.METHODS.values() for option in entry.options)
     made = [argparse.Namespace(**{**vars(args), **own_flags, "method": name, "save_pruned": None,
                                   "rates_by_default": True, "dense_from": own_variant(args)})
-            for name in dict.fromkeys(args.baselines)]
+            for name in dict.fromkeys(args.baselines or ())]
     for own in made:
         cli.check_baseline(own)
-    if "cache" in args.baselines:
+    if "cache" in (args.baselines or ()):
         from pruning.models import skeleton  # here, because the commands import this file before they need torch
         found = skeleton.load(args.model or DATASETS[args.dataset].default_model)
         why = methods.file_of("cache").why_not(found.parts[found.denoiser])
@@ -135,7 +135,7 @@ def without_a_drawing(experiment: Experiment, rates: List[float]) -> Tuple[List[
             why.append(f"no setting leaves out exactly {plan.asked} of the {plan.total} {plan.unit}, rate {rate:g}")
         elif rate and plan.taken in known:
             why.append(f"rate {rate:g} leaves out {plan.taken} of the {plan.total} {plan.unit}, as "
-                       f"{rate_label(known[plan.taken])} does")
+                       f"{rate_list([known[plan.taken]])} does")
         else:
             known[plan.taken] = rate
             continue

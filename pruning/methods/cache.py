@@ -69,7 +69,7 @@ def why_not(denoiser: nn.Module) -> str:
     try:
         with cached(twin(denoiser), {"calibrate": True}):
             return ""
-    except StopIteration:
+    except IndexError:
         return f"{kind} has no list of transformer blocks, which is what diffusers' MagCache skips"
     except ValueError:
         return f"MagCache of diffusers {diffusers.__version__} does not know the blocks of {kind}"
@@ -119,7 +119,7 @@ def drawing(denoiser: nn.Module, pruned: Pruned, sampling: Dict[str, Any]) -> It
 def cached(denoiser: nn.Module, settings: Dict[str, Any]) -> Iterator[List[bool]]:
     """Apply MagCache during the block. Yields a list that gets for each call of the denoiser whether its blocks ran.
 
-    settings: keyword arguments of diffusers' MagCacheConfig. Raises StopIteration if the denoiser has no blocks that
+    settings: keyword arguments of diffusers' MagCacheConfig. Raises IndexError if the denoiser has no blocks that
     MagCache sees, and ValueError if it does not know them.
     """
     from diffusers.hooks import HookRegistry, mag_cache
@@ -132,8 +132,8 @@ def cached(denoiser: nn.Module, settings: Dict[str, Any]) -> Iterator[List[bool]
 
     try:
         apply(denoiser, settings)
-        first = next(module for module in denoiser.modules() if hasattr(module, "_diffusers_hook")
-                     and module._diffusers_hook.get_hook(mag_cache._MAG_CACHE_LEADER_BLOCK_HOOK))
+        first = [module for module in denoiser.modules() if hasattr(module, "_diffusers_hook")
+                 and module._diffusers_hook.get_hook(mag_cache._MAG_CACHE_LEADER_BLOCK_HOOK)][0]
         hooks = [denoiser.register_forward_pre_hook(lambda *_: ran.append(False)),
                  *(part.register_forward_pre_hook(note) for part in first.children())]
         yield ran

@@ -129,7 +129,7 @@ class Point:
     file_bytes: int | None = field(COUNT_OR_NULL, None)  # of the weights as a saved file holds them
     ratio_intervals: Dict[str, List[float] | None] = field(INTERVALS, dict)  # field of a time -> 95 %, ÷ dense
     compiled: bool | None = field(BOOL_OR_NULL, None)  # False: torch.compile fell back; None: not asked for
-    # Baselines only: keyword arguments by which diffusers draws so, of the pipeline or, for the cache, of MagCacheConfig.
+    # Baselines only: keyword arguments by which diffusers draws so, of the pipeline or, for cache, of MagCacheConfig.
     drawing: Dict[str, Any] = field(DRAWING, dict)
 
 
