@@ -256,7 +256,7 @@ def test_a_record_of_steps_says_what_share_of_dense_calls_is_left_and_how_to_dra
     assert point.ratio_intervals["denoiser_seconds"] == [0.5, 0.5]
     assert point.denoiser_seconds == 0.5 * point.dense_denoiser_seconds
     text = " ".join(summary(record).split())
-    assert "by pipeline(prompt, …): at rate 0.5 with num_inference_steps=3." in text
+    assert "by pipeline(prompt, …): at rate 0.5 with num_inference_steps=2." in text
     assert "At rate 0.5, the denoiser's calls for an image together take 0.50 times as long as dense" in text
     assert "parameters are zero" not in text
 

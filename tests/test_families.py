@@ -11,7 +11,7 @@ from families import FAMILIES, NEEDS_TORCH_25, OLD_TORCH, SIZE
 from PIL import Image
 
 from pruning import UserError, data, test_single_rate
-from pruning.methods import METHODS, recovery
+from pruning.methods import METHODS, PRUNING, recovery
 from pruning.metrics import METRICS
 from pruning.models import generation, pipelines, weights_files
 from pruning.records import store
@@ -47,7 +47,7 @@ def folder_of(tmp_path_factory):
 @pytest.fixture(scope="module", params=[
     pytest.param((family, method), id=f"{family}-{method}",
                  marks=marks(family) + ([] if (family, method) == QUICK else [pytest.mark.slow]))
-    for family in FAMILIES for method in METHODS if (family, method) not in WITHOUT])
+    for family in FAMILIES for method in PRUNING if (family, method) not in WITHOUT])
 def measured(request, folder_of, tmp_path_factory):
     """The record that the command wrote, a function that loads its images, and the folder of the pruned pipeline."""
     family, method = request.param

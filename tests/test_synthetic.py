@@ -6,7 +6,7 @@ from PIL import Image
 
 from pruning import UserError, generate_synthetic_graph
 from pruning.generate_synthetic_graph import EXPECTED, RATES, expected_accuracy, synthetic_curves
-from pruning.methods import METHODS
+from pruning.methods import METHODS, PRUNING
 from pruning.records.record import find_records, read_record
 
 
@@ -27,7 +27,7 @@ def test_without_noise_a_curve_is_the_expectation():
         assert curve["accuracy"] == curve["expected"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PRUNING)
 def test_accuracy_starts_at_the_dense_model_and_falls_through_half_at_the_knee(method):
     curve = EXPECTED[method]
     values = [expected_accuracy(rate, curve) for rate in RATES]
@@ -40,7 +40,7 @@ def test_picture_and_json_are_written_and_the_json_says_that_it_is_synthetic(dra
     data = json.loads((drawn / "synthetic.json").read_text())
     assert data["synthetic"] is True
     assert "not a measurement" in data["notice"]
-    assert set(data["curves"]) == set(METHODS)
+    assert set(data["curves"]) == set(PRUNING)
     assert data["seed"] == 42
     assert data["noise"] == 0.05
     with Image.open(drawn / "synthetic.png") as image:
