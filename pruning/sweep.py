@@ -91,9 +91,10 @@ def baseline_arguments(args) -> List[argparse.Namespace]:
     if "cache" in (args.baselines or ()):
         from pruning.models import skeleton  # here, because the commands import this file before they need torch
         found = skeleton.load(args.model or DATASETS[args.dataset].default_model)
-        why = methods.file_of("cache").why_not(found.parts[found.denoiser])
+        cache = methods.file_of("cache")
+        why = cache.why_not(found.parts[found.denoiser])
         if why:
-            raise UserError(f"cache is not possible here: {why}; leave cache out of --baselines")
+            raise UserError(f"{cache.NOT_HERE}: {why}; leave cache out of --baselines")
     return made
 
 

@@ -10,9 +10,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from families import FAMILIES, SIZE
 from test_analysis import fails
 
 from pruning import UserError, cli, experiment, pruning_analysis, steps, sweep
+from pruning.data import Sample
 from pruning.methods import BASELINES, METHODS, cache, prune
 from pruning.methods import steps as fewer_steps
 from pruning.metrics import costs
@@ -131,6 +133,26 @@ def test_the_calls_that_are_timed_skip_all_blocks_or_none(experiments):
     assert counts == [1, 1, 1, 1, None, 1, None]
 
 
+@CACHES
+def test_the_cache_plans_calls_with_and_without_the_caption_alike_if_they_come_one_by_one():
+    torch.manual_seed(0)
+    pipeline = FAMILIES["cogview4"]()
+    pipeline.set_progress_bar_config(disable=True)
+    sampling = {"seed": 0, "steps": STEPS, "guidance_scale": 4.0, "image_size": SIZE, "batch_size": 1}
+
+    def draw():
+        generation.generate(pipeline, [Sample("a", "a red circle", None)], **sampling)
+
+    draw()  # after a drawing without a cache, diffusers needs to be told that there is one
+    plan = cache.plan(0.5, STEPS, cache.magnitudes(pipeline, pipeline.transformer, [draw]))
+    assert (plan.total, plan.taken) == (STEPS, 2)
+    ran = []
+    pipeline.transformer.transformer_blocks[0].attn1.register_forward_hook(lambda *_: ran.append(1))
+    with cache.drawing(pipeline.transformer, plan, sampling):
+        draw()
+    assert len(ran) == 2 * (STEPS - 2)
+
+
 # ---- plans
 
 @pytest.mark.parametrize(("rate", "taken"), [(0, 0), (0.02, 0), (0.1, 2), (0.52, 10), (0.9, 18), (0.99, 19)])
@@ -219,6 +241,8 @@ def records(tmp_path_factory):
         for function in ("write_record_files", "write_report"):  # other tests draw
             patch.setattr(report, function, lambda *_, **__: [])
         patch.setattr(costs, "MOST_ROUNDS", costs.ROUNDS)
+        options = METHODS["cache"].options
+        patch.setitem(options, "calibration_images", options["calibration_images"]._replace(default=2))
         pruning_analysis.main([*FLAGS, "--num_images", str(IMAGES), "--rates", "0.5", "--baselines", *names,
                                "--results_dir", str(folder)])
     return {path.stem: read_record(path) for path in find_records(folder)}, folder

@@ -22,10 +22,12 @@ from torch import nn
 
 from pruning import UserError
 from pruning.methods import METHODS, Pruned
+from pruning.models.hub import first_line
 
 RETENTION = 0.2  # share of the calls, the first, that are never skipped; diffusers' default
 IN_A_ROW = 3  # most calls that are skipped one after the other, if the rate does not need more; diffusers' default
 THRESHOLDS = [float(f"{10 ** (i / 40):.3g}") for i in range(-160, 81)]  # 0.0001 to 100
+NOT_HERE = "cache is not possible here"  # begins errors
 MANY = 10_000  # calls in a row that are timed, at most
 
 
@@ -78,15 +80,21 @@ def why_not(denoiser: nn.Module) -> str:
 def magnitudes(pipeline, denoiser: nn.Module, draws: Sequence[Callable[[], object]]) -> List[float]:
     """Return by what ratio the magnitude of what all blocks add changes from each call of a drawing to the next.
 
+    The mean over the batches, and over the calls with and without the caption if a pipeline makes them one by one.
+
     draws: each draws a batch of captions with the pipeline, which must hold this denoiser. Raises UserError if
     diffusers cannot skip its blocks.
     """
     why, calls = why_not(denoiser), len(pipeline.scheduler.timesteps)
     found = []
     for draw in () if why else draws:
-        with cached(denoiser, {"calibrate": True, "num_inference_steps": calls}) as ran, \
-                redirect_stdout(io.StringIO()) as printed:  # diffusers prints the ratios, and has no other way
-            draw()
+        try:
+            with cached(denoiser, {"calibrate": True, "num_inference_steps": calls}) as ran, \
+                    redirect_stdout(io.StringIO()) as printed:  # diffusers prints the ratios, and has no other way
+                draw()
+        except Exception as error:  # the blocks of some models are called in ways that MagCache does not know
+            raise UserError(f"{NOT_HERE}: diffusers' MagCache fails in {type(denoiser).__name__} "
+                            f"({first_line(error)}); leave cache out") from error
         found += re.findall(r"^\[[^A-Z]+\]$", printed.getvalue(), re.MULTILINE)
         if len(ran) != calls and "cache_context" not in inspect.unwrap(type(pipeline).__call__).__code__.co_names:
             why = (f"{type(pipeline).__name__} calls its transformer {len(ran)} times in {calls} steps and does not "
@@ -95,7 +103,7 @@ def magnitudes(pipeline, denoiser: nn.Module, draws: Sequence[Callable[[], objec
             each.replace("nan", "NaN").replace("inf", "Infinity")))):
         why = "MagCache finds no finite magnitudes in this model"
     if why:
-        raise UserError(f"cache is not possible here: {why}; leave cache out")
+        raise UserError(f"{NOT_HERE}: {why}; leave cache out")
     return [float(f"{ratio:.6g}") for ratio in np.mean([json.loads(each) for each in found], axis=0)]
 
 
@@ -147,8 +155,11 @@ def cached(denoiser: nn.Module, settings: Dict[str, Any]) -> Iterator[List[bool]
 def apply(denoiser: nn.Module, settings: Dict[str, Any]) -> nn.Module:
     """Apply MagCache to a denoiser, and return the denoiser. settings: keyword arguments of MagCacheConfig."""
     from diffusers import MagCacheConfig
-    from diffusers.hooks import apply_mag_cache
+    from diffusers.hooks import HookRegistry, apply_mag_cache
     apply_mag_cache(denoiser, MagCacheConfig(**settings))
+    # Pipelines tell the hooks to which prompt a call belongs. An earlier drawing may have noted that there is no hook.
+    registry = HookRegistry.check_if_exists_or_initialize(denoiser)
+    getattr(registry, "invalidate_child_registries_cache", lambda: None)()  # older releases note nothing
     return denoiser
 
 
