@@ -17,7 +17,7 @@ from pruning import UserError, offline_by
 from pruning.data import DATASETS
 from pruning.methods import BASELINES, METHODS, PRUNING, at_least, default_options, one_of
 from pruning.methods.calibration import GIB, MEMORY
-from pruning.metrics import BACKBONES, METRICS
+from pruning.metrics import BACKBONES, DEFAULT, METRICS
 from pruning.models.pipelines import OFFLOADS
 from pruning.models.saving import LARGEST_GUIDANCE, LARGEST_IMAGE
 from pruning.records.answers import brief, failed, next_step
@@ -147,7 +147,8 @@ def add_measuring_flags(parser: Parser) -> None:
                         help="keep waiting parts of the model on the CPU: model (whole modules) or sequential (layers)")
     parser.add_argument("--compile", action="store_true", help="compile the denoiser with torch.compile before timing")
     parser.add_argument("--metrics", nargs="+", type=one_of("metric", METRICS),
-                        help=f"what to measure (default: all that the data set allows, of {' '.join(METRICS)})")
+                        help=f"what to measure (default: all that the data set allows, of {' '.join(DEFAULT)}); only "
+                             f"if named here: {' '.join(name for name in METRICS if name not in DEFAULT)}")
     parser.add_argument("--metric_backbones", type=one_of("metric backbones", BACKBONES),
                         help="networks behind the metrics: bundled (for shapes) or standard (default: by dataset)")
     add_method_flags(parser)

@@ -15,7 +15,7 @@ from pruning.data import DATASETS, Sample
 from pruning.data.faults import Faults, note, sentences
 from pruning.methods import Pruned, calibration
 from pruning.methods.calibration import GIB, Calibration
-from pruning.metrics import BACKBONES, METRICS, backbones, costs, scores
+from pruning.metrics import BACKBONES, DEFAULT, METRICS, backbones, check_networks, costs, scores
 from pruning.models import generation, pipelines, provenance
 from pruning.models.hub import first_line
 from pruning.progress import status, tqdm
@@ -44,7 +44,7 @@ class Experiment:
     sampling: Dict[str, Any]  # keyword arguments of generation.generate
     samples: List[Sample]  # those of the record, once for each noise seed
     networks: Dict[str, Any]  # family of backbones -> network; empty in all processes but the main one
-    caption_embeddings: Optional[np.ndarray]  # (the record's samples, d), if a metric needs them
+    caption_embeddings: Dict[str, np.ndarray]  # family of CLIP models -> (the record's samples, d), if a metric asks
     reference: Dict[str, scores.Reference]  # family of backbones -> features of the real images to compare with
     floor_features: Dict[str, np.ndarray]  # family -> features of as many other real images, {} if there are none
     calibration: Optional[Calibration]  # if the method asks for one
@@ -60,9 +60,10 @@ class Experiment:
         """Return the original images of the samples at these positions, uint8 (len(rows), size, size, 3)."""
         return data.load_originals([self.samples[row] for row in rows], self.sampling["image_size"])
 
-    def captions(self, rows: Sequence[int]) -> np.ndarray:
-        """Return CLIP's embeddings of the captions of the samples at these positions, (len(rows), d)."""
-        return self.caption_embeddings[np.array(rows) % len(self.caption_embeddings)]
+    def captions(self, rows: Sequence[int], family: str = "clip") -> np.ndarray:
+        """Return a CLIP model's embeddings of the captions of the samples at these positions, (len(rows), d)."""
+        embeddings = self.caption_embeddings[family]
+        return embeddings[np.array(rows) % len(embeddings)]
 
     @functools.lru_cache(maxsize=None)  # noqa: B019 - an experiment lives as long as its command
     def call(self, size: int) -> dict:
@@ -170,12 +171,12 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
     if earlier:
         check_continues(earlier, record, path)  # before the real images are read
 
-    embeddings, cut = backbones.embed_captions(networks["clip"], [sample.caption for sample in samples]) \
-        if "clip" in networks else (None, [])
+    embedded = {family: backbones.embed_captions(network, [sample.caption for sample in samples])
+                for family, network in networks.items() if isinstance(network, backbones.Clip)}
     sets = sorted({METRICS[name].backbone for name in chosen if METRICS[name].against == "reference"} & set(networks))
     real = data.reference_samples(args.dataset, samples, args.data_dir) if sets else []
     others, found = data.other_samples(args.dataset, samples, args.seed, args.data_dir) if sets else ([], {})
-    for index in cut:
+    for index in sorted({index for _, cut in embedded.values() for index in cut}):
         note(found, "Captions cut where CLIP stops reading", samples[index].id)
     tell(found)
     describe = functools.partial(describe_originals, {family: networks[family] for family in sets}, described,
@@ -223,7 +224,7 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
     return Experiment(
         record=replace(record, notes=notes), images_folder=path.parent / "images", pipeline=pipeline, dense=dense,
         device=device, offload=args.offload, sampling=sampling, samples=repeated,
-        networks=networks, caption_embeddings=embeddings,
+        networks=networks, caption_embeddings={family: embeddings for family, (embeddings, _) in embedded.items()},
         reference={family: scores.Reference(features) for family, features in reference.items()}, floor_features=floors,
         training=drawn, calibration=calibration.Calibration(
             record_calls, args.seed, checkpoint=checkpoint_file(path), guidance_scale=sampling["guidance_scale"],
@@ -235,7 +236,8 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
 def choose_metrics(args, earlier: Optional[Record]) -> Tuple[List[str], Faults]:
     """Return the metrics to measure, of all points alike, and what is left out because the data set has no originals.
 
-    Raises UserError if a metric is asked for that needs originals which the data set does not have.
+    Optional metrics are measured if they are asked for. Raises UserError if a metric is asked for that needs originals
+    which the data set does not have, or a network that the chosen backbones do not have.
     """
     asked, needy = args.metrics, [] if DATASETS[args.dataset].originals else \
         [name for name, metric in METRICS.items() if metric.needs_originals]
@@ -243,7 +245,8 @@ def choose_metrics(args, earlier: Optional[Record]) -> Tuple[List[str], Faults]:
     if refused:
         raise UserError(f"{args.dataset} has no original images to compare with by {listed(refused)}: give other "
                         "--metrics or another --dataset")
-    wanted = set(METRICS if asked is None else asked) - set(needy) | set(earlier.settings["metrics"] if earlier else ())
+    check_networks(asked or (), args.metric_backbones or DATASETS[args.dataset].backbones)
+    wanted = set(DEFAULT if asked is None else asked) - set(needy) | set(earlier.settings["metrics"] if earlier else ())
     why = f"Metrics left out because {args.dataset} has no original images"
     left_out = {why: {"count": len(needy), "first": needy}} if needy and asked is None else {}
     return [name for name in METRICS if name in wanted], left_out

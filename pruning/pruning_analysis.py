@@ -104,6 +104,8 @@ def run_pruning_experiment(experiment: Experiment, rate: float, dense: Optional[
             "ssim_dense": lambda: scores.ssim(pixels, dense_pixels, experiment.device),
             "psnr_dense": lambda: scores.psnr(pixels, dense_pixels, experiment.device),
             "generation_time": lambda: images.seconds_each,
+            "pick_score": lambda: scores.pick_score(features("preference"), experiment.captions(rows, "preference"),
+                                                    experiment.networks["preference"].scale),
         }
 
     with add_seconds("measure", seconds):
