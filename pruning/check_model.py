@@ -15,7 +15,7 @@ if __package__ in (None, ""):
 
 from typing import Dict, List
 
-from pruning import cli
+from pruning import cli, methods
 from pruning.data import DATASETS
 from pruning.methods import unreached_by_reason
 from pruning.models import pipelines
@@ -37,6 +37,8 @@ def reach_table(denoiser) -> Table:
     left = unreached_by_reason(reach.by_units(denoiser)[1])
     notes = ["Not reached by any method that removes units: " + ", ".join(
         f"{100 * count / total:.1f} % {why}" for why, count in left.items())] if left else []
+    why = methods.file_of("cache").why_not(denoiser)
+    notes.append("To compare with: steps" + (f". No cache: {why}" if why else " and cache (--baselines steps cache)"))
     return Table("", ["methods", "reach, in % of the denoiser"],
                  [[", ".join(names), share] for share, names in shares.items()], notes, ["left", "right"])
 

@@ -15,9 +15,9 @@ from typing import Any, Dict, Sequence
 
 from pruning import UserError, offline_by
 from pruning.data import DATASETS
-from pruning.methods import METHODS, at_least, default_options, one_of
+from pruning.methods import BASELINES, METHODS, PRUNING, at_least, default_options, one_of
 from pruning.methods.calibration import GIB, MEMORY
-from pruning.metrics import BACKBONES, METRICS
+from pruning.metrics import BACKBONES, DEFAULT, METRICS
 from pruning.models.pipelines import OFFLOADS
 from pruning.models.saving import LARGEST_GUIDANCE, LARGEST_IMAGE
 from pruning.records.answers import brief, failed, next_step
@@ -128,7 +128,9 @@ def add_measuring_flags(parser: Parser) -> None:
     """Add the flags that measuring one rate and a sweep share."""
     defaults = ", ".join(f"{dataset.default_model} for {name}" for name, dataset in DATASETS.items())
     parser.add_argument("--method", type=one_of("method", METHODS), default="magnitude",
-                        help="how to prune: " + "; ".join(f"{name}: {m.help}" for name, m in METHODS.items()))
+                        help="how to prune: " + "; ".join(f"{name}: {METHODS[name].help}" for name in PRUNING)
+                             + "; or what to compare with: " + "; ".join(
+                                 f"{name}: {METHODS[name].help}" for name in BASELINES))
     parser.add_argument("--dataset", type=one_of("dataset", DATASETS), default="shapes",
                         help="captions and originals: " + "; ".join(f"{n}: {d.help}" for n, d in DATASETS.items()))
     parser.add_argument("--data_dir", type=Path,
@@ -145,7 +147,8 @@ def add_measuring_flags(parser: Parser) -> None:
                         help="keep waiting parts of the model on the CPU: model (whole modules) or sequential (layers)")
     parser.add_argument("--compile", action="store_true", help="compile the denoiser with torch.compile before timing")
     parser.add_argument("--metrics", nargs="+", type=one_of("metric", METRICS),
-                        help=f"what to measure (default: all that the data set allows, of {' '.join(METRICS)})")
+                        help=f"what to measure (default: all that the data set allows, of {' '.join(DEFAULT)}); only "
+                             f"if named here: {' '.join(name for name in METRICS if name not in DEFAULT)}")
     parser.add_argument("--metric_backbones", type=one_of("metric backbones", BACKBONES),
                         help="networks behind the metrics: bundled (for shapes) or standard (default: by dataset)")
     add_method_flags(parser)
@@ -159,7 +162,7 @@ def add_measuring_flags(parser: Parser) -> None:
                         help="keep only the images that the figure shows; metrics added later make the others again")
     parser.add_argument("--overwrite", action="store_true",
                         help="measure again what an earlier run has measured; with --shard, its own rates only")
-    parser.set_defaults(shard=None, sensitivity=False, rates_by_default=False, all_rates=None)
+    parser.set_defaults(shard=None, sensitivity=False, rates_by_default=False, all_rates=None, dense_from=None)
 
 
 def add_method_flags(parser: Parser) -> None:
@@ -192,6 +195,16 @@ def method_options(args) -> Dict[str, Any]:
         if given is not None:
             options[name] = given
     return options
+
+
+def check_baseline(args) -> None:
+    """Raise UserError if args.method is a baseline and another flag asks for what baselines cannot do."""
+    if args.method in BASELINES and args.save_pruned is not None:
+        raise UserError(f"{args.method} leaves all weights as they are, so there is no pruned model to save; leave out "
+                        "--save_pruned")
+    if args.method == "cache" and args.compile:
+        raise UserError("the cache decides at each call whether blocks run, so calls would not run compiled; leave out "
+                        "--compile")
 
 
 # ---- what a command says when it has finished

@@ -13,9 +13,9 @@ import numpy as np
 from pruning import UserError, cache_folder, cli, data, distributed, methods
 from pruning.data import DATASETS, Sample
 from pruning.data.faults import Faults, note, sentences
-from pruning.methods import calibration
+from pruning.methods import Pruned, calibration
 from pruning.methods.calibration import GIB, Calibration
-from pruning.metrics import BACKBONES, METRICS, backbones, costs, scores
+from pruning.metrics import BACKBONES, DEFAULT, METRICS, backbones, check_networks, costs, scores
 from pruning.models import generation, pipelines, provenance
 from pruning.models.hub import first_line
 from pruning.progress import status, tqdm
@@ -44,10 +44,11 @@ class Experiment:
     sampling: Dict[str, Any]  # keyword arguments of generation.generate
     samples: List[Sample]  # those of the record, once for each noise seed
     networks: Dict[str, Any]  # family of backbones -> network
-    caption_embeddings: Optional[np.ndarray]  # (the record's samples, d), if a metric needs them
+    caption_embeddings: Dict[str, np.ndarray]  # family of CLIP models -> (the record's samples, d), if a metric asks
     reference: Dict[str, scores.Reference]  # family -> features of the real images; in the main process alone
     floor_features: Dict[str, np.ndarray]  # family -> features of as many other real images, {} if there are none
     calibration: Optional[Calibration]  # if the method asks for one
+    training: List[Sample]  # captions that are never measured, which it draws to calibrate on
 
     @property
     def batches(self) -> List[range]:
@@ -59,9 +60,10 @@ class Experiment:
         """Return the original images of the samples at these positions, uint8 (len(rows), size, size, 3)."""
         return data.load_originals([self.samples[row] for row in rows], self.sampling["image_size"])
 
-    def captions(self, rows: Sequence[int]) -> np.ndarray:
-        """Return CLIP's embeddings of the captions of the samples at these positions, (len(rows), d)."""
-        return self.caption_embeddings[np.array(rows) % len(self.caption_embeddings)]
+    def captions(self, rows: Sequence[int], family: str = "clip") -> np.ndarray:
+        """Return a CLIP model's embeddings of the captions of the samples at these positions, (len(rows), d)."""
+        embeddings = self.caption_embeddings[family]
+        return embeddings[np.array(rows) % len(embeddings)]
 
     @functools.lru_cache(maxsize=None)  # noqa: B019 - an experiment lives as long as its command
     def call(self, size: int) -> dict:
@@ -85,6 +87,28 @@ class Experiment:
         return {"macs": costs.count_macs(denoiser, self.single_call),
                 "peak_bytes": costs.peak_bytes(denoiser, self.single_call)}
 
+    @functools.lru_cache(maxsize=None)  # noqa: B019 - the same
+    def plan(self, rate: float) -> Pruned:
+        """What a baseline leaves out of each drawing at a rate."""
+        return methods.file_of(self.record.method).plan(rate, self.sampling["steps"], self.magnitudes())
+
+    @functools.lru_cache(maxsize=None)  # noqa: B019 - the same
+    def magnitudes(self) -> Optional[List[float]]:
+        """The ratios by which the cache plans, measured once on the training captions; None if nothing asks for them.
+
+        All processes ask together. Raises UserError if diffusers cannot cache this model.
+        """
+        if "captions" not in methods.needs(self.record.method, self.record.options):
+            return None
+        cache, size = methods.file_of("cache"), self.sampling["batch_size"]
+        denoiser = cache.twin(self.dense)
+        pipelines.set_denoiser(self.pipeline, denoiser, self.device, self.offload)
+        found = cache.magnitudes(self.pipeline, denoiser, [
+            functools.partial(generation.generate, self.pipeline, self.training[start:start + size], **self.sampling)
+            for start in range(0, len(self.training), size)])
+        release_dense(self.pipeline, self.dense, self.offload)
+        return distributed.broadcast(found)
+
 
 # ---- preparation
 
@@ -96,6 +120,7 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
     """
     options = cli.method_options(args)
     methods.check_together(options, args.rates)
+    cli.check_baseline(args)
     status("importing torch, diffusers and transformers")
     device = distributed.own_device(pipelines.pick_device(args.device))
     if args.offload and device == "cpu":
@@ -149,12 +174,12 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
     if earlier:
         check_continues(earlier, record, path)  # before the real images are read
 
-    embeddings, cut = backbones.embed_captions(networks["clip"], [sample.caption for sample in samples]) \
-        if "clip" in networks else (None, [])
+    embedded = {family: backbones.embed_captions(network, [sample.caption for sample in samples])
+                for family, network in networks.items() if isinstance(network, backbones.Clip)}
     sets = sorted({families[name] for name in chosen if METRICS[name].against == "reference" and distributed.is_main})
     real = data.reference_samples(args.dataset, samples, args.data_dir) if sets else []
     others, found = data.other_samples(args.dataset, samples, args.seed, args.data_dir) if sets else ([], {})
-    for index in cut:
+    for index in sorted({index for _, cut in embedded.values() for index in cut}):
         note(found, "Captions cut where CLIP stops reading", samples[index].id)
     tell(found)
     describe = functools.partial(describe_originals, {family: networks[family] for family in sets}, described,
@@ -202,9 +227,9 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
     return Experiment(
         record=replace(record, notes=notes), images_folder=path.parent / "images", pipeline=pipeline, dense=dense,
         device=device, offload=args.offload, sampling=sampling, samples=repeated,
-        networks=networks, caption_embeddings=embeddings,
+        networks=networks, caption_embeddings={family: embeddings for family, (embeddings, _) in embedded.items()},
         reference={family: scores.Reference(features) for family, features in reference.items()}, floor_features=floors,
-        calibration=calibration.Calibration(
+        training=drawn, calibration=calibration.Calibration(
             record_calls, args.seed, checkpoint=checkpoint_file(path), guidance_scale=sampling["guidance_scale"],
             first_batch=min(sampling["batch_size"], calibration.BATCH, len(captions)),
             memory=int(args.calibration_memory * GIB), folder=calibration_folder(record, captions),
@@ -214,7 +239,8 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
 def choose_metrics(args, earlier: Optional[Record]) -> Tuple[List[str], Faults]:
     """Return the metrics to measure, of all points alike, and what is left out because the data set has no originals.
 
-    Raises UserError if a metric is asked for that needs originals which the data set does not have.
+    Optional metrics are measured if they are asked for. Raises UserError if a metric is asked for that needs originals
+    which the data set does not have, or a network that the chosen backbones do not have.
     """
     asked, needy = args.metrics, [] if DATASETS[args.dataset].originals else \
         [name for name, metric in METRICS.items() if metric.needs_originals]
@@ -222,7 +248,8 @@ def choose_metrics(args, earlier: Optional[Record]) -> Tuple[List[str], Faults]:
     if refused:
         raise UserError(f"{args.dataset} has no original images to compare with by {listed(refused)}: give other "
                         "--metrics or another --dataset")
-    wanted = set(METRICS if asked is None else asked) - set(needy) | set(earlier.settings["metrics"] if earlier else ())
+    check_networks(asked or (), args.metric_backbones or DATASETS[args.dataset].backbones)
+    wanted = set(DEFAULT if asked is None else asked) - set(needy) | set(earlier.settings["metrics"] if earlier else ())
     why = f"Metrics left out because {args.dataset} has no original images"
     left_out = {why: {"count": len(needy), "first": needy}} if needy and asked is None else {}
     return [name for name in METRICS if name in wanted], left_out

@@ -88,8 +88,7 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
 
     curves = synthetic_curves(args.noise, args.seed)
-    without = [name for name, method in METHODS.items()
-               if name not in curves and not getattr(method, "baseline", False)]
+    without = [method for method, entry in METHODS.items() if method not in curves and not entry.baseline]
     write_json({"synthetic": True, "notice": NOTICE, "noise": args.noise, "seed": args.seed, "rates": list(RATES),
                 "methods_without_expectation": without, "curves": curves}, args.output_dir / "synthetic.json")
     print(args.output_dir / "synthetic.json")

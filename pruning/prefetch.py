@@ -19,7 +19,7 @@ from typing import Dict, List
 from pruning import cli, data
 from pruning.data import DATASETS
 from pruning.data.faults import sentences
-from pruning.metrics import BACKBONES, METRICS, backbones
+from pruning.metrics import BACKBONES, DEFAULT, METRICS, backbones, check_networks
 from pruning.models import pipelines
 from pruning.progress import tqdm
 
@@ -33,7 +33,8 @@ def fetch(args) -> Dict[str, List[Path]]:
 
     Raises UserError if a part is unknown or cannot be fetched.
     """
-    found = {}
+    found, kind = {}, args.metric_backbones or DATASETS[args.dataset].backbones
+    check_networks(args.metrics or (), kind)
     samples, faults = data.load_samples(args.dataset, args.num_images, args.seed, args.data_dir)
     originals = DATASETS[args.dataset].originals
     reference = data.reference_samples(args.dataset, samples, args.data_dir)
@@ -44,8 +45,7 @@ def fetch(args) -> Dict[str, List[Path]]:
     found[f"{args.dataset}, {len(images) or args.num_images} {'images' if originals else 'prompts'}"] = sorted(images)
     model = args.model or DATASETS[args.dataset].default_model
     found[f"model {model}"] = pipelines.fetch(model)
-    kind = args.metric_backbones or DATASETS[args.dataset].backbones
-    for family in sorted({metric.backbone for metric in METRICS.values()} - {None}):
+    for family in sorted({METRICS[name].backbone for name in args.metrics or DEFAULT} - {None}):
         found[f"metric network {BACKBONES[kind][family]}"] = backbones.backbone_files(kind, family)
     return found
 
@@ -74,6 +74,8 @@ def main(argv=None) -> None:
                         help="the folder of the data set (default: fetch the data set if possible)")
     parser.add_argument("--num_images", type=cli.positive, default=32, help="images per rate of the later run")
     parser.add_argument("--seed", type=cli.not_negative, default=0, help="the later run's seed, which chooses samples")
+    parser.add_argument("--metrics", nargs="+", type=cli.one_of("metric", METRICS),
+                        help=f"metrics of the later run (default: {' '.join(DEFAULT)})")
     parser.add_argument("--metric_backbones", type=cli.one_of("metric backbones", BACKBONES),
                         help="the networks of the metrics (default: those of the data set)")
     args = parser.parse_args(argv)

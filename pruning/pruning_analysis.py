@@ -20,10 +20,12 @@ import numpy as np
 
 from pruning import UserError, cli, distributed, sweep
 from pruning.experiment import Experiment
-from pruning.methods import unreached_by_reason
+from pruning.methods import BASELINES, METHODS, unreached_by_reason
 from pruning.metrics import METRICS, scores
+from pruning.records.answers import brief
 from pruning.records.record import Point
 from pruning.records.summaries import ends_of_sensitivity, sensitivity_summary, summary
+from pruning.records.tables import wrapped
 from pruning.steps import (
     add_seconds,
     compile_denoisers,
@@ -44,6 +46,8 @@ def run_pruning_experiment(experiment: Experiment, rate: float, dense: Optional[
                            measured: Optional[Point] = None, save_to: Optional[Path] = None,
                            on_batch: Optional[Callable[[int, float], None]] = None) -> Optional[Point]:
     """Measure one point: prune the dense denoiser to `rate`, make the images, measure them. Rate 0 is the dense model.
+
+    Of a baseline, the denoiser stays dense and the images are drawn in another way.
 
     dense: the dense model's point, for all rates but 0; its images are read from disk.
     measured: the point of an earlier run that lacks metrics; its images are read from disk if they are there.
@@ -76,7 +80,7 @@ def run_pruning_experiment(experiment: Experiment, rate: float, dense: Optional[
                 layer_rates={name: layer.rate for name, layer in pruned.layers.items()},
                 layer_errors={name: layer.error for name, layer in pruned.layers.items() if layer.error is not None},
                 **counts, **times, compiled=compiled and compiled.compiled,
-                metrics={}, intervals={}, per_image={}, floors={}, seed_spread={}, seconds={})
+                drawing=pruned.drawing, metrics={}, intervals={}, per_image={}, floors={}, seed_spread={}, seconds={})
     else:
         denoiser, seconds = None, dict(measured.seconds, measure=0.0)
         if on_batch:
@@ -100,6 +104,8 @@ def run_pruning_experiment(experiment: Experiment, rate: float, dense: Optional[
             "ssim_dense": lambda: scores.ssim(pixels, dense_pixels, experiment.device),
             "psnr_dense": lambda: scores.psnr(pixels, dense_pixels, experiment.device),
             "generation_time": lambda: images.seconds_each,
+            "pick_score": lambda: scores.pick_score(features("preference"), experiment.captions(rows, "preference"),
+                                                    experiment.networks["preference"].scale),
         }
 
     with add_seconds("measure", seconds):
@@ -167,10 +173,15 @@ def main(argv=None) -> None:
                         help="measure every n-th rate from the i-th on, as a part for merge_results.py")
     parser.add_argument("--sensitivity", action="store_true",
                         help="measure only how much the denoiser's output depends on each layer, without images")
+    parser.add_argument("--baselines", nargs="+", type=cli.one_of("baseline", BASELINES),
+                        help="measure also, each as a record of its own, what a user could do instead: " + "; ".join(
+                            f"{name}: {METHODS[name].help}" for name in BASELINES))
     parser.add_argument("--verbose", action="store_true", help="print the tables too, which go to files in any case")
     args = parser.parse_args(argv)
     args.rates_by_default = args.rates is None
     args.rates = sorted(set(args.rates or RATES))
+    if args.sensitivity and args.baselines:
+        raise UserError("--sensitivity measures layers, and --baselines images; leave out one of them")
     if args.sensitivity:
         path, found = sweep.measure_sensitivity(args)
         print(sensitivity_summary(found) if args.verbose else ends_of_sensitivity(found))
@@ -183,7 +194,12 @@ def main(argv=None) -> None:
         if count > len(args.rates):
             raise UserError(f"--shard {part}/{count}: there are only {len(args.rates)} rates to share out")
         args.rates = args.rates[part - 1::count]
+    baselines = sweep.baseline_arguments(args)
     path, record = sweep.sweep(args, run_pruning_experiment)
+    for own in baselines:
+        _, measured = sweep.sweep(own, run_pruning_experiment)
+        if distributed.is_main:
+            print(summary(measured, args.tolerance) if args.verbose else wrapped(brief(measured, args.tolerance)))
     if distributed.is_main:
         if args.verbose:
             print(summary(record, args.tolerance))

@@ -4,10 +4,10 @@ from __future__ import annotations
 import functools
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -40,14 +40,20 @@ def add_seconds(stage: str, seconds: Dict[str, float]):
 def prune_copy(experiment: Experiment, rate: float):
     """Prune a copy of the dense denoiser and put it into the pipeline. Returns the copy and what the method reports.
 
+    Of a baseline, the copy stays dense, and the report is its plan.
+
     All processes calibrate together. Training may end differently in each process, so the main process prunes for all.
     Then the report is None in the others.
     """
     method, options = experiment.record.method, experiment.record.options
-    calibrates = bool(rate and methods.needs(method, options))
+    baseline = experiment.plan(rate) if method in methods.BASELINES else None
+    calibrates = bool(rate and not baseline and methods.needs(method, options))
     release_dense(experiment.pipeline, experiment.dense, experiment.offload)
     pipelines.set_denoiser(experiment.pipeline, experiment.dense)  # lets go of the copy of the last rate
     denoiser = pipelines.copy_to(experiment.dense, "cpu" if experiment.offload else experiment.device)
+    if baseline:
+        pipelines.set_denoiser(experiment.pipeline, denoiser, experiment.device, experiment.offload)
+        return denoiser, baseline
     pruned: Optional[Pruned] = None
     if calibrates:
         methods.calibrate(method, denoiser, experiment.calibration, **options)
@@ -106,8 +112,9 @@ def make_images(experiment: Experiment, rate: float, on_batch: Optional[Callable
             batch = batches[number]
             images = [load_image(experiment, rate, index) for index in batch]
             if None in images:
-                made = generation.generate(experiment.pipeline, [experiment.samples[index] for index in batch],
-                                           **experiment.sampling)
+                with drawing(experiment, rate) as sampling:
+                    made = generation.generate(experiment.pipeline, [experiment.samples[index] for index in batch],
+                                               **sampling)
                 images = [store.Made(pixels, bool(finite), made.seconds_each, made.calls)
                           for pixels, finite in zip(made.pixels, made.finite)]
                 yield batch, images
@@ -146,6 +153,15 @@ def made_ahead(items: Iterator) -> Iterator:
             coming = worker.submit(next, items, None)
             yield item
             item = coming.result()
+
+
+def drawing(experiment: Experiment, rate: float) -> ContextManager[Dict[str, Any]]:
+    """Return a context in which a batch is drawn, and which yields the settings: those of all, or a baseline's."""
+    method, pipeline = experiment.record.method, experiment.pipeline
+    if method not in methods.BASELINES:
+        return nullcontext(experiment.sampling)
+    denoiser = getattr(pipeline, pipelines.denoiser_name(pipeline))
+    return methods.file_of(method).drawing(denoiser, experiment.plan(rate), experiment.sampling)
 
 
 def load_images(experiment: Experiment, rate: float) -> Optional[Images]:
@@ -260,15 +276,22 @@ def time_calls(experiment: Experiment, denoiser, rate: float, images: Images) ->
 
     Calls of the pruned and the dense denoiser alternate. The dense model's image time is computed: the image time of
     the pruned model, with the dense call time in place of its own. Dense images made at another moment would compare
-    how busy the machine was.
+    how busy the machine was. A baseline has other calls in a drawing: the time of one is here that of all its calls,
+    divided by the number of dense's.
     """
     image = images.seconds_each
     if rate == 0:
         seconds, = costs.denoiser_seconds([denoiser], experiment.batch_call)
         return {"denoiser_seconds": seconds, "dense_denoiser_seconds": seconds, "image_seconds": image,
                 "dense_image_seconds": image, "ratio_intervals": {}}
-    dense_seconds, ratio, ends = time_beside_dense(experiment, denoiser)
-    in_calls = min(1.0, images.calls * dense_seconds * ratio / len(experiment.batches[0]) / image)  # share of the time
+    calls, others, shares = images.calls, [denoiser], [1.0]
+    if experiment.record.method == "cache":
+        others, shares = methods.file_of("cache").timed(denoiser, experiment.plan(rate))
+    elif experiment.record.method == "steps":
+        calls = load_image(experiment, 0.0, 0).calls
+        others, shares = [], [images.calls / calls]
+    dense_seconds, ratio, ends = time_beside_dense(experiment, denoiser, others, shares)
+    in_calls = min(1.0, calls * dense_seconds * ratio / len(experiment.batches[0]) / image)  # share of the time
 
     def image_ratio(call_ratio: float) -> float:
         return 1 / (1 - in_calls + in_calls / call_ratio)
@@ -278,12 +301,16 @@ def time_calls(experiment: Experiment, denoiser, rate: float, images: Images) ->
             "ratio_intervals": {"denoiser_seconds": list(ends), "image_seconds": [image_ratio(end) for end in ends]}}
 
 
-def time_beside_dense(experiment: Experiment, denoiser) -> Tuple[float, float, Tuple[float, float]]:
-    """Return costs.time_ratio of a pruned denoiser: both on the device, or in turns if it cannot hold both."""
+def time_beside_dense(experiment: Experiment, denoiser, others: List[Any], shares: Sequence[float]
+                      ) -> Tuple[float, float, Tuple[float, float]]:
+    """Return costs.time_ratio of others beside dense: all on the device, or in turns if it cannot hold them.
+
+    others: the pruned denoiser, or of a baseline, denoisers that share the tensors of `denoiser`.
+    """
     import torch  # here, because the commands import this file before they need torch
 
     pipeline, dense, device, offload = experiment.pipeline, experiment.dense, experiment.device, experiment.offload
-    ratio = functools.partial(costs.time_ratio, dense, denoiser, experiment.batch_call)
+    ratio = functools.partial(costs.time_ratio, dense, others, experiment.batch_call, shares=shares)
     if offload == "sequential":
         found = ratio(lambda each: pipelines.set_denoiser(pipeline, each, device, offload))
         release_dense(pipeline, dense, offload)

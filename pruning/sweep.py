@@ -4,6 +4,7 @@ The function that measures a point is an argument, so that this file imports no 
 """
 from __future__ import annotations
 
+import argparse
 import shutil
 import sys
 from contextlib import suppress
@@ -19,7 +20,7 @@ from pruning.metrics import costs
 from pruning.models import pipelines, saving
 from pruning.progress import tqdm
 from pruning.records import card, report, store
-from pruning.records.findings import all_points
+from pruning.records.findings import all_points, named
 from pruning.records.grids import shown_images
 from pruning.records.record import BrokenRecordError, Point, Record, read_record, record_path, write_record
 from pruning.records.summaries import reach, setup
@@ -50,6 +51,8 @@ def sweep(args, run_pruning_experiment: Callable[..., Optional[Point]]) -> Tuple
             delete_images(experiment, args)
         elif earlier_record(path) != earlier:
             raise UserError(f"another process has written {path} meanwhile: give the same command again")
+        if args.dense_from:
+            copy_dense_images(experiment, args.dense_from)
         try:
             measure_all(experiment, args, path, known, run_pruning_experiment)
         finally:
@@ -69,6 +72,28 @@ def sweep(args, run_pruning_experiment: Callable[..., Optional[Point]]) -> Tuple
     return path, record
 
 
+def baseline_arguments(args) -> List[argparse.Namespace]:
+    """Return the arguments of the sweep of each of args.baselines, which follow the sweep of args.method.
+
+    A baseline has the same rates and flags but for the method's own, and starts from the same dense images. Raises
+    UserError if one of them is not possible for this model.
+    """
+    own_flags = dict.fromkeys(option for entry in methods.METHODS.values() for option in entry.options)
+    made = [argparse.Namespace(**{**vars(args), **own_flags, "method": name, "save_pruned": None,
+                                  "rates_by_default": True, "dense_from": own_variant(args)})
+            for name in dict.fromkeys(args.baselines or ())]
+    for own in made:
+        cli.check_baseline(own)
+    if "cache" in (args.baselines or ()):
+        from pruning.models import skeleton  # here, because the commands import this file before they need torch
+        found = skeleton.load(args.model or DATASETS[args.dataset].default_model)
+        cache = methods.file_of("cache")
+        why = cache.why_not(found.parts[found.denoiser])
+        if why:
+            raise UserError(f"{cache.NOT_HERE}: {why}; leave cache out of --baselines")
+    return made
+
+
 def noting_rates(experiment: Experiment, rates: set, earlier: Optional[Record]) -> Experiment:
     """Return the experiment with the rates of the sweep, of all its shards, in the notes of its record."""
     rates = rates | set(earlier.notes.rates if earlier else ())
@@ -82,17 +107,37 @@ def reachable(experiment: Experiment, rates: List[float], by_default: bool) -> L
     Of the rates of a default sweep, others are left out with a message. Raises UserError if rates that were asked for
     cannot be reached.
     """
-    limit = distributed.broadcast(largest_rate(experiment))
-    beyond = [rate for rate in rates if rate > limit]
+    if experiment.record.method in methods.BASELINES:
+        beyond, said = without_a_drawing(experiment, rates)
+    else:
+        limit = distributed.broadcast(largest_rate(experiment))
+        beyond = [rate for rate in rates if rate > limit]
+        said = (f"{experiment.record.method} reaches rate {limit:.3f} at most on this model, where nothing that it "
+                "could remove is left")
     if not beyond:
         return rates
-    said = (f"{experiment.record.method} reaches rate {limit:.3f} at most on this model, where nothing that it could "
-            "remove is left")
     if not by_default:
         raise UserError(f"{said}; leave out {', '.join(f'{rate:g}' for rate in beyond)}")
     if distributed.is_main:
         print(f"{said}: {', '.join(f'{rate:g}' for rate in beyond)} are left out", file=sys.stderr)
-    return [rate for rate in rates if rate <= limit]
+    return [rate for rate in rates if rate not in beyond]
+
+
+def without_a_drawing(experiment: Experiment, rates: List[float]) -> Tuple[List[float], str]:
+    """Return the rates at which a baseline has no drawing of its own, and why in words."""
+    beyond, why, known = [], [], {0: 0.0}
+    for rate in rates:
+        plan = experiment.plan(rate)
+        if plan.taken != plan.asked:
+            why.append(f"no setting leaves out exactly {plan.asked} of the {plan.total} {plan.unit}, rate {rate:g}")
+        elif rate and plan.taken in known:
+            why.append(f"rate {rate:g} leaves out {plan.taken} of the {plan.total} {plan.unit}, as "
+                       f"{rate_list([known[plan.taken]])} does")
+        else:
+            known[plan.taken] = rate
+            continue
+        beyond.append(rate)
+    return beyond, f"{experiment.record.method}: {'; '.join(why)}"
 
 
 def largest_rate(experiment: Experiment) -> float:
@@ -148,7 +193,7 @@ def measure_all(experiment: Experiment, args, path: Path, known: Dict[float, Poi
 
     to_make = len(experiment.samples) * sum(not again for _, again in todo)
     if todo and distributed.is_main:
-        print(f"{experiment.record.variant} pruning of {experiment.record.model} on {experiment.device}: "
+        print(f"{named(experiment.record)} on {experiment.device}: "
               f"{rate_list([rate for rate, _ in todo])}, {setup(experiment.record)}\n"
               f"Written to {cli.near(path.parent)}", file=sys.stderr)
 
@@ -237,8 +282,12 @@ def measure_sensitivity(args) -> Tuple[Path, dict]:
 def own_path(args) -> Path:
     """Return the path of the record of these arguments."""
     model = args.model or DATASETS[args.dataset].default_model
-    variant = variant_name(args.method, cli.method_options(args))
-    return record_path(args.results_dir, pipelines.label(model), args.dataset, variant, args.shard)
+    return record_path(args.results_dir, pipelines.label(model), args.dataset, own_variant(args), args.shard)
+
+
+def own_variant(args) -> str:
+    """Return the variant of these arguments."""
+    return variant_name(args.method, cli.method_options(args))
 
 
 def delete_images(experiment: Experiment, args) -> None:
@@ -248,6 +297,14 @@ def delete_images(experiment: Experiment, args) -> None:
         else [image_file(experiment, 0.0, 0).parents[1]]
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def copy_dense_images(experiment: Experiment, variant: str) -> None:
+    """Copy the dense model's images of another variant, if there are any. What made an image is checked as always."""
+    of_variant, own = (store.image_file(experiment.images_folder, each, 0.0, 0).parent
+                       for each in (variant, experiment.record.variant))
+    if of_variant.is_dir():
+        shutil.copytree(of_variant, own, dirs_exist_ok=True)
 
 
 def discard_images(experiment: Experiment, rate: float, shown: List[int]) -> None:

@@ -20,7 +20,7 @@ from test_data import flickr8k_folder
 
 from pruning import UserError, cli, data, experiment, pruning_analysis, steps, sweep, test_single_rate
 from pruning.data.faults import sentences
-from pruning.methods import METHODS, default_options, needs, probes, reconstruct, sequential, units
+from pruning.methods import METHODS, PRUNING, default_options, needs, probes, reconstruct, sequential, units
 from pruning.metrics import METRICS, backbones, scores
 from pruning.models import generation, pipelines
 from pruning.records import store
@@ -60,7 +60,7 @@ def measurements(record):
     return numbers
 
 
-@pytest.fixture(scope="module", params=[name for name in METHODS if name not in ("blocks", "joint", "modulation")])
+@pytest.fixture(scope="module", params=[name for name in PRUNING if name not in ("blocks", "joint", "modulation")])
 def measured(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     flags = ["--recovery_steps", "1"] if request.param == "iterative" else []

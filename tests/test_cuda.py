@@ -8,7 +8,7 @@ import torch
 from test_surgery import build, call_of
 from test_units import calibration
 
-from pruning.methods import METHODS, default_options, prune
+from pruning.methods import PRUNING, default_options, prune
 from pruning.methods.calibration import answer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
@@ -17,7 +17,7 @@ OPTIONS = {"recovery_steps": 2, "allocation": "guided", "refit": True, "pattern"
 
 @pytest.mark.parametrize("family", ["sd15", "sd3"])
 @pytest.mark.parametrize(("method", "option"), [
-    (method, option) for method in METHODS for option in (None, *OPTIONS) if option is None or option in
+    (method, option) for method in PRUNING for option in (None, *OPTIONS) if option is None or option in
     default_options(method)])
 def test_a_gpu_prunes_as_a_cpu_does(family, method, option):
     """Rounding may choose another unit or weight, so the counts are equal and the outputs near."""
@@ -37,7 +37,7 @@ def test_a_gpu_prunes_as_a_cpu_does(family, method, option):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PRUNING)
 def test_half_precision_prunes_on_a_gpu(method, dtype):
     dense = build("sd15").to("cuda", dtype)
     done = prune(method, dense, 0.5, calibration=calibration(dense))

@@ -11,8 +11,8 @@ from families import FAMILIES, NEEDS_TORCH_25, OLD_TORCH, SIZE, SIZES
 from PIL import Image
 
 from pruning import UserError, data, test_single_rate
-from pruning.methods import METHODS, recovery
-from pruning.metrics import METRICS
+from pruning.methods import METHODS, PRUNING, recovery
+from pruning.metrics import DEFAULT
 from pruning.models import generation, pipelines, weights_files
 from pruning.records import store
 from pruning.records.record import read_record
@@ -47,7 +47,7 @@ def folder_of(tmp_path_factory):
 @pytest.fixture(scope="module", params=[
     pytest.param((family, method), id=f"{family}-{method}",
                  marks=marks(family) + ([] if (family, method) == QUICK else [pytest.mark.slow]))
-    for family in FAMILIES for method in METHODS if (family, method) not in WITHOUT])
+    for family in FAMILIES for method in PRUNING if (family, method) not in WITHOUT])
 def measured(request, folder_of, tmp_path_factory):
     """The record that the command wrote, a function that loads its images, and the folder of the pruned pipeline."""
     family, method = request.param
@@ -109,7 +109,7 @@ def test_removal_saves_parameters_and_macs_and_masks_save_neither(measured):
 def test_every_metric_is_finite_and_pruning_changes_the_images(measured):
     record, _, _ = measured
     for point in (record.dense, *record.points):
-        assert set(point.metrics) == set(METRICS)
+        assert set(point.metrics) == set(DEFAULT)
         assert [name for name, value in point.metrics.items() if value is None] == ["psnr_dense"] * (point.rate == 0)
         assert all(len(values) == 2 and (None in values) == (point.metrics[name] is None)
                    for name, values in point.per_image.items())

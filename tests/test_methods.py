@@ -16,11 +16,22 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from pruning import UserError, cli, methods
-from pruning.methods import METHODS, Method, Option, Pruned, default_options, prune, units, variant_name, weights
+from pruning.methods import (
+    METHODS,
+    PRUNING,
+    Method,
+    Option,
+    Pruned,
+    default_options,
+    prune,
+    units,
+    variant_name,
+    weights,
+)
 from pruning.methods.calibration import Calibration
 
 ROOT = Path(__file__).resolve().parents[1]
-EACH_METHOD = pytest.mark.parametrize("method", list(METHODS))
+EACH_METHOD = pytest.mark.parametrize("method", list(PRUNING))
 OPTIONS = [(method, name) for method, entry in METHODS.items() for name in entry.options]
 
 
@@ -162,7 +173,7 @@ def test_a_method_that_can_need_calibration_says_on_how_many_images():
 
 
 @pytest.mark.parametrize(("method", "options"), [
-    *((method, {}) for method in METHODS if not methods.needs(method, {})), ("iterative", {"recovery_steps": 0})])
+    *((method, {}) for method in PRUNING if not methods.needs(method, {})), ("iterative", {"recovery_steps": 0})])
 def test_what_a_method_reports_has_the_unit_of_the_table(method, options):
     pruned = prune(method, denoiser(), 0.5, **options)
     assert isinstance(pruned, Pruned)

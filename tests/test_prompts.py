@@ -10,7 +10,7 @@ from test_data import files_in, jpeg, mirror  # noqa: F401 - fixtures
 from pruning import UserError, prefetch, pruning_analysis
 from pruning.data import DATASETS, fetching, load_samples, training_captions
 from pruning.data.prompts import PARTI
-from pruning.metrics import METRICS
+from pruning.metrics import DEFAULT, METRICS
 from pruning.records.record import read_record
 
 NEEDY = ["kid", "cmmd", "fid", "lpips"]
@@ -110,7 +110,7 @@ def test_metrics_that_need_originals_are_left_out_on_screen_and_in_the_record(tm
     assert len(said.out.splitlines()) <= 10
     assert any(line.endswith("magnitude.json") for line in said.out.splitlines())
     record = read_record(tmp_path / "shapes-unet" / "prompts" / "magnitude.json")
-    assert list(record.points[0].metrics) == [name for name in METRICS if name not in NEEDY]
+    assert list(record.points[0].metrics) == [name for name in DEFAULT if name not in NEEDY]
     assert list(record.notes.faults.values()) == [{"count": 4, "first": NEEDY}]
     summary = " ".join((tmp_path / "shapes-unet" / "prompts" / "magnitude.txt").read_text(encoding="utf-8").split())
     assert line in summary

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
 from pruning import UserError, methods
-from pruning.methods import METHODS, bypass, surgery, unreached_by_reason, zeroing
+from pruning.methods import PRUNING, bypass, surgery, unreached_by_reason, zeroing
 
 COUNTED = ("magnitude", "structured", "attention_heads", "modulation")  # those that count in ways of their own
 
@@ -106,7 +106,7 @@ def test_weights_that_are_not_plain_numbers_are_refused_by_every_method_with_the
     change, remedy = DISGUISES[disguise]
     change(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items() if type(tensor) is torch.Tensor}
-    for method in METHODS:
+    for method in PRUNING:
         options = {"criterion": "norm", "refit": False} if method in UNITS else {}
         for rate in (0.0, 0.5):
             if rate and methods.needs(method, options):

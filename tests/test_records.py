@@ -129,7 +129,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
 
 BROKEN = {
     "schema_version is missing": lambda d: d.pop("schema_version"),
-    "schema_version is 99, expected 3 to 10": lambda d: d.update(schema_version=99),
+    "schema_version is 99, expected 3 to 11": lambda d: d.update(schema_version=99),
     "model is missing": lambda d: d.pop("model"),
     "model must be text": lambda d: d.update(model=3),
     "method must be a name": lambda d: d.update(method="../../etc"),

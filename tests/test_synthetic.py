@@ -8,12 +8,11 @@ from PIL import Image
 
 from pruning import UserError, generate_synthetic_graph
 from pruning.generate_synthetic_graph import EXPECTED, RATES, expected_accuracy, synthetic_curves
-from pruning.methods import METHODS
+from pruning.methods import METHODS, PRUNING
 from pruning.records.findings import QUALITY, relative_curve
 from pruning.records.record import find_records, read_record
 
 ROOT = Path(__file__).resolve().parents[1]
-PRUNING = [name for name, method in METHODS.items() if not getattr(method, "baseline", False)]
 
 
 @pytest.fixture(scope="module")

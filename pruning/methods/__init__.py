@@ -2,6 +2,9 @@
 
 The file of method "x" is methods/x.py. Its prune(denoiser, rate, *, calibration=None, **options) -> Pruned prunes
 the denoiser in place and is given every option of the table. This table loads without torch.
+
+A baseline changes how images are drawn instead of the weights. It stands in the table to be measured as a method is.
+In place of prune(), its file has plan(rate, steps, magnitudes) -> Pruned and drawing(denoiser, pruned, sampling).
 """
 from __future__ import annotations
 
@@ -36,10 +39,11 @@ class Method(NamedTuple):
     unit: str  # what the rate is a share of
     options: Dict[str, Option] = {}  # two methods may share the name of an option if its type is the same
     removes: bool = False  # whether units are removed, so that shapes shrink, unless they are masked
-    # Options -> what of the calibration they need: "calls" of the dense denoiser, "moments" of its layers' inputs.
-    # Nothing: prune() gets no calibration. Such a method has the option "calibration_images".
+    # Options -> what of the calibration they need: "calls" of the dense denoiser, "moments" of its layers' inputs, of a
+    # baseline "captions". Nothing: prune() gets no calibration. Such a method has the option "calibration_images".
     needs: Callable[[Dict[str, Any]], Tuple[str, ...]] = lambda options: ()
     limited: bool = False  # whether its file has largest_rate(denoiser, call, **options), as not every rate is in reach
+    baseline: bool = False  # whether it prunes nothing and is what a user could do instead: draw in less time
 
 
 class LayerPruned(NamedTuple):
@@ -68,6 +72,7 @@ class Pruned(NamedTuple):
     reached: Dict[str, int] = {}  # how many numbers of each parameter the method can remove or zero, at any rate
     unreached: Dict[str, Unreached] = {}  # of each parameter what is left; {} if nothing was counted, as at rate 0
     inexact: Dict[str, str] = {}  # modules in which removal is not masking: name -> why
+    drawing: Dict[str, Any] = {}  # of a baseline: what a user would pass to diffusers to draw so; {} to draw as dense
 
 
 def unreached_by_reason(unreached: Dict[str, Unreached]) -> Dict[str, int]:
@@ -182,7 +187,13 @@ METHODS: Dict[str, Method] = {
                                 "let noisier steps (early) or later ones (late) count more in the input moments"),
          "recovery_steps": RECOVERY_STEPS, "calibration_images": CALIBRATION_IMAGES},
         needs=lambda options: _zeroing_needs(options, ("moments",))),
+    "steps": Method("draw in fewer steps, with the dense weights", "steps", baseline=True),
+    "cache": Method("skip the blocks of a transformer in some calls, by diffusers' MagCache", "calls",
+                    {"calibration_images": CALIBRATION_IMAGES._replace(default=8)},
+                    needs=lambda options: ("captions",), baseline=True),
 }
+BASELINES = tuple(name for name, entry in METHODS.items() if entry.baseline)
+PRUNING = tuple(name for name, entry in METHODS.items() if not entry.baseline)
 
 
 def pattern_of(text: str) -> Tuple[int, int]:
@@ -210,6 +221,11 @@ def check_together(options: Dict[str, Any], rates: Sequence[float]) -> None:
         raise UserError("--allocation guided and --scope global both decide what each layer loses; give one of them")
 
 
+def file_of(method: str):
+    """Return the module of a method or baseline, which may load torch."""
+    return importlib.import_module(f"{__name__}.{method}")
+
+
 def needs(method: str, options: Dict[str, Any]) -> Tuple[str, ...]:
     """Return what of the calibration a method needs with these options, which may leave out defaults."""
     return METHODS[method].needs({**default_options(method), **options})
@@ -231,8 +247,7 @@ def check_memory(method: str, denoiser, memory: int, **options) -> None:
 
 def largest_rate(method: str, denoiser, call: Dict[str, Any], **options) -> float:
     """Return the largest rate that a limited method can reach. call: the keyword arguments of a denoiser call."""
-    module = importlib.import_module(f"{__name__}.{method}")
-    return module.largest_rate(denoiser, call, **{**default_options(method), **options})
+    return file_of(method).largest_rate(denoiser, call, **{**default_options(method), **options})
 
 
 def default_options(method: str) -> Dict[str, Any]:
@@ -262,11 +277,14 @@ def prune(method: str, denoiser, rate: float, *, calibration=None, **options) ->
 
     options: those of the method that differ from their defaults. calibration: a calibration.Calibration, for methods
     that need it with these options. Raises UserError if the rate is not in [0, 1), if the method, an option or its
-    value is not known, if options exclude each other, if weights of the denoiser are not plain numbers (reach.check),
-    if it has nothing that the method prunes, and for whatever else the method's file names.
+    value is not known, if it is a baseline, if options exclude each other, if weights of the denoiser are not plain
+    numbers (reach.check), if it has nothing that the method prunes, and for whatever else the method's file names.
     """
     if not 0 <= rate < 1:
         raise UserError(f"a pruning rate is in [0, 1); got {rate}")
+    if method in BASELINES:
+        raise UserError(f"{method} changes how images are drawn, not the weights, so it prunes nothing; give one of "
+                        f"{', '.join(PRUNING)}")
     given = {**default_options(method), **options}
     for name, value in options.items():
         check_option(method, name, value)
@@ -277,7 +295,7 @@ def prune(method: str, denoiser, rate: float, *, calibration=None, **options) ->
         raise UserError(f"{method} needs recorded calls of the dense denoiser with these options; give a calibration")
     check_weights(denoiser)
     from pruning.methods import reach  # here, because this table loads without torch
-    module = importlib.import_module(f"{__name__}.{method}")
+    module = file_of(method)
     whole = reach.parameters(denoiser, METHODS[method].removes, getattr(module, "UNITS", ()))
     given.pop("calibration_images", None)  # is in the calibration
     pruned = module.prune(denoiser, rate, calibration=calibration, **given)
@@ -305,7 +323,7 @@ def gathered_layers(method: str, denoiser):
     """
     from pruning.methods import moments, surgery, units  # here, because this table loads without torch
     if METHODS[method].removes:
-        kinds = importlib.import_module(f"{__name__}.{method}").UNITS
+        kinds = file_of(method).UNITS
         return units.column_layers(surgery.find_groups(denoiser, kinds)[0])
     return moments.prunable_layers(denoiser)
 
@@ -316,9 +334,9 @@ def survey(method: str, denoiser, calibration, **options):
     Raises UserError if the method does not solve layer by layer.
     """
     from pruning.methods import moments, weights
-    module = importlib.import_module(f"{__name__}.{method}")
+    module = file_of(method)
     if not hasattr(module, "solver"):
-        able = ", ".join(name for name in METHODS if hasattr(importlib.import_module(f"{__name__}.{name}"), "solver"))
+        able = ", ".join(name for name in METHODS if hasattr(file_of(name), "solver"))
         raise UserError(f"--sensitivity is measured for methods that prune layer by layer: {able}")
     given = {**default_options(method), **options}
     gathered = moments.gather(denoiser, calibration, given.get("step_weights", "uniform"))

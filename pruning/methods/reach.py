@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pruning import UserError
-from pruning.methods import METHODS, Unreached, modulation, ranks, surgery
+from pruning.methods import METHODS, PRUNING, Unreached, modulation, ranks, surgery
 from pruning.methods.kinds import KINDS
 from pruning.methods.zeroing import PRUNABLE, prunable_weights, why_not
 
@@ -101,8 +101,8 @@ def by_method(denoiser: nn.Module) -> Dict[str, Dict[str, int]]:
     """
     weights = {name: weight.numel() for name, weight in prunable_weights(denoiser).items()}
     found = {}
-    for method, entry in METHODS.items():
-        if not entry.removes:
+    for method in PRUNING:
+        if not METHODS[method].removes:
             found[method] = weights
         elif method == "modulation":
             found[method] = modulation.reached(ranks.modulation_layers(denoiser))

@@ -6,7 +6,9 @@ intervals.py, and the costs of a denoiser in costs.py.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Optional, Tuple
+from typing import NamedTuple, Optional, Sequence, Tuple
+
+from pruning import UserError
 
 
 class Metric(NamedTuple):
@@ -25,6 +27,7 @@ class Metric(NamedTuple):
     relative: str = "ratio"  # how it is drawn relative to dense: "ratio", "value", "1 - value", or "" if not at all
     biased: bool = False  # biased upward for few images; left out of figures if there are fewer images than features
     cost: bool = False  # what pruning should save; every other metric is about quality
+    optional: bool = False  # measured only if --metrics names it, because its network is large
 
     @property
     def needs_originals(self) -> bool:
@@ -61,9 +64,15 @@ METRICS = {
                          bounds=(0, math.inf), relative=""),
     "generation_time": Metric("mean time to generate an image",
                               better="lower", per_image=False, unit="s/image", cost=True),
+    "pick_score": Metric("how well people would like each image for its caption, as PickScore predicts from choices of "
+                         "people between two images",
+                         better="higher", per_image=True, unit="scale·cos", backbone="preference", against="caption",
+                         interval="difference", optional=True),
 }
+DEFAULT = tuple(name for name, metric in METRICS.items() if not metric.optional)  # measured if --metrics names none
 
-# The names that records show beside the numbers. Numbers are comparable only if these names agree.
+# The names that records show beside the numbers. Numbers are comparable only if these names agree. Optional metrics may
+# have a standard network alone.
 BACKBONES = {
     "bundled": {
         "clip": "bundled shapes-clip",
@@ -74,5 +83,14 @@ BACKBONES = {
         "clip": "standard openai/clip-vit-base-patch16@57c21647",
         "features": "standard Inception-v3 (torch-fidelity, 2048 features)",
         "lpips": "standard AlexNet (LPIPS 0.1)",
+        "preference": "standard yuvalkirstain/PickScore_v1",
     },
 }
+
+
+def check_networks(names: Sequence[str], kind: str) -> None:
+    """Raise UserError if a kind of BACKBONES has no network for one of these metrics."""
+    lacking = [name for name in names if METRICS[name].backbone not in (None, *BACKBONES[kind])]
+    if lacking:
+        raise UserError(f"the {kind} metric backbones have no network for {' and '.join(lacking)}: give "
+                        "--metric_backbones standard, or leave it out of --metrics")

@@ -18,6 +18,8 @@ from pruning.progress import tqdm
 
 BUNDLED = Path(__file__).resolve().parents[1] / "shapes"
 CLIP_ID, CLIP_REVISION = "openai/clip-vit-base-patch16", "57c216476eefef5ab752ec549e440a49ae4ae5f3"
+# PickScore is a fine-tuned CLIP ViT-H, whose tokenizer and image processor its authors use (Kirstain et al., 2023).
+PICK_ID, PICK_PROCESSOR_ID = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
 class Clip(NamedTuple):
@@ -27,11 +29,16 @@ class Clip(NamedTuple):
     tokenizer: Any
     processor: Any
 
+    @property
+    def scale(self) -> float:
+        """What the model multiplies cosines by, learnt in training."""
+        return float(self.model.logit_scale.exp())
+
 
 # ---------------------------------------------------------------- loading
 
 def load_backbone(kind: str, family: str, device="cpu"):
-    """Return a network of BACKBONES on the device, in float32 and eval mode: a Clip for "clip", else a module.
+    """Return a network of BACKBONES on the device, in float32 and eval mode: a Clip for captions, else a module.
 
     A "features" network maps uint8 images (n, 3, h, w) to features (n, d). An "lpips" network maps two batches of
     images in [-1, 1] to their distances. Raises UserError if a name is unknown or if the weights cannot be loaded; the
@@ -41,10 +48,11 @@ def load_backbone(kind: str, family: str, device="cpu"):
     check_name("family of metric backbones", family, BACKBONES[kind])
     load = {
         "bundled": {"clip": _bundled_clip, "features": _bundled_features, "lpips": _bundled_lpips},
-        "standard": {"clip": _standard_clip, "features": _standard_features, "lpips": _standard_lpips},
+        "standard": {"clip": _standard_clip, "features": _standard_features, "lpips": _standard_lpips,
+                     "preference": _standard_preference},
     }[kind][family]
     network = load()
-    if family == "clip":
+    if isinstance(network, Clip):
         return network._replace(model=network.model.to(device))
     return network.to(device)
 
@@ -58,21 +66,24 @@ def backbone_files(kind: str, family: str) -> List[Path]:
     if kind == "bundled":
         path = _bundled_path("clip" if family == "clip" else "squeezenet.safetensors")
         return sorted(path.iterdir()) if path.is_dir() else [path]
-    if family == "clip":
+    if family in ("clip", "preference"):
         from huggingface_hub import try_to_load_from_cache
 
-        config = try_to_load_from_cache(CLIP_ID, "config.json", revision=CLIP_REVISION)
-        return sorted(path for path in Path(config).parent.iterdir() if path.is_file())
+        configs = [try_to_load_from_cache(CLIP_ID, "config.json", revision=CLIP_REVISION)] if family == "clip" else \
+            [try_to_load_from_cache(PICK_ID, "config.json"),
+             try_to_load_from_cache(PICK_PROCESSOR_ID, "preprocessor_config.json")]
+        return sorted(path for config in configs for path in Path(config).parent.iterdir() if path.is_file())
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
     from torchvision.models import AlexNet_Weights
 
     return [_hub_file(URL_INCEPTION_V3 if family == "features" else AlexNet_Weights.IMAGENET1K_V1.url)]
 
 
-def load_clip(source, revision: str = "main") -> Clip:
+def load_clip(source, revision: str = "main", processor_source=None) -> Clip:
     """Return CLIP on the CPU, in float32 and eval mode, from a save_pretrained folder or from the hub by its id.
 
-    Raises UserError if it cannot be loaded.
+    processor_source: where tokenizer and image processor are, if they are not beside the model. Raises UserError if it
+    cannot be loaded.
     """
     import transformers
     from huggingface_hub.constants import HF_HUB_CACHE
@@ -80,16 +91,19 @@ def load_clip(source, revision: str = "main") -> Clip:
     if Path(source).exists():
         remedy = "the folder must hold a CLIPModel, its tokenizer and its image processor, saved by save_pretrained"
     else:
-        remedy = (f"on a machine with a network, run 'hf download {source} --revision {revision}', and copy the folder "
-                  f"models--{str(source).replace('/', '--')} from its cache into {HF_HUB_CACHE}")
+        sources = [str(each) for each in (source, processor_source) if each]
+        runs = " and ".join(f"'hf download {each} --revision {revision}'" for each in sources)
+        folders = " and ".join(f"models--{each.replace('/', '--')}" for each in sources)
+        remedy = (f"on a machine with a network, run {runs}, and copy the folder{'s' * (len(sources) > 1)} {folders} "
+                  f"from its cache into {HF_HUB_CACHE}")
     # Since transformers 5, CLIPImageProcessor resizes with torchvision. PIL gives the same pixels in all releases.
     processor = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
     transformers.utils.logging.disable_progress_bar()
     with _one_line_errors(f"CLIP from {source}", remedy):
         model = transformers.CLIPModel.from_pretrained(source, revision=revision)
         return Clip(model.float().eval().requires_grad_(False),
-                    transformers.AutoTokenizer.from_pretrained(source, revision=revision),
-                    processor.from_pretrained(source, revision=revision))
+                    transformers.AutoTokenizer.from_pretrained(processor_source or source, revision=revision),
+                    processor.from_pretrained(processor_source or source, revision=revision))
 
 
 @contextlib.contextmanager
@@ -161,6 +175,10 @@ def _bundled_lpips():
 
 def _standard_clip() -> Clip:
     return load_clip(CLIP_ID, CLIP_REVISION)
+
+
+def _standard_preference() -> Clip:
+    return load_clip(PICK_ID, processor_source=PICK_PROCESSOR_ID)
 
 
 def _hub_file(url: str) -> Path:
@@ -273,9 +291,9 @@ def image_features(network, images, batch_size: int = 32) -> np.ndarray:
 
 
 def describe(family: str, network, images) -> np.ndarray:
-    """Return the features (n, d) of images by a network of the family: embed_images for "clip", else image_features.
+    """Return the features (n, d) of images by a network of the family: embed_images of a Clip, else image_features.
 
     Raises KeyError for a family whose networks compare pairs of images instead, and ValueError if images are not uint8
     (n, h, w, 3).
     """
-    return {"clip": embed_images, "features": image_features}[family](network, images)
+    return {"clip": embed_images, "preference": embed_images, "features": image_features}[family](network, images)

@@ -149,16 +149,20 @@ def call_seconds(denoisers: Sequence, call: dict, rounds: int, place: Optional[C
     return seconds
 
 
-def time_ratio(dense, pruned, call: dict, place: Optional[Callable] = None) -> Tuple[float, float, Tuple[float, float]]:
-    """Return the seconds of a dense call, how many times as long a pruned call takes, and the ratio's 95 % interval.
+def time_ratio(dense, others: Sequence, call: dict, place: Optional[Callable] = None, shares: Sequence[float] = (1.0,)
+               ) -> Tuple[float, float, Tuple[float, float]]:
+    """Return the seconds of a dense call, how many times as long the others take, and the ratio's 95 % interval.
 
-    The ratio is the median over rounds of a dense and a pruned call each. While the interval is wider than RATIO_WIDTH
-    of the ratio, ROUNDS more rounds follow, at most MOST_ROUNDS in all.
+    others: the pruned denoiser; of a baseline, the denoisers that its drawings call. shares: how often each is called
+    in the time of one dense call. Without others, a drawing makes fewer dense calls, and the ratio is the share itself.
+
+    The ratio is the median over rounds of a call of dense and of each other. While the interval is wider than
+    RATIO_WIDTH of the ratio, ROUNDS more rounds follow, at most MOST_ROUNDS in all.
     """
-    seconds = np.empty((0, 2))
+    seconds = np.empty((0, 1 + len(others)))
     while True:
-        seconds = np.concatenate([seconds, call_seconds([dense, pruned], call, ROUNDS, place)])
-        ratios = seconds[:, 1] / seconds[:, 0]
+        seconds = np.concatenate([seconds, call_seconds([dense, *others], call, ROUNDS, place)])
+        ratios = seconds[:, 1:] @ np.array(shares) / seconds[:, 0] if others else np.full(len(seconds), shares[0])
         ratio, (low, high) = float(np.median(ratios)), median_interval(ratios)
         if high - low <= RATIO_WIDTH * ratio or len(seconds) >= MOST_ROUNDS:
             return float(np.median(seconds[:, 0])), ratio, (low, high)

@@ -35,9 +35,22 @@ def clip_score(image_embeddings, caption_embeddings) -> np.ndarray:
     image_embeddings, caption_embeddings: unit rows (n, d). CLIPScore (Hessel et al., 2021, section 3) with weight 100
     instead of 2.5, and not clipped at 0. Raises ValueError if the shapes differ.
     """
+    return 100 * _cosines(image_embeddings, caption_embeddings)
+
+
+def pick_score(image_embeddings, caption_embeddings, scale: float) -> np.ndarray:
+    """Return PickScore of each image for its caption, (n,); higher is better (Kirstain et al., 2023, section 3).
+
+    image_embeddings, caption_embeddings: unit rows (n, d) of PickScore's CLIP. scale: what this CLIP multiplies cosines
+    by. Raises ValueError if the shapes differ.
+    """
+    return scale * _cosines(image_embeddings, caption_embeddings)
+
+
+def _cosines(image_embeddings, caption_embeddings) -> np.ndarray:
     if image_embeddings.shape != caption_embeddings.shape:
         raise ValueError(f"unpaired embeddings: {image_embeddings.shape} and {caption_embeddings.shape}")
-    return 100 * np.sum(image_embeddings * caption_embeddings, axis=1, dtype=np.float64)
+    return np.sum(image_embeddings * caption_embeddings, axis=1, dtype=np.float64)
 
 
 # ---------------------------------------------------------------- pairs of images

@@ -16,6 +16,7 @@ from pruning.records.findings import (
     interval,
     is_baseline,
     last_good,
+    named,
     removes,
     same_time,
     samples_to_decide,
@@ -27,6 +28,7 @@ from pruning.records.findings import (
 from pruning.records.record import Point, Record
 from pruning.records.words import counted, listed, number, percent
 
+CALLS = "the denoiser's calls for an image together take"  # of a baseline, which makes other calls than dense
 MOST_SAMPLES = 10_000  # beyond, the number of samples that would decide is not told
 MOST_TRIED = 500  # beyond, a run with as many is not the next thing to try
 
@@ -36,7 +38,7 @@ def answer(record: Record, tolerance: float = TOLERANCE, with_failures: bool = T
 
     with_failures: also say how many images lose more than the tolerance.
     """
-    dense, begin = record.dense, f"How far? {record.variant} pruning of {record.model}"
+    dense, begin = record.dense, f"How far? {named(record)}"
     score = dense.metrics.get(QUALITY)
     if not record.points:
         return f"{begin}: no rate has been measured yet."
@@ -78,11 +80,12 @@ def brief(record: Record, tolerance: float = TOLERANCE) -> str:
     if good is None or QUALITY not in dense.metrics:
         return answer(record, tolerance, with_failures=False)
     beyond = next((point for point in record.points if not holds(point, dense, tolerance)), None)
-    saved = f"{100 * saved_parameters(good, dense):.1f} % of the parameters {'removed' if removes(record) else 'zero'}"
+    saved = "all weights as they were" if is_baseline(record) else \
+        f"{100 * saved_parameters(good, dense):.1f} % of the parameters {'removed' if removes(record) else 'zero'}"
     call, *_ = time_ratio("denoiser_seconds", good, dense)
     time = "no difference in time" if math.isnan(call) or same_time("denoiser_seconds", good, dense) else \
-        f"a call takes {call:.2f} times as long"
-    text = (f"How far? {record.variant} pruning of {record.model} stays within {100 * tolerance:g} % of dense by "
+        f"{CALLS if is_baseline(record) else 'a call takes'} {call:.2f} times as long"
+    text = (f"How far? {named(record)} stays within {100 * tolerance:g} % of dense by "
             f"{QUALITY} up to rate {good.rate:g}: {share_of_dense(good, dense)}, {saved}, and {time}.")
     if beyond is None:
         return f"{text} No higher rate was measured."
@@ -183,7 +186,7 @@ def next_step(record: Record, tolerance: float = TOLERANCE, saved: bool = False)
                                                          "--overwrite": []}
     if rates and good is None and rates[0] > 0.02:
         return "to find a rate that holds", {"--rates": [f"{rates[0] * share:.2g}" for share in (0.25, 0.5)]}
-    if good and good.rate == rates[-1] < 0.9 and \
+    if good and good.rate == rates[-1] < 0.9 and not is_baseline(record) and \
             not getattr(METHODS.get(record.method), "limited", False):
         higher = [rate / 10 for rate in range(1, 10) if rate / 10 > good.rate + 0.01]
         return "to find the rate that fails", {"--rates": [f"{rate:g}" for rate in higher[:3]]}
@@ -235,24 +238,26 @@ def _failed(count: int, most: float, images: int, limit: str) -> str:
 
 
 def _saving(point: Point, record: Record) -> str:
+    if is_baseline(record):
+        return time_beside_dense(point, record.dense, CALLS)
     share = f"{100 * saved_parameters(point, record.dense):.1f} % of the parameters"
     if not removes(record):
         return f"{share} zero, which saves neither time nor space with dense kernels"
     return f"{share} removed; {time_beside_dense(point, record.dense)}"
 
 
-def time_beside_dense(point: Point, dense: Point) -> str:
+def time_beside_dense(point: Point, dense: Point, what: str = "a denoiser call takes") -> str:
     """Return how long the denoiser takes beside dense, "" if the record does not say."""
     call, *call_ends = time_ratio("denoiser_seconds", point, dense)
     image, *image_ends = time_ratio("image_seconds", point, dense)
     if math.isnan(call):
         return ""
     if same_time("denoiser_seconds", point, dense):
-        return f"no difference in time can be told: a denoiser call takes {_ends(call_ends)} times as long"
+        return f"no difference in time can be told: {what} {_ends(call_ends)} times as long"
     if math.isnan(call_ends[0]):
-        return (f"a denoiser call takes {call:.2f} times as long as dense, an image {image:.2f} times; this record "
+        return (f"{what} {call:.2f} times as long as dense, an image {image:.2f} times; this record "
                 "does not say how sure these ratios are")
-    return (f"a denoiser call takes {call:.2f} times as long as dense (95 % interval {_ends(call_ends)}), an image "
+    return (f"{what} {call:.2f} times as long as dense (95 % interval {_ends(call_ends)}), an image "
             f"{image:.2f} times ({_ends(image_ends)})")
 
 

@@ -1,4 +1,4 @@
-"""Records of earlier versions, read as version 10. No torch."""
+"""Records of earlier versions, read as version 11. No torch."""
 from __future__ import annotations
 
 import copy
@@ -18,6 +18,8 @@ from pruning.records.schema import (
     check,
 )
 
+# How images were drawn, which earlier versions did in one way.
+DRAWN = {"drawing": {}}
 # What a method could not reach, which earlier versions did not say.
 REACH = {"unreached": {}, "inexact": {}}
 # What became of each layer, which earlier versions did not say.
@@ -40,14 +42,24 @@ COUNTED = {  # notes until version 8, which named no caption
 }
 
 
-def from_version_9(data: dict) -> dict:
-    """Return a version 9 object as a version 10 object. Raises ValueError that names a part that version 9 has not."""
+def from_version_10(data: dict) -> dict:
+    """Return a version 10 object as a version 11 object. Raises ValueError that names a part that version 10 has not.
+
+    Until version 10, there were no baselines.
+    """
     check(data, {"dense": OBJECT, "points": POINTS}, "")
-    return {**data, "dense": {**REACH, **data["dense"]}, "points": [{**REACH, **point} for point in data["points"]]}
+    return {**data, "dense": {**DRAWN, **data["dense"]}, "points": [{**DRAWN, **point} for point in data["points"]]}
+
+
+def from_version_9(data: dict) -> dict:
+    """Return a version 9 object as a version 11 object. Raises ValueError that names a part that version 9 has not."""
+    check(data, {"dense": OBJECT, "points": POINTS}, "")
+    return from_version_10({**data, "dense": {**REACH, **data["dense"]},
+                            "points": [{**REACH, **point} for point in data["points"]]})
 
 
 def from_version_8(data: dict) -> dict:
-    """Return a version 8 object as a version 10 object. Raises ValueError that names a part that version 8 has not.
+    """Return a version 8 object as a version 11 object. Raises ValueError that names a part that version 8 has not.
 
     Until version 8, a record counted captions that were skipped or cut but named none, and it had no hash of the real
     images that it compared with. It did not say how large a saved file would be, nor how much ratios of times vary.
@@ -65,7 +77,7 @@ def from_version_8(data: dict) -> dict:
 
 
 def from_version_7(data: dict) -> dict:
-    """Return a version 7 object as a version 10 object. Raises ValueError that names a part that version 7 has not.
+    """Return a version 7 object as a version 11 object. Raises ValueError that names a part that version 7 has not.
 
     Until version 7, a record did not say which rates were asked for.
     """
@@ -74,7 +86,7 @@ def from_version_7(data: dict) -> dict:
 
 
 def from_version_6(data: dict) -> dict:
-    """Return a version 6 object as a version 10 object. Raises ValueError that names a part that version 6 has not.
+    """Return a version 6 object as a version 11 object. Raises ValueError that names a part that version 6 has not.
 
     Until version 6, widths were not rounded by default, which in float32 they are not today either.
     """
@@ -84,7 +96,7 @@ def from_version_6(data: dict) -> dict:
 
 
 def from_version_5(data: dict) -> dict:
-    """Return a version 5 object as a version 10 object. Raises ValueError that names a part that version 5 has not.
+    """Return a version 5 object as a version 11 object. Raises ValueError that names a part that version 5 has not.
 
     Until version 5, units went by norm and nothing was re-fitted.
     """
@@ -94,14 +106,14 @@ def from_version_5(data: dict) -> dict:
 
 
 def from_version_4(data: dict) -> dict:
-    """Return a version 4 object as a version 10 object. Raises ValueError that names a part that version 4 has not."""
+    """Return a version 4 object as a version 11 object. Raises ValueError that names a part that version 4 has not."""
     check(data, {"dense": OBJECT, "points": POINTS}, "")
     return from_version_5({**data, "dense": {**LAYERS, **data["dense"]},
                            "points": [{**LAYERS, **point} for point in data["points"]]})
 
 
 def from_version_3(data: dict) -> dict:
-    """Return a version 3 object as a version 10 object. Raises ValueError that names a part that version 3 has not.
+    """Return a version 3 object as a version 11 object. Raises ValueError that names a part that version 3 has not.
 
     Version 3 kept a method's options in settings, and skipped modules, floors and the spread of seeds in notes.
     """

@@ -16,9 +16,9 @@ from pruning import UserError, methods, whole_file
 from pruning.records import earlier
 from pruning.records.schema import REAL_IMAGES, SETTINGS, Notes, Point, Record, build, check
 
-SCHEMA_VERSION = 10
+SCHEMA_VERSION = 11
 EARLIER = {3: earlier.from_version_3, 4: earlier.from_version_4, 5: earlier.from_version_5, 6: earlier.from_version_6,
-           7: earlier.from_version_7, 8: earlier.from_version_8, 9: earlier.from_version_9}
+           7: earlier.from_version_7, 8: earlier.from_version_8, 9: earlier.from_version_9, 10: earlier.from_version_10}
 
 
 class BrokenRecordError(UserError):

@@ -81,6 +81,8 @@ LISTS = Kind("an object of lists of numbers or null", _is_object(_is_list(_or_nu
 OPTIONS = Kind("an object of numbers, texts, true, false or null, named by letters, digits and '_'", _is_options)
 SAMPLES = Kind("a list, not empty, of objects with an id and a caption", _is_samples)
 FAULTS = Kind("an object of counts and the first names", _is_faults)
+DRAWING = Kind("an object of numbers and lists of numbers",
+               _is_object(lambda item: _is_number(item) or _is_list(_is_number)(item)))
 POINTS = Kind("a list of points", _is_list(lambda value: isinstance(value, dict)))
 
 
@@ -103,9 +105,11 @@ class Point:
     parameters: int = field(COUNT)  # of the denoiser
     nonzero_parameters: int = field(COUNT)
     weight_bytes: int = field(COUNT)  # of the weights in memory
-    macs: int = field(COUNT)  # multiply-accumulates of a denoiser call for one latent
+    macs: int = field(COUNT)  # multiply-accumulates of a denoiser call for one latent, of a baseline of a whole call
     peak_bytes: int = field(COUNT)  # the denoiser's weights and the most that a call for one image allocates
-    denoiser_seconds: float = field(SECONDS)  # time of a call for a batch: dense's times the median ratio of pairs
+    # Time of a call for a batch: dense's times the median ratio of pairs. Of a baseline: that of all calls of a
+    # drawing, divided by the number of dense's.
+    denoiser_seconds: float = field(SECONDS)
     dense_denoiser_seconds: float = field(SECONDS)  # median time of dense, called in turn
     image_seconds: float = field(SECONDS)  # mean over all images
     dense_image_seconds: float = field(SECONDS)  # the same, recomputed with the dense call time
@@ -125,6 +129,8 @@ class Point:
     file_bytes: int | None = field(COUNT_OR_NULL, None)  # of the weights as a saved file holds them
     ratio_intervals: Dict[str, List[float] | None] = field(INTERVALS, dict)  # field of a time -> 95 %, ÷ dense
     compiled: bool | None = field(BOOL_OR_NULL, None)  # False: torch.compile fell back; None: not asked for
+    # Baselines only: keyword arguments by which diffusers draws so, of the pipeline or, for cache, of MagCacheConfig.
+    drawing: Dict[str, Any] = field(DRAWING, dict)
 
 
 @dataclass

@@ -6,7 +6,7 @@ from typing import Dict, List, Sequence, Tuple
 from pruning.data.faults import sentences
 from pruning.methods import METHODS
 from pruning.metrics import METRICS
-from pruning.records.answers import answer, lead, share_of_dense, time_beside_dense
+from pruning.records.answers import CALLS, answer, lead, share_of_dense, time_beside_dense
 from pruning.records.findings import (
     ARROWS,
     COLLAPSED,
@@ -24,6 +24,7 @@ from pruning.records.findings import (
     is_baseline,
     last_good,
     metrics_of,
+    named,
     relative,
     removes,
     saved_parameters,
@@ -44,7 +45,8 @@ def summary(record: Record, tolerance: float = TOLERANCE) -> str:
     """Return how far the variant holds and what that saves, then the tables and what to know about them."""
     parts = [wrapped(answer(record, tolerance)), _header(record), str(metric_table(record, tolerance)),
              _legend(record), str(cost_table(record)), wrapped(compile_note(record)),
-             wrapped(_collapse(record)), wrapped(_gain(record, tolerance)), wrapped(_noise(record)),
+             wrapped(_collapse(record)), wrapped(_gain(record, tolerance)), wrapped(_how_to(record)),
+             wrapped(_noise(record)),
              wrapped(reach(record)), "\n".join(map(wrapped, sentences(record.notes.faults))),
              wrapped(bias_note(record))]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -56,7 +58,7 @@ def _header(record: Record) -> str:
     options = ", ".join(f"{name} {value}" for name, value in record.options.items())
     code = f"; code {', '.join(record.notes.code)}" if record.notes.code else ""
     return "\n".join(map(wrapped, [
-        f"{record.variant} pruning of {record.model}{help_text}" + (f"; options: {options}" if options else ""),
+        f"{named(record)}{help_text}" + (f"; options: {options}" if options else ""),
         f"{setup(record)}, on {record.settings['device']}; {versions}{code}",
         f"A rate is the share of {record.dense.unit} asked for, sparsity the share reached."]))
 
@@ -110,11 +112,24 @@ def _gain(record: Record, tolerance: float) -> str:
             f"({change(point.parameters, dense.parameters)}), weights from {_sizes(dense)} to {_sizes(point)}, "
             f"multiply-accumulates by {change(point.macs, dense.macs)}, and {time_beside_dense(point, dense)}"
             for point in points) + "."
+    if is_baseline(record):
+        return "Gain: time alone; the weights stay as they are. " + " ".join(
+            f"At rate {point.rate:g}, {time_beside_dense(point, dense, CALLS)}." for point in points)
     times = [time_beside_dense(point, dense) for point in points]
     zeroed = "; ".join(f"at rate {point.rate:g}, {100 * saved_parameters(point, dense):.1f} % of the parameters are "
                        "zero" + (f", and {time}" if time else "") for point, time in zip(points, times))
     return (f"Gain: none with dense kernels and files: {zeroed}. The denoiser still holds all {dense.parameters:,} "
             f"parameters ({_sizes(points[-1])}): zeros neither shrink it nor make dense kernels faster.")
+
+
+def _how_to(record: Record) -> str:
+    """Return what to pass to diffusers to draw as a baseline did, "" for a method."""
+    call = {"steps": "pipeline(prompt, …)", "cache": "diffusers' MagCacheConfig(…)"}.get(record.method)
+    told = {point.rate: ", ".join(
+        f"{name}={'the list in the record' if isinstance(value, list) else format(value, 'g')}"
+        for name, value in point.drawing.items()) for point in record.points}
+    return f"How to draw so, by {call}: " + "; ".join(
+        f"at rate {rate:g} with {text}" for rate, text in told.items()) + "." if call and told else ""
 
 
 def _sizes(point: Point) -> str:

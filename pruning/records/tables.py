@@ -22,6 +22,7 @@ from pruning.records.findings import (
     images_of,
     in_order,
     interval,
+    is_baseline,
     metrics_of,
     paired_metrics,
     same_time,
@@ -112,6 +113,9 @@ def cost_table(record: Record) -> Table:
         "latent",
         "call: time of a call for a batch; image: time of an image; with the 95 % interval of ratios measured in turn; "
         f"no difference: it comes within {100 * SAME:g} % of 1"]
+    if is_baseline(record):
+        notes.append("call of a baseline: the time of all calls for a batch of images, beside that of dense's calls; a "
+                     "whole call costs the memory and MACs of dense")
     if any("–" in row for row in rows):
         notes.append("–: an earlier version of this program measured, which did not note the size of a saved file, nor "
                      "how sure times are; masks do the same work as dense, so their ratios are left out")
