@@ -323,8 +323,13 @@ def _paired_interval(scored: Scored, other: Scored):
 # ---- records
 
 def is_baseline(record: Record) -> bool:
-    """Return whether the variant prunes nothing: it is what a user could do instead."""
+    """Return whether a record is not of pruning, but of what a user could do instead."""
     return getattr(METHODS.get(record.method), "baseline", False)
+
+
+def named(record: Record) -> str:
+    """Return 'magnitude pruning of shapes-unet', or of a baseline, which prunes nothing, 'steps on shapes-unet'."""
+    return f"{record.variant} {'on' if is_baseline(record) else 'pruning of'} {record.model}"
 
 
 def in_order(records: Sequence[Record]) -> List[Record]:

@@ -44,6 +44,7 @@ from pruning.records.findings import (
     interval,
     last_good,
     metrics_of,
+    named,
     relative_curve,
     relative_interval,
     relative_metrics,
@@ -107,7 +108,7 @@ def draw_metrics(record: Record, path: Path, tolerance: float = TOLERANCE) -> Pa
         safe_zone(axes, record, tolerance, top=METRICS[name].better == "lower")
         draw_noise_levels(axes, record, name)
         metric_axis(axes, name)
-    title(figure, f"{record.variant} pruning of {record.model}: each metric over the pruning rate, the share of "
+    title(figure, f"{named(record)}: each metric over the pruning rate, the share of "
                   f"{record.dense.unit} asked for")
     small_print(figure, f"{setup(record)}. Dotted: the dense model. {noise_note([record], metrics)}",
                 band_note(metrics), left_out_note([record], known))
@@ -192,7 +193,7 @@ def draw_cost(record: Record, path: Path, tolerance: float = TOLERANCE) -> Path 
     axes.set_xlim(0, max([1.05, *(each[name].share + 0.4 for each in sets for name in names)]))
     axes.set_xlabel("÷ dense (← lower is better)")
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=8)
-    title(figure, f"What {record.variant} pruning of {record.model} costs at "
+    title(figure, f"What {named(record)} costs at "
                   + (f"its safe rate {first.rate:g}" if good else f"rate {first.rate:g}; no measured rate is safe")
                   + (f", and at {half.rate:g}" if half is not first else ""))
     batches = f"batches of {record.settings.get('batch_size', '?')}"
