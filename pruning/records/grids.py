@@ -22,6 +22,7 @@ from pruning.records.findings import (
     is_baseline,
     last_good,
     losses,
+    named,
     saved_macs,
     worst_images,
 )
@@ -69,7 +70,7 @@ def draw_images(record: Record, images_folder, path: Path, tolerance: float = TO
                 lost is not None and lost[k] > tolerance) for k in shown]
     figure = Figure(figsize=(WIDTH, height_of(rows) + 0.9), layout="constrained")
     draw_rows(figure.add_subplot(), rows)
-    title(figure, f"{record.variant} pruning of {record.model}, by rate"
+    title(figure, f"{named(record)}, by rate"
                   + (f"; framed: safe, within {100 * tolerance:g} % of dense by {QUALITY}" if good else ""))
     below = sum(k in worst for k in shown)
     small_print(

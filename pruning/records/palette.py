@@ -34,6 +34,7 @@ LINES = {
     "steps": Line("#000000", "<"),
     "cache": Line("#808080", ">"),
     "clip_score": Line("#0052F7", "o"),
+    "pick_score": Line("#00B1FF", "s"),
     "fid": Line("#EF9C10", "D"),
     "lpips": Line("#4A084A", "v"),
     "lpips_dense": Line("#63BDAD", "P"),
