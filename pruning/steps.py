@@ -13,7 +13,6 @@ import numpy as np
 
 from pruning import UserError, distributed, methods
 from pruning.experiment import BLOCK, Experiment, release_dense
-from pruning.methods import Pruned
 from pruning.metrics import METRICS, backbones, costs
 from pruning.models import compiling, generation, pipelines, provenance, saving
 from pruning.progress import tqdm
@@ -40,24 +39,13 @@ def add_seconds(stage: str, seconds: Dict[str, float]):
 def prune_copy(experiment: Experiment, rate: float):
     """Prune a copy of the dense denoiser and put it into the pipeline. Returns the copy and what the method reports.
 
-    All processes calibrate together. Training may end differently in each process, so the main process prunes for all.
-    Then the report is None in the others.
+    All processes call this together.
     """
     method, options = experiment.record.method, experiment.record.options
-    calibrates = bool(rate and methods.needs(method, options))
     denoiser = copy.deepcopy(experiment.dense).to("cpu" if experiment.offload else experiment.device)
-    pruned: Optional[Pruned] = None
-    if calibrates:
+    if rate and methods.needs(method, options):
         methods.calibrate(method, denoiser, experiment.calibration, **options)
-    if distributed.is_main or not calibrates:
-        pruned = methods.prune(method, denoiser, rate, calibration=experiment.calibration, **options)
-    if calibrates:
-        removals = distributed.broadcast(getattr(denoiser, "removals", []))
-        if not distributed.is_main:
-            from pruning.methods import surgery  # here, because the commands import this file before they need torch
-            for plan in removals[len(getattr(denoiser, "removals", [])):]:
-                surgery.apply(denoiser, plan)
-        distributed.broadcast_module(denoiser)
+    pruned = methods.prune(method, denoiser, rate, calibration=experiment.calibration, **options)
     pipelines.set_denoiser(experiment.pipeline, denoiser, experiment.device, experiment.offload)
     return denoiser, pruned
 
