@@ -17,9 +17,14 @@ from pruning.models import generation, pipelines, weights_files
 from pruning.records import store
 from pruning.records.record import read_record
 
-RATE = {"joint": 0.2}  # tiny models hold little that units could save
+# Tiny models hold little that units could save, and one of the two heads of Kandinsky 5 saves nearly half.
+RATE = {"joint": 0.2, ("kandinsky5", "joint"): 0.45}
 WITHOUT = {("sd15", "modulation"), ("sdxl", "modulation")}  # UNets have no AdaLN
 QUICK = ("sd3", "structured")  # the only pair of a family and a method that is not slow
+
+
+def rate_of(family, method):
+    return RATE.get((family, method), RATE.get(method, 0.5))
 
 
 def marks(family):
@@ -55,7 +60,7 @@ def measured(request, folder_of, tmp_path_factory):
     quick = ["--recovery_steps", "1"] if "recovery_steps" in METHODS[method].options else []
     quick += ["--calibration_images", "4"] if "calibration_images" in METHODS[method].options else []
     test_single_rate.main([
-        "--model", str(folder_of(family)), "--method", method, "--rate", str(RATE.get(method, 0.5)),
+        "--model", str(folder_of(family)), "--method", method, "--rate", str(rate_of(family, method)),
         "--dataset", "shapes", "--num_images", "2", "--steps", "2", "--batch_size", "2",
         "--image_size", str(SIZES[family]), "--device", "cpu", "--results_dir", str(folder),
         "--save_pruned", str(folder / "pruned"), *quick])
@@ -82,7 +87,7 @@ def scenes(count=2):
 def test_every_method_prunes_every_family_to_the_rate_asked_for(measured):
     record, _, _ = measured
     point, = record.points
-    assert point.rate == RATE.get(record.method, 0.5)
+    assert point.rate == rate_of(record.model, record.method)
     assert point.units_asked == round(point.rate * point.units_total) > 0
     if record.method == "joint":  # in tiny models a step saves much
         assert point.units_asked <= point.units_taken <= 1.3 * point.units_asked

@@ -417,7 +417,8 @@ def test_the_command_writes_the_sensitivity_of_each_layer_and_no_image(tmp_path,
                            "--verbose"])
     folder, name = tmp_path / "shapes-unet" / "shapes", "magnitude+scope=global+calibration_images=1_sensitivity"
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {
-        f"{name}.json", f"{name}.png", f"{name}.txt", f"{record.variant}.json", "report.html", "results.csv"}
+        f"{name}.json", f"{name}.png", f"{name}.svg", f"{name}.txt", f"{record.variant}.json", "report.html",
+        "results.csv"}
     assert "if this layer alone is pruned" in (folder / "report.html").read_text(encoding="utf-8")
     found = json.loads((folder / f"{name}.json").read_text())
     layers = moments.prunable_layers(pipelines.load_pipeline("shapes-unet").unet)
