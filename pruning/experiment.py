@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from pruning import UserError, cache_folder, cli, data, distributed, methods
+from pruning import UserError, cache_folder, cli, data, distributed, methods, originals
 from pruning.data import DATASETS, Sample
 from pruning.data.faults import Faults, note, sentences
 from pruning.methods import Pruned, calibration
@@ -19,12 +18,9 @@ from pruning.metrics import BACKBONES, DEFAULT, METRICS, backbones, check_networ
 from pruning.models import generation, pipelines, provenance
 from pruning.models.hub import first_line
 from pruning.progress import status, tqdm
-from pruning.records import store
 from pruning.records.record import Notes, Record, protocol_differences
 from pruning.records.words import listed
 
-BLOCK = 64  # images in memory at a time
-REFERENCE_ROWS = 256  # real images in memory at a time; a record's hash of them depends on it
 SAMPLED_STEPS = 6  # by which methods that ask for final latents judge
 
 
@@ -155,7 +151,7 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
     sampling["batch_size"] = (args.batch_size or (earlier and earlier.settings.get("batch_size"))
                               or choose_batch_size(pipeline, dense, samples[0], device, args.offload, sampling))
 
-    originals = hash_originals(samples if DATASETS[args.dataset].originals else [], sampling["image_size"])
+    hashed = originals.content_hash(samples if DATASETS[args.dataset].originals else [], sampling["image_size"])
     weights = {family: provenance.fingerprint(network.model if isinstance(network, backbones.Clip) else network)
                for family, network in networks.items()}
     described = {family: f"{BACKBONES[kind][family]}, {weights[family]}" for family in weights}
@@ -167,7 +163,7 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
                   "metric_backbones": kind, "denoiser": provenance.fingerprint(dense),
                   "pipeline": provenance.fingerprint_rest(pipeline, pipelines.denoiser_name(pipeline)),
                   "configs": provenance.fingerprint_configs(pipeline),
-                  "originals": originals,
+                  "originals": hashed,
                   "dtype": dtype, "compile": args.compile, "offload": args.offload,
                   **distributed.broadcast(provenance.machine(device))},
         backbones={name: described[family] for name, family in families.items() if family in described},
@@ -183,7 +179,7 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
     for index in sorted({index for _, cut in embedded.values() for index in cut}):
         note(found, "Captions cut where CLIP stops reading", samples[index].id)
     tell(found)
-    describe = functools.partial(describe_originals, {family: networks[family] for family in sets}, described,
+    describe = functools.partial(originals.describe, {family: networks[family] for family in sets}, described,
                                  record.versions, device, sampling["image_size"])
     reference, reference_hash = describe(real)
     floors, others_hash = describe(others)
@@ -332,38 +328,6 @@ def tell(faults: Faults) -> None:
     """Print what was skipped or changed in the data, in one of several processes."""
     for sentence in sentences(faults) if distributed.is_main else ():
         print(sentence, file=sys.stderr)
-
-
-def hash_originals(samples: Sequence[Sample], size: int) -> str:
-    """Return the content_hash of the samples' originals. Raises UserError that counts those that cannot be read."""
-    starts, broken = tqdm(range(0, max(1, len(samples)), BLOCK), desc="originals", delay=2, leave=False), {}
-    blocks = (data.load_originals(samples[start:start + BLOCK], size, broken) for start in starts)
-    found = store.hash_of_blocks(blocks, (len(samples), size, size, 3))
-    if broken:
-        raise UserError(" ".join([*sentences(broken), "Replace them"]))
-    return found
-
-
-def describe_originals(networks: Dict[str, Any], described, versions, device: str, size: int,
-                       samples: Sequence[Sample]) -> Tuple[Dict[str, np.ndarray], str]:
-    """Return the features (n, d) of the samples' originals by each network, and a hash of the originals' pixels.
-
-    The originals are read some at a time, and features come from the cache if they are there. Without samples there are
-    no features, and the hash is "none".
-    """
-    if not samples:
-        return {}, "none"
-    keys = {family: provenance.provenance_hash(backbone=described[family], versions=versions, device=device,
-                                               code=provenance.source_hash(backbones)) for family in networks}
-    rows: Dict[str, List[np.ndarray]] = {family: [] for family in networks}
-    pixels = hashlib.sha256()
-    for start in tqdm(range(0, len(samples), REFERENCE_ROWS), desc="real images", delay=2, leave=False):
-        originals = data.load_originals(samples[start:start + REFERENCE_ROWS], size)
-        pixels.update(store.content_hash(originals).encode())
-        for family, network in networks.items():
-            rows[family].append(store.cached_features(functools.partial(backbones.describe, family, network),
-                                                      originals, keys[family]))
-    return {family: np.concatenate(each) for family, each in rows.items()}, pixels.hexdigest()[:32]
 
 
 def release_dense(pipeline, dense, offload: Optional[str]) -> None:

@@ -12,9 +12,10 @@ from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List
 import numpy as np
 
 from pruning import UserError, distributed, methods
-from pruning.experiment import BLOCK, Experiment, release_dense
+from pruning.experiment import Experiment, release_dense
 from pruning.metrics import METRICS, backbones, costs
 from pruning.models import compiling, generation, pipelines, provenance, saving
+from pruning.originals import BLOCK
 from pruning.progress import tqdm
 from pruning.records import store
 from pruning.records.record import Point, Record

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from test_data import flickr8k_folder
 
-from pruning import UserError, cli, data, experiment, pruning_analysis, steps, sweep, test_single_rate
+from pruning import UserError, cli, data, experiment, originals, pruning_analysis, steps, sweep, test_single_rate
 from pruning.data.faults import sentences
 from pruning.methods import METHODS, PRUNING, default_options, needs, probes, reconstruct, sequential, units
 from pruning.metrics import METRICS, backbones, scores
@@ -360,12 +360,12 @@ def test_a_record_that_does_not_know_its_real_images_goes_on_and_still_says_so(p
 
 
 def test_the_hash_of_real_images_changes_with_each_of_them(monkeypatch):
-    monkeypatch.setattr(experiment, "REFERENCE_ROWS", 2)
+    monkeypatch.setattr(originals, "REFERENCE_ROWS", 2)
     network = backbones.load_backbone("bundled", "features")
 
     def describe(images):
         samples = [data.Sample(str(n), "", image.copy) for n, image in enumerate(images)]
-        return experiment.describe_originals({"features": network}, {"features": "x"}, {}, "cpu", 64, samples)
+        return originals.describe({"features": network}, {"features": "x"}, {}, "cpu", 64, samples)
 
     images = [Image.new("RGB", (64, 64), (n, 80, 160)) for n in range(5)]
     found, digest = describe(images)
@@ -593,7 +593,7 @@ def peaks(folder, count, dense):
                              steps.image_provenance(made, rate, index))
     run, pruned = pruning_analysis.run_pruning_experiment, dataclasses.replace(dense, rate=0.5)
     whole = dataclasses.replace(dense, per_image={name: [1.0] * count for name in dense.per_image})
-    uses = {"originals": lambda: experiment.hash_originals(made.samples, 64),
+    uses = {"originals": lambda: originals.content_hash(made.samples, 64),
             "images": lambda: steps.make_images(made, 0.0),
             "dense": lambda: run(made, 0.0, measured=dense),
             "metrics": lambda: run(made, 0.5, whole, measured=pruned)}

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pruning import UserError, experiment
+from pruning import UserError, originals
 from pruning.data import (
     DATASETS,
     Dataset,
@@ -710,7 +710,7 @@ def test_broken_images_are_counted_and_the_first_three_named_before_the_work(tmp
     named = "; ".join(f"{samples[index].id}: .*" for index in (1, 4, 7))
     message = f"^Images in {folder / 'val2017'} that cannot be read: 4 .{named}; ….. Replace"
     with pytest.raises(UserError, match=message):
-        experiment.hash_originals(samples, 8)
+        originals.content_hash(samples, 8)
 
 
 @pytest.mark.parametrize(("width", "height"), [(90, 30), (30, 90), (91, 31)])
