@@ -169,9 +169,10 @@ def test_an_offloaded_denoiser_stays_on_the_device_from_batch_to_batch(tmp_path,
     assert hooks["unet"].model is made.pipeline.text_encoder  # which waits again while the denoiser runs
     assert hooks["text_encoder"].model is denoiser
     assert hooks["vae"] is None
+    steps.make_images(made, 0.0)  # encodes the prompts
     moved = []
     monkeypatch.setattr(accelerate.hooks.CpuOffload, "init_hook", lambda _, module: moved.append(module) or module)
-    steps.make_images(made, 0.0)
+    steps.make_images(made, 0.5)
     assert [module for module in moved if module is not made.pipeline.text_encoder] == []
 
 
