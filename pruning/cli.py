@@ -15,8 +15,9 @@ from typing import Any, Dict, Sequence
 
 from pruning import UserError, offline_by
 from pruning.data import DATASETS
-from pruning.methods import BASELINES, METHODS, PRUNING, at_least, default_options, one_of
+from pruning.methods import BASELINES, METHODS, PRUNING, default_options
 from pruning.methods.calibration import GIB, MEMORY
+from pruning.methods.options import at_least, one_of
 from pruning.metrics import BACKBONES, DEFAULT, METRICS
 from pruning.models.pipelines import OFFLOADS
 from pruning.models.saving import LARGEST_GUIDANCE, LARGEST_IMAGE

@@ -14,6 +14,7 @@ from pruning.data import DATASETS, Sample
 from pruning.data.faults import Faults, note, sentences
 from pruning.methods import Pruned, calibration
 from pruning.methods.calibration import GIB, Calibration
+from pruning.methods.options import check_together
 from pruning.metrics import BACKBONES, DEFAULT, METRICS, backbones, check_networks, costs, scores
 from pruning.models import generation, pipelines, provenance
 from pruning.models.hub import first_line
@@ -115,7 +116,7 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
     Raises UserError if something cannot be had, or if `earlier` was measured with other settings.
     """
     options = cli.method_options(args)
-    methods.check_together(options, args.rates)
+    check_together(options, args.rates)
     cli.check_baseline(args)
     status("importing torch, diffusers and transformers")
     device = distributed.own_device(pipelines.pick_device(args.device))

@@ -9,8 +9,9 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from pruning import UserError
-from pruning.methods import SCOPES, iterative, prune, recovery, zeroing
+from pruning.methods import iterative, prune, recovery, zeroing
 from pruning.methods.calibration import Calibration
+from pruning.methods.options import SCOPES
 
 STEPS = 2
 

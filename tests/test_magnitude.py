@@ -7,7 +7,8 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from pruning import UserError
-from pruning.methods import SCOPES, LayerPruned, prune
+from pruning.methods import LayerPruned, prune
+from pruning.methods.options import SCOPES
 from pruning.methods.zeroing import prunable_weights
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

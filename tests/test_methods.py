@@ -16,19 +16,9 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from pruning import UserError, cli, methods
-from pruning.methods import (
-    METHODS,
-    PRUNING,
-    Method,
-    Option,
-    Pruned,
-    default_options,
-    prune,
-    units,
-    variant_name,
-    weights,
-)
+from pruning.methods import METHODS, PRUNING, Method, Pruned, default_options, prune, units, variant_name, weights
 from pruning.methods.calibration import Calibration
+from pruning.methods.options import Option
 
 ROOT = Path(__file__).resolve().parents[1]
 EACH_METHOD = pytest.mark.parametrize("method", list(PRUNING))

@@ -12,8 +12,9 @@ from test_reconstruct import Idle, Net, Twice, calibration, calls_of, fresh_erro
 from torch import nn
 
 from pruning import UserError, cli, methods, pruning_analysis
-from pruning.methods import SCOPES, moments, probes, prune, recovery, refit, sparsegpt, wanda, weights
+from pruning.methods import moments, probes, prune, recovery, refit, sparsegpt, wanda, weights
 from pruning.methods.calibration import Calibration
+from pruning.methods.options import SCOPES, check_together, pattern_of
 from pruning.models import pipelines
 from pruning.records.record import record_path, write_record
 from pruning.records.summaries import ends_of_sensitivity
@@ -220,7 +221,7 @@ def test_corrected_columns_are_those_of_plain_optimal_brain_surgery(block, patte
     dense, matrix = correlated(5, 24)
     matrix = refit.damped(matrix)[0]
     weight, zeros = sparsegpt.correct_columns(dense, matrix, 70, pattern)
-    expected, mask = plain_obs(dense, matrix, 70, block, pattern and methods.pattern_of(pattern))
+    expected, mask = plain_obs(dense, matrix, 70, block, pattern and pattern_of(pattern))
     assert torch.equal(zeros, mask)
     assert int(zeros.sum()) == (60 if pattern else 70)
     assert torch.allclose(weight.double(), expected, atol=1e-4)
@@ -268,7 +269,7 @@ def test_moments_that_float32_cannot_factor_are_factored_in_float64():
     ("magnitude", {}), ("magnitude", {"refit": True}), ("wanda", {}), ("wanda", {"refit": True, "scope": "layer"}),
     ("sparsegpt", {}), ("reconstruct", {}), ("wanda", {"recovery_steps": 2})], ids=str)
 def test_a_pattern_leaves_exactly_n_of_every_m_input_channels_at_each_place_of_a_kernel(method, options, pattern):
-    model, (stay, every) = Net(), methods.pattern_of(pattern)
+    model, (stay, every) = Net(), pattern_of(pattern)
     report = prune(method, model, 0.5, calibration=calibration(model), pattern=pattern, **options)
     for name, layer in moments.prunable_layers(model).items():
         if name == "enter.weight":  # of 3 input channels
@@ -326,7 +327,7 @@ def test_options_that_exclude_each_other_or_the_rate_are_refused_before_anything
 def test_a_pattern_takes_rate_0_too():
     model = pruned(Net(), "wanda", 0.0, pattern="2:4")
     assert total(zeros_of(model)) == 0
-    methods.check_together({"pattern": "2:4"}, [0.0, 0.5])
+    check_together({"pattern": "2:4"}, [0.0, 0.5])
 
 
 # ---- re-fit, allocation and recovery of methods that zero weights

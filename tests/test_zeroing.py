@@ -6,8 +6,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pruning import UserError
-from pruning.methods import SCOPES, zeroing
+from pruning.methods import zeroing
 from pruning.methods.magnitude import score as magnitude
+from pruning.methods.options import SCOPES
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CHUNKS = pytest.mark.parametrize("chunk", [7, 64, 1 << 19])

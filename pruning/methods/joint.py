@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from pruning import UserError
 from pruning.methods import (
-    BUDGETS,
     LayerPruned,
     Pruned,
     blocks,
@@ -45,6 +44,7 @@ from pruning.methods.allocation import most_of
 from pruning.methods.calibration import Calibration, match
 from pruning.methods.modulation import Basis
 from pruning.methods.moments import Moments
+from pruning.methods.options import BUDGETS
 from pruning.methods.surgery import Group
 from pruning.progress import tqdm
 

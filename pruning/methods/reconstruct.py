@@ -13,9 +13,10 @@ from typing import Iterator, Optional, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 
-from pruning.methods import Pruned, moments, pattern_of, refit, weights, zeroing
+from pruning.methods import Pruned, moments, refit, weights, zeroing
 from pruning.methods.calibration import Calibration
 from pruning.methods.moments import as_rows
+from pruning.methods.options import pattern_of
 
 ROW_SHARE = 0.015  # of each row stays: a row without weights is a constant
 SHARE = 0.1  # of the weights that are left go in a step, and the next step's score knows the re-fit

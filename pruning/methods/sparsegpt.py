@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from pruning import UserError
-from pruning.methods import Pruned, moments, pattern_of, refit, weights, zeroing
+from pruning.methods import Pruned, moments, refit, weights, zeroing
 from pruning.methods.calibration import Calibration
 from pruning.methods.moments import as_rows
+from pruning.methods.options import pattern_of
 
 BLOCK = 128  # columns whose mask is chosen together
 

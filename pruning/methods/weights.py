@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from pruning import UserError
-from pruning.methods import Pruned, allocation, moments, pattern_of, probes, refit, sequential, zeroing
+from pruning.methods import Pruned, allocation, moments, probes, refit, sequential, zeroing
 from pruning.methods.calibration import Calibration
 from pruning.methods.moments import Moments, as_rows
+from pruning.methods.options import pattern_of
 from pruning.progress import tqdm
 
 Solve = Callable[[str, nn.Module, Sequence[int]], Iterator[Tuple[Tensor, Tensor]]]

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from pruning import UserError, check_name
-from pruning.methods import METHODS, SCOPES, LayerPruned, Pruned
+from pruning.methods import METHODS, LayerPruned, Pruned
+from pruning.methods.options import SCOPES
 
 Score = Callable[[Tensor, str], Tensor]
 
