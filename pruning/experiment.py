@@ -12,7 +12,7 @@ import numpy as np
 from pruning import UserError, cache_folder, cli, data, distributed, methods, originals
 from pruning.data import DATASETS, Sample
 from pruning.data.faults import Faults, note, sentences
-from pruning.methods import Pruned, calibration
+from pruning.methods import calibration
 from pruning.methods.calibration import GIB, Calibration
 from pruning.methods.options import check_together
 from pruning.metrics import BACKBONES, DEFAULT, METRICS, backbones, check_networks, costs, scores
@@ -83,28 +83,6 @@ class Experiment:
         denoiser = getattr(self.pipeline, pipelines.denoiser_name(self.pipeline))
         return {"macs": costs.count_macs(denoiser, self.single_call),
                 "peak_bytes": costs.peak_bytes(denoiser, self.single_call)}
-
-    @functools.lru_cache(maxsize=None)  # noqa: B019 - the same
-    def plan(self, rate: float) -> Pruned:
-        """What a baseline leaves out of each drawing at a rate."""
-        return methods.file_of(self.record.method).plan(rate, self.sampling["steps"], self.magnitudes())
-
-    @functools.lru_cache(maxsize=None)  # noqa: B019 - the same
-    def magnitudes(self) -> Optional[List[float]]:
-        """The ratios by which the cache plans, measured once on the training captions; None if nothing asks for them.
-
-        All processes ask together. Raises UserError if diffusers cannot cache this model.
-        """
-        if "captions" not in methods.needs(self.record.method, self.record.options):
-            return None
-        cache, size = methods.file_of("cache"), self.sampling["batch_size"]
-        denoiser = cache.twin(self.dense)
-        pipelines.set_denoiser(self.pipeline, denoiser, self.device, self.offload)
-        found = cache.magnitudes(self.pipeline, denoiser, [
-            functools.partial(generation.generate, self.pipeline, self.training[start:start + size], **self.sampling)
-            for start in range(0, len(self.training), size)])
-        release_dense(self.pipeline, self.dense, self.offload)
-        return distributed.broadcast(found)
 
 
 # ---- preparation

@@ -4,14 +4,15 @@ from __future__ import annotations
 import functools
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
 from pruning import UserError, distributed, methods
+from pruning.baselines import baseline_plan, drawing
 from pruning.experiment import Experiment, release_dense
 from pruning.metrics import METRICS, backbones, costs
 from pruning.models import compiling, generation, pipelines, provenance, saving
@@ -43,7 +44,7 @@ def prune_copy(experiment: Experiment, rate: float):
     Of a baseline, the copy stays dense, and the report is its plan. All processes call this together.
     """
     method, options = experiment.record.method, experiment.record.options
-    baseline = experiment.plan(rate) if method in methods.BASELINES else None
+    baseline = baseline_plan(experiment, rate) if method in methods.BASELINES else None
     release_dense(experiment.pipeline, experiment.dense, experiment.offload)
     pipelines.set_denoiser(experiment.pipeline, experiment.dense)  # lets go of the copy of the last rate
     denoiser = pipelines.copy_to(experiment.dense, "cpu" if experiment.offload else experiment.device)
@@ -140,15 +141,6 @@ def made_ahead(items: Iterator) -> Iterator:
             coming = worker.submit(next, items, None)
             yield item
             item = coming.result()
-
-
-def drawing(experiment: Experiment, rate: float) -> ContextManager[Dict[str, Any]]:
-    """Return a context in which a batch is drawn, and which yields the settings: those of all, or a baseline's."""
-    method, pipeline = experiment.record.method, experiment.pipeline
-    if method not in methods.BASELINES:
-        return nullcontext(experiment.sampling)
-    denoiser = getattr(pipeline, pipelines.denoiser_name(pipeline))
-    return methods.file_of(method).drawing(denoiser, experiment.plan(rate), experiment.sampling)
 
 
 def load_images(experiment: Experiment, rate: float) -> Optional[Images]:
@@ -273,7 +265,7 @@ def time_calls(experiment: Experiment, denoiser, rate: float, images: Images) ->
                 "dense_image_seconds": image, "ratio_intervals": {}}
     calls, others, shares = images.calls, [denoiser], [1.0]
     if experiment.record.method == "cache":
-        others, shares = methods.file_of("cache").timed(denoiser, experiment.plan(rate))
+        others, shares = methods.file_of("cache").timed(denoiser, baseline_plan(experiment, rate))
     elif experiment.record.method == "steps":
         calls = load_image(experiment, 0.0, 0).calls
         others, shares = [], [images.calls / calls]

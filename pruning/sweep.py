@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Callable, Dict, List, Optional, Tuple
 
 from pruning import UserError, cli, distributed, methods
+from pruning.baselines import baseline_plan
 from pruning.data import DATASETS
 from pruning.experiment import Experiment, checkpoint_file, prepare, release_dense
 from pruning.methods import variant_name
@@ -127,7 +128,7 @@ def without_a_drawing(experiment: Experiment, rates: List[float]) -> Tuple[List[
     """Return the rates at which a baseline has no drawing of its own, and why in words."""
     beyond, why, known = [], [], {0: 0.0}
     for rate in rates:
-        plan = experiment.plan(rate)
+        plan = baseline_plan(experiment, rate)
         if plan.taken != plan.asked:
             why.append(f"no setting leaves out exactly {plan.asked} of the {plan.total} {plan.unit}, rate {rate:g}")
         elif rate and plan.taken in known:

@@ -13,7 +13,7 @@ import torch
 from families import FAMILIES, SIZE
 from test_analysis import fails
 
-from pruning import UserError, cli, experiment, pruning_analysis, steps, sweep
+from pruning import UserError, baselines, cli, experiment, pruning_analysis, steps, sweep
 from pruning.data import Sample
 from pruning.methods import BASELINES, METHODS, cache, prune
 from pruning.methods import steps as fewer_steps
@@ -224,7 +224,7 @@ def test_rates_that_leave_out_as_many_steps_are_an_error_or_told(experiments):
 def test_rates_that_the_cache_does_not_reach_are_an_error_or_told(experiments, monkeypatch):
     made = experiments("steps")
     made = replace(made, record=replace(made.record, method="cache", options={"calibration_images": 8}))
-    monkeypatch.setattr(type(made), "magnitudes", lambda _: FALLING)
+    monkeypatch.setattr(baselines, "magnitudes", lambda _: FALLING)
     with pytest.raises(UserError, match="cache: no setting leaves out exactly 9 of the 10 calls, rate 0.9; leave out"):
         sweep.reachable(made, [0.5, 0.9], by_default=False)
     assert sweep.reachable(made, [0.5, 0.9], by_default=True) == [0.5]

@@ -14,7 +14,7 @@ COMMANDS = {"pruning_analysis", "test_single_rate", "visualize_results", "genera
             "prefetch", "check_model"}
 SLOW_TO_IMPORT = {"torch", "scipy", "diffusers", "transformers", "pooch", "requests"}
 # Modules that may import rooms, and that no room may import.
-TOP = COMMANDS | {"cli", "console", "sweep", "experiment", "steps", "originals"}
+TOP = COMMANDS | {"cli", "console", "sweep", "experiment", "steps", "baselines", "originals"}
 
 
 def imported(path):
@@ -39,8 +39,8 @@ def top_modules(path):
 
 @pytest.mark.parametrize("path", sorted(PRUNING.rglob("*.py")), ids=lambda path: str(path.relative_to(PRUNING)))
 def test_imports_run_from_commands_to_rooms(path):
-    above = {"sweep": COMMANDS, "steps": COMMANDS | {"sweep"}, "experiment": COMMANDS | {"sweep", "steps"},
-             "originals": {"experiment", "steps"},
+    above = {"sweep": COMMANDS, "steps": COMMANDS | {"sweep"}, "experiment": COMMANDS | {"sweep", "steps", "baselines"},
+             "baselines": COMMANDS | {"sweep", "steps"}, "originals": {"experiment", "steps"},
              "cli": COMMANDS | {"sweep", "experiment", "console"}}
     for module, name in top_modules(path):
         if module in COMMANDS:
