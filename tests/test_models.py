@@ -50,7 +50,8 @@ def test_one_image_too_large_for_the_gpu_is_an_error_with_remedies(crowded):
 
 def test_the_largest_batch_that_fits_is_found(crowded, monkeypatch):
     sample, one = data.load_samples("shapes", 1)[0][0], {"steps": 2, "guidance_scale": 4.0, "image_size": 64}
-    assert generation.fitting_batch_size(crowded, sample, "cpu", **one) == 8
+    assert generation.fitting_batch_size(crowded, sample, "cpu", **one) == 16
+    assert generation.fitting_batch_size(crowded, sample, "cpu", **{**one, "image_size": 1024}) == 2
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     for room, size in ((40, 32), (5, 4), (0, 1)):
         crowded.room = room

@@ -292,7 +292,7 @@ def own_settings(kind: type, model: str) -> dict:
 def default_size(kind: type) -> Optional[int]:
     """Return how many pixels a side a pipeline class draws unless told otherwise; None if it does not say."""
     takes = inspect.signature(kind.__call__).parameters
-    height, width = takes["height"].default, takes["width"].default
+    height, width = (takes[name].default if name in takes else None for name in ("height", "width"))
     return height if isinstance(height, int) and height == width else None
 
 
