@@ -20,11 +20,10 @@ from pruning.data import DATASETS
 from pruning.methods import unreached_by_reason
 from pruning.models import pipelines
 from pruning.records.tables import Table, wrapped
-from pruning.records.words import duration
+from pruning.records.words import duration, gigabytes
 
 POINTS = 10  # of a sweep: nine rates and the dense model
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-TRAINED = 16  # bytes a parameter in recovery: weight, gradient and two moments of AdamW in float32
 
 
 def reach_table(denoiser) -> Table:
@@ -45,13 +44,16 @@ def reach_table(denoiser) -> Table:
 
 def memory_text(found, dtype: str) -> str:
     """Return what the parts of a pipeline weigh, and what a sweep needs beside them."""
+    from pruning.methods import reckoning
+    trained = reckoning.without_activations(found.parts[found.denoiser]).total
     sizes = {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in found.parts.items()}
     own = sizes.pop(found.denoiser)
     unknown = "".join(f" Not counted: {name} ({why})." for name, why in found.unknown.items())
-    return (f"Weights in {dtype}: {_gb(own * BYTES[dtype])} for the denoiser of {own / 1e6:,.1f} million parameters, "
-            f"{_gb(sum(sizes.values()) * BYTES[dtype])} for the other parts.{unknown} A sweep holds the denoiser "
-            "twice, dense and pruned. Methods that calibrate gather moments within --calibration_memory. Recovery and "
-            f"iterative train in float32, which takes {_gb(own * TRAINED)}.")
+    return (f"Weights in {dtype}: {gigabytes(own * BYTES[dtype])} for the denoiser of {own / 1e6:,.1f} million "
+            f"parameters, {gigabytes(sum(sizes.values()) * BYTES[dtype])} for the other parts.{unknown} A sweep holds "
+            "the denoiser twice, dense and pruned. Methods that calibrate gather moments within --calibration_memory. "
+            f"Recovery and iterative train in float32, which takes {gigabytes(trained)} and what a call's activations "
+            "take.")
 
 
 def time_text(found, args, device: str, dtype: str) -> str:
@@ -67,10 +69,6 @@ def time_text(found, args, device: str, dtype: str) -> str:
             f"matrix product in {dtype} makes {_macs(speed)} a second. So an image takes {duration(seconds)} or more, "
             f"and a sweep of {args.num_images} images at {POINTS - 1} rates and dense "
             f"{duration(POINTS * args.num_images * seconds)} or more.")
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
 def _macs(count: float) -> str:

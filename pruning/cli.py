@@ -155,6 +155,9 @@ def add_measuring_flags(parser: Parser) -> None:
     parser.add_argument("--calibration_memory", type=gibibytes, default=MEMORY / GIB, metavar="GIB",
                         help="GiB for what is gathered of layer inputs in one pass over the calibration calls; less "
                              "memory means more passes and the same result")
+    parser.add_argument("--gradient_checkpointing", action="store_true",
+                        help="in recovery, compute activations twice instead of keeping them: less memory, more time, "
+                             "the same result (default: only if memory is short)")
     add_tolerance(parser)
     parser.add_argument("--save_pruned", type=Path, metavar="DIR",
                         help="save the pruned pipeline as a folder that --model takes; several rates: in DIR/RATE")

@@ -1,6 +1,6 @@
 """One process, or several that `accelerate launch` or torchrun started. One process needs no torch here.
 
-Processes exchange data by gloo: NCCL takes no tensors on the CPU, and no two processes on one GPU.
+Tensors on the CPU are exchanged by gloo, tensors on GPUs by NCCL, or if two processes share a GPU, by gloo too.
 """
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def _set_by_launcher(name: str, default: int) -> int:
 
 world_size = _set_by_launcher("WORLD_SIZE", 1)
 rank = _set_by_launcher("RANK", 0)
+local_size = _set_by_launcher("LOCAL_WORLD_SIZE", world_size)  # processes on this machine
 is_main = rank == 0  # the process that gathers, writes and prints
 TIMEOUT = timedelta(hours=6)  # processes wait for the slowest, which may have the most images to make
 
@@ -37,6 +38,12 @@ def own_device(device: str) -> str:
     return device
 
 
+def _backend() -> str:
+    import torch
+    gpus = torch.cuda.device_count() if torch.distributed.is_nccl_available() else 0
+    return "cpu:gloo,cuda:nccl" if 0 < local_size <= gpus else "gloo"
+
+
 @contextmanager
 def _collective():
     """Run a collective operation of torch.distributed, the block's value, in all processes.
@@ -46,7 +53,7 @@ def _collective():
     import torch
     if not torch.distributed.is_initialized():
         try:
-            torch.distributed.init_process_group("gloo", timeout=TIMEOUT)
+            torch.distributed.init_process_group(_backend(), timeout=TIMEOUT)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"WORLD_SIZE={world_size} says that several processes run, but they do not find each other "
                             f"({str(error).splitlines()[0]}); start them with accelerate launch or torchrun, or unset "

@@ -147,7 +147,8 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
     generation.remember_prompts(pipeline)
     dense = pipelines.take_denoiser(pipeline)
     methods.check_weights(dense)
-    methods.check_memory(args.method, dense, int(args.calibration_memory * GIB), **options)
+    methods.check_memory(args.method, dense, int(args.calibration_memory * GIB),
+                         "cpu" if args.offload else device, **options)
     sampling = {"seed": args.seed, **pipelines.sampling_settings(pipeline, model, {
         name: getattr(args, name) for name in ("steps", "guidance_scale", "image_size")})}
     rehearse(pipeline, dense, samples[0], device, args.offload, sampling, networks, chosen)
@@ -196,6 +197,7 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
     notes = Notes(faults={**faults, **unused, **found}, code=list(dict.fromkeys(code)), reference_images=len(real),
                   feature_sizes={family: features.shape[1] for family, features in reference.items()})
 
+    folder = calibration_folder(record, captions)
     drawn = [Sample(f"recovery-{i:05d}", caption, None) for i, caption in enumerate(captions)]
 
     def sample(denoiser, count: int):
@@ -211,18 +213,29 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
         return torch.cat(made)
 
     def record_calls() -> list:
-        """Record the dense denoiser's calls while it draws the training captions."""
+        """Return the dense denoiser's calls while it draws the training captions, from a file for each batch.
+
+        Processes share out the batches that no earlier run has drawn. No process holds more than a batch in memory.
+        """
         size = min(sampling["batch_size"], calibration.BATCH)
-        batches = [drawn[start:start + size] for start in range(0, len(drawn), size)]
-        pipelines.set_denoiser(pipeline, dense, device, args.offload)
-        keep, calls = calibration.keep_once(), []
-        with tqdm(total=len(drawn), unit="image", desc="calibration images", disable=not distributed.is_main) as bar:
-            for number in range(distributed.rank, len(batches), distributed.world_size):
-                made = generation.record_calls(pipeline, batches[number], keep, **sampling)
-                calls.append((number, made))
-                bar.update(sum(map(len, batches[number:number + distributed.world_size])))
-        release_dense(pipeline, dense, args.offload)
-        return [call for _, made in sorted(distributed.gather(calls), key=lambda pair: pair[0]) for call in made]
+        batches = {folder / f"calls-{start}.pt": drawn[start:start + size] for start in range(0, len(drawn), size)}
+        missing = [path for path in batches if calibration.read_calls(path) is None] if distributed.is_main else None
+        missing = distributed.broadcast(missing)
+        if missing:
+            pipelines.set_denoiser(pipeline, dense, device, args.offload)
+            own = tqdm(missing[distributed.rank::distributed.world_size], desc="calibration images", unit="batch",
+                       disable=not distributed.is_main)
+            for path in own:
+                calls = generation.record_calls(pipeline, batches[path], calibration.keep_once(), **sampling)
+                calibration.write_calls(calls, path)
+            release_dense(pipeline, dense, args.offload)
+        distributed.barrier()
+        found = {path: calibration.read_calls(path) for path in batches}
+        for path, calls in found.items():
+            if calls is None:
+                raise UserError(f"cannot read {path}, which holds recorded calls of the denoiser: let PRUNING_CACHE "
+                                "name a folder that all processes share")
+        return [call for calls in found.values() for call in calls]
 
     return Experiment(
         record=replace(record, notes=notes), images_folder=path.parent / "images", pipeline=pipeline, dense=dense,
@@ -232,8 +245,8 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
         training=drawn, calibration=calibration.Calibration(
             record_calls, args.seed, checkpoint=checkpoint_file(path), guidance_scale=sampling["guidance_scale"],
             first_batch=min(sampling["batch_size"], calibration.BATCH, len(captions)),
-            memory=int(args.calibration_memory * GIB), folder=calibration_folder(record, captions),
-            sample=sample) if captions else None)
+            memory=int(args.calibration_memory * GIB), folder=folder, sample=sample,
+            recompute=args.gradient_checkpointing) if captions else None)
 
 
 def choose_metrics(args, earlier: Optional[Record]) -> Tuple[List[str], Faults]:

@@ -13,7 +13,6 @@ import numpy as np
 
 from pruning import UserError, distributed, methods
 from pruning.experiment import BLOCK, Experiment, release_dense
-from pruning.methods import Pruned
 from pruning.metrics import METRICS, backbones, costs
 from pruning.models import compiling, generation, pipelines, provenance, saving
 from pruning.progress import tqdm
@@ -40,32 +39,19 @@ def add_seconds(stage: str, seconds: Dict[str, float]):
 def prune_copy(experiment: Experiment, rate: float):
     """Prune a copy of the dense denoiser and put it into the pipeline. Returns the copy and what the method reports.
 
-    Of a baseline, the copy stays dense, and the report is its plan.
-
-    All processes calibrate together. Training may end differently in each process, so the main process prunes for all.
-    Then the report is None in the others.
+    Of a baseline, the copy stays dense, and the report is its plan. All processes call this together.
     """
     method, options = experiment.record.method, experiment.record.options
     baseline = experiment.plan(rate) if method in methods.BASELINES else None
-    calibrates = bool(rate and not baseline and methods.needs(method, options))
     release_dense(experiment.pipeline, experiment.dense, experiment.offload)
     pipelines.set_denoiser(experiment.pipeline, experiment.dense)  # lets go of the copy of the last rate
     denoiser = pipelines.copy_to(experiment.dense, "cpu" if experiment.offload else experiment.device)
     if baseline:
         pipelines.set_denoiser(experiment.pipeline, denoiser, experiment.device, experiment.offload)
         return denoiser, baseline
-    pruned: Optional[Pruned] = None
-    if calibrates:
+    if rate and methods.needs(method, options):
         methods.calibrate(method, denoiser, experiment.calibration, **options)
-    if distributed.is_main or not calibrates:
-        pruned = methods.prune(method, denoiser, rate, calibration=experiment.calibration, **options)
-    if calibrates:
-        removals = distributed.broadcast(getattr(denoiser, "removals", []))
-        if not distributed.is_main:
-            from pruning.methods import surgery  # here, because the commands import this file before they need torch
-            for plan in removals[len(getattr(denoiser, "removals", [])):]:
-                surgery.apply(denoiser, plan)
-        distributed.broadcast_module(denoiser)
+    pruned = methods.prune(method, denoiser, rate, calibration=experiment.calibration, **options)
     pipelines.set_denoiser(experiment.pipeline, denoiser, experiment.device, experiment.offload)
     return denoiser, pruned
 

@@ -1,7 +1,8 @@
 """The ways to prune: one table, and a file for each method in it.
 
 The file of method "x" is methods/x.py. Its prune(denoiser, rate, *, calibration=None, **options) -> Pruned prunes
-the denoiser in place and is given every option of the table. This table loads without torch.
+the denoiser in place and is given every option of the table but calibration_images, which is in the calibration, and
+recovery_steps: prune() below trains after each method alike. This table loads without torch.
 
 A baseline changes how images are drawn instead of the weights. It stands in the table to be measured as a method is.
 In place of prune(), its file has plan(rate, steps, magnitudes) -> Pruned and drawing(denoiser, pruned, sampling).
@@ -42,6 +43,7 @@ class Method(NamedTuple):
     # Options -> what of the calibration they need: "calls" of the dense denoiser, "moments" of its layers' inputs, of a
     # baseline "captions". Nothing: prune() gets no calibration. Such a method has the option "calibration_images".
     needs: Callable[[Dict[str, Any]], Tuple[str, ...]] = lambda options: ()
+    trains: bool = False  # whether its prune() takes recovery_steps and trains itself, in all processes together
     limited: bool = False  # whether its file has largest_rate(denoiser, call, **options), as not every rate is in reach
     baseline: bool = False  # whether it prunes nothing and is what a user could do instead: draw in less time
 
@@ -156,7 +158,7 @@ METHODS: Dict[str, Method] = {
     "iterative": Method(
         "magnitude in steps, with self-distillation after each", "weights",
         {"scope": SCOPE, "recovery_steps": RECOVERY_STEPS._replace(default=60),
-         "calibration_images": CALIBRATION_IMAGES._replace(default=128)}, needs=_zeroing_needs),
+         "calibration_images": CALIBRATION_IMAGES._replace(default=128)}, needs=_zeroing_needs, trains=True),
     "attention_heads": Method("remove whole attention heads, and re-fit the layers behind them", "heads",
                               {**REMOVING, "allocation": ALLOCATION._replace(default="guided")}, removes=True,
                               needs=_removing_needs),
@@ -237,12 +239,19 @@ def check_weights(denoiser) -> None:
     reach.check(denoiser)
 
 
-def check_memory(method: str, denoiser, memory: int, **options) -> None:
-    """Raise UserError if the method gathers moments and those of one layer take more than `memory` bytes."""
+def check_memory(method: str, denoiser, memory: int, device, **options) -> None:
+    """Raise UserError if what the method does with these options cannot fit, whatever the calls are.
+
+    memory: bytes for moments, of which those of one layer must fit. device: has to hold a copy of the denoiser that
+    recovery trains, if the method removes nothing of it. All processes call this together.
+    """
     if "moments" in needs(method, options):
         from pruning.methods import moments  # here, because this table loads without torch
         layers = gathered_layers(method, denoiser)
         moments.memory_groups({name: moments.moment_bytes(layer) for name, layer in layers.items()}, memory)
+    if options.get("recovery_steps") and not METHODS[method].removes:
+        from pruning.methods import reckoning
+        reckoning.check_weights_fit(denoiser, device)
 
 
 def largest_rate(method: str, denoiser, call: Dict[str, Any], **options) -> float:
@@ -273,8 +282,10 @@ def variant_name(method: str, options: Dict[str, Any]) -> str:
 
 
 def prune(method: str, denoiser, rate: float, *, calibration=None, **options) -> Pruned:
-    """Prune `denoiser` (a torch module) in place by a method of the table, and return what was done.
+    """Prune `denoiser` (a torch module) in place by a method of the table, recover, and return what was done.
 
+    Of several processes, all call this together if the method calibrates: the main process prunes for all, because
+    least squares may end differently in each, and all train.
     options: those of the method that differ from their defaults. calibration: a calibration.Calibration, for methods
     that need it with these options. Raises UserError if the rate is not in [0, 1), if the method, an option or its
     value is not known, if it is a baseline, if options exclude each other, if weights of the denoiser are not plain
@@ -294,18 +305,28 @@ def prune(method: str, denoiser, rate: float, *, calibration=None, **options) ->
     elif calibration is None:
         raise UserError(f"{method} needs recorded calls of the dense denoiser with these options; give a calibration")
     check_weights(denoiser)
-    from pruning.methods import reach  # here, because this table loads without torch
+    from pruning.methods import reach, recovery, surgery  # here, because this table loads without torch
     module = file_of(method)
     whole = reach.parameters(denoiser, METHODS[method].removes, getattr(module, "UNITS", ()))
     given.pop("calibration_images", None)  # is in the calibration
-    pruned = module.prune(denoiser, rate, calibration=calibration, **given)
+    steps = 0 if METHODS[method].trains else given.pop("recovery_steps", 0)
+    if calibration and steps:
+        recovery.rehearse(denoiser, METHODS[method].removes, calibration)  # before anything changes
+    pruned = None
+    if distributed.is_main or METHODS[method].trains or not calibration:
+        pruned = module.prune(denoiser, rate, calibration=calibration, **given)
+    if calibration:
+        pruned = distributed.broadcast(pruned)
+        surgery.share(denoiser)
+        if steps:
+            recovery.recover_at(rate, denoiser, METHODS[method].removes, calibration, steps)
     return pruned._replace(unreached=reach.unreached(whole, pruned.reached, pruned.skipped_modules))
 
 
 def calibrate(method: str, denoiser, calibration, **options) -> None:
     """Record the calls and gather the moments that a method needs and that are not there yet.
 
-    All processes call this together, and the main process calls prune() then. A single process may leave it out.
+    All processes call this together, and prune() then. A single process may leave it out.
     """
     needed = needs(method, options)
     if "moments" in needed:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning import UserError
-from pruning.methods import LayerPruned, Pruned, bypass, moments, recovery, sequential, surgery
+from pruning.methods import LayerPruned, Pruned, bypass, moments, sequential, surgery
 from pruning.methods import refit as refitting
 from pruning.methods.calibration import Calibration, answer
 from pruning.methods.moments import as_rows
@@ -32,7 +32,7 @@ class Order(NamedTuple):
     alone: Dict[str, float]  # the same if one block alone is gone
 
 
-def prune(denoiser: nn.Module, rate: float, *, refit: bool, mask_only: bool, recovery_steps: int,
+def prune(denoiser: nn.Module, rate: float, *, refit: bool, mask_only: bool,
           calibration: Optional[Calibration] = None) -> Pruned:
     """Bypass, or with mask_only zero the last layers of, round(rate * n) of all n blocks, in place.
 
@@ -48,7 +48,6 @@ def prune(denoiser: nn.Module, rate: float, *, refit: bool, mask_only: bool, rec
     gone = {name: found[name] for name in order.names[:round(rate * len(found))]}
     aims = aims_of(denoiser, calibration) if refit and gone else None
     take_out(denoiser, gone, aims, mask_only, calibration)
-    recovery.recover_at(rate, denoiser, {}, calibration, recovery_steps)
     return Pruned("blocks", len(found), len(gone), len(gone), {},
                   {name: LayerPruned(float(name in gone), order.alone[name]) for name in found}, reached)
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 import tempfile
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +31,8 @@ class Calibration:
 
     def __init__(self, record: Callable[[], List[Call]], seed: int, *, checkpoint: Optional[Path] = None,
                  guidance_scale: float = 1.0, first_batch: int = 0, folder: Optional[Path] = None,
-                 memory: int = MEMORY, sample: Optional[Callable[[nn.Module, int], Tensor]] = None):
+                 memory: int = MEMORY, sample: Optional[Callable[[nn.Module, int], Tensor]] = None,
+                 recompute: bool = False):
         self._record = record
         self._sample = sample
         self._kept: Dict[str, Dict[str, Tensor]] = {}
@@ -38,6 +40,7 @@ class Calibration:
         self._scratch = None if folder else tempfile.TemporaryDirectory()  # removed with this object
         self.folder = folder or Path(self._scratch.name)  # of what `keep` writes; other runs may use the same
         self.memory = memory  # bytes of moments that may be in memory together
+        self.recompute = recompute  # whether recovery checkpoints gradients, also if memory is not short
         self.guidance_scale = guidance_scale  # of the images
         self.first_batch = first_batch  # images of the first call
         self.seed = seed  # seeds everything that a method draws
@@ -45,7 +48,7 @@ class Calibration:
 
     @cached_property
     def calls(self) -> List[Call]:
-        """(keyword arguments, output sample) of each call, recorded once and then kept on the CPU.
+        """(keyword arguments, output sample) of each call on the CPU, recorded once.
 
         `answer` passes the arguments of a call to a denoiser on any device. Raises UserError if there are no calls, or
         if an output is not finite.
@@ -113,6 +116,28 @@ def write_tensors(tensors: Dict[str, Tensor], path: Path) -> None:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
         except SafetensorError as error:  # also raised if the disk is full
             raise OSError(str(error)) from error
+
+
+def read_calls(path: Path) -> Optional[List[Call]]:
+    """Return the calls that write_calls wrote, or None if there is no file that can be read.
+
+    Their tensors are views of the file: the system reads what is used, and takes the memory back when it is short.
+    """
+    import torch
+    try:
+        return torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
+        return None
+
+
+def write_calls(calls: List[Call], path: Path) -> None:
+    """Write recorded calls, whole or not at all. Raises UserError if the disk refuses."""
+    import torch
+    with whole_file(path, sync=False) as part:
+        try:
+            torch.save(calls, str(part))
+        except RuntimeError as error:  # torch's writer says so if the disk is full
+            raise OSError(str(error).splitlines()[0]) from error
 
 
 def answer(denoiser: nn.Module, arguments: Dict[str, Any]) -> Tensor:

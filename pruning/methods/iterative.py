@@ -6,10 +6,10 @@ from typing import Dict, List, Optional
 
 from torch import Tensor, nn
 
-from pruning import UserError
+from pruning import UserError, distributed
 from pruning.methods import Pruned, magnitude, recovery, zeroing
 from pruning.methods.calibration import Calibration
-from pruning.progress import tqdm
+from pruning.progress import status, tqdm
 
 RATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -19,7 +19,7 @@ def prune(denoiser: nn.Module, rate: float, *, scope: str, recovery_steps: int,
     """Prune through the schedule up to `rate`, in place: zero the lowest |w|, then train the other weights.
 
     Without recovery steps this is magnitude pruning. With calibration.checkpoint, pruning starts from the checkpoint
-    if the checkpoint fits, with the same result bit for bit.
+    if the checkpoint fits, with the same result bit for bit. All processes call this together.
 
     Raises UserError as magnitude does, for recovery without calls, and if the loss is not finite.
     """
@@ -40,10 +40,11 @@ def prune_gradually(denoiser: nn.Module, weights: Dict[str, Tensor], rates: List
     """At each of the ascending rates above the checkpoint's, zero, recover, and keep a rate of RATES as checkpoint."""
     calls, seed, checkpoint = calibration.calls, calibration.seed, calibration.checkpoint
     provenance = recovery.provenance_hash(denoiser, calls, scope, recovery_steps, seed, RATES)
-    with recovery.full_precision(denoiser, weights):
+    with recovery.training(denoiser, weights, calibration) as memory:
+        status(memory)
         reached = recovery.load_checkpoint(denoiser, checkpoint, provenance, rates[-1])
         rates = [rate for rate in rates if rate > reached]
-        with tqdm(total=len(rates) * recovery_steps, unit="step") as bar:
+        with tqdm(total=len(rates) * recovery_steps, unit="step", disable=not distributed.is_main) as bar:
             for rate in rates:
                 bar.set_description(f"recovery at {rate:.4g}")
                 zeroing.zero_lowest(weights, rate, magnitude.score, scope)

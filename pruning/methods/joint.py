@@ -37,7 +37,6 @@ from pruning.methods import (
     modulation,
     moments,
     ranks,
-    recovery,
     sequential,
     surgery,
     units,
@@ -83,7 +82,7 @@ class Plan(NamedTuple):
     aims: Optional[sequential.Aims] = None  # of the layers that are re-fitted if blocks go
 
 
-def prune(denoiser: nn.Module, rate: float, *, budget: str, mask_only: bool, round_to: int, recovery_steps: int,
+def prune(denoiser: nn.Module, rate: float, *, budget: str, mask_only: bool, round_to: int,
           calibration: Optional[Calibration] = None) -> Pruned:
     """Remove, or with mask_only zero, blocks and units until at least `rate` of the budget is saved, in place.
 
@@ -104,7 +103,6 @@ def prune(denoiser: nn.Module, rate: float, *, budget: str, mask_only: bool, rou
         case = without(dense, plan.bypassed, budget, total)
         blocks.take_out(denoiser, plan.bypassed, plan.aims, mask_only, calibration)
     carry_out(case, plan.steps, mask_only)
-    recovery.recover_at(rate, denoiser, {}, calibration, recovery_steps)
     saved = case.saved + sum(path.saved[plan.steps[name]] for name, path in case.paths.items())
     emptied = {group.name: LayerPruned(1.0) for group in groups if group.name not in case.paths}
     layers = {**layers_of(case, plan.steps), **emptied}

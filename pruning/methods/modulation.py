@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning import UserError
-from pruning.methods import LayerPruned, Pruned, moments, ranks, recovery
+from pruning.methods import LayerPruned, Pruned, moments, ranks
 from pruning.methods.calibration import Calibration, answer
 
 DAMPING = 1e-4  # of the mean of C's diagonal: directions that calibration has hardly seen
@@ -32,7 +32,7 @@ class Basis(NamedTuple):
     lost: Tensor  # share of the outputs' variance that is lost if k directions stay, (d + 1,), k = 0, 1, ...
 
 
-def prune(denoiser: nn.Module, rate: float, *, mask_only: bool, recovery_steps: int,
+def prune(denoiser: nn.Module, rate: float, *, mask_only: bool,
           calibration: Optional[Calibration] = None) -> Pruned:
     """Remove, or with mask_only project away, round(rate * n) of all n ranks of the AdaLN layers, in place.
 
@@ -52,7 +52,6 @@ def prune(denoiser: nn.Module, rate: float, *, mask_only: bool, recovery_steps: 
             take(denoiser, basis, stay[name], mask_only)
         found.update({f"{each}.weight": LayerPruned(1 - stay[name] / width, float(basis.lost[stay[name]]))
                       for each in basis.names})
-    recovery.recover_at(rate, denoiser, {}, calibration, recovery_steps)
     return Pruned("ranks", total, asked, total - sum(stay.values()), {}, found, reached(layers))
 
 

@@ -55,7 +55,7 @@ def row_energies(denoiser: nn.Module, calls: Sequence[Call], guidance: Optional[
         return layer.register_forward_hook(hook)
 
     with _gradients(denoiser, layers), hooked(watch(name, layer) for name, layer in layers.items()), \
-            hooked(layer.weight.register_post_accumulate_grad_hook(_forget) for layer in layers.values()):
+            hooked(layer.weight.register_post_accumulate_grad_hook(forget) for layer in layers.values()):
         _run_probes(denoiser, calls, guidance, seed)
     return energies
 
@@ -71,7 +71,7 @@ def sensitivities(denoiser: nn.Module, calls: Sequence[Call], guidance: Optional
     def watch(name, layer):
         def note(weight):
             found[name].append(float((weight.grad.float() * changes[name].to(weight.device).float()).sum()) ** 2)
-            _forget(weight)
+            forget(weight)
         return layer.weight.register_post_accumulate_grad_hook(note)
 
     with _gradients(denoiser, layers), hooked(watch(name, layer) for name, layer in layers.items()):
@@ -79,7 +79,7 @@ def sensitivities(denoiser: nn.Module, calls: Sequence[Call], guidance: Optional
     return {name: sum(each) / backwards for name, each in found.items()}
 
 
-def _forget(weight: Tensor) -> None:
+def forget(weight: Tensor) -> None:
     """Drop a weight's gradient, so that those of all layers are never in memory together."""
     weight.grad = None
 
@@ -91,22 +91,34 @@ def _gradients(denoiser: nn.Module, layers: Dict[str, nn.Module]) -> Iterator[No
     Large denoisers do not keep activations but compute them again (activation checkpointing), if their class knows how.
     """
     flags = [parameter.requires_grad for parameter in denoiser.parameters()]
-    checkpointed = (sum(parameter.numel() for parameter in denoiser.parameters()) > CHECKPOINTED
-                    and getattr(denoiser, "_supports_gradient_checkpointing", False)
-                    and not denoiser.is_gradient_checkpointing)
+    large = sum(parameter.numel() for parameter in denoiser.parameters()) > CHECKPOINTED
     denoiser.requires_grad_(False)
     for layer in layers.values():
         layer.weight.requires_grad_(True)
     try:
-        if checkpointed:
-            denoiser.enable_gradient_checkpointing()
-        yield
+        with recomputing(denoiser, large):
+            yield
     finally:
-        if checkpointed:
-            denoiser.disable_gradient_checkpointing()
         for parameter, flag in zip(denoiser.parameters(), flags):
             parameter.requires_grad_(flag)
             parameter.grad = None
+
+
+@contextmanager
+def recomputing(denoiser: nn.Module, wanted: bool) -> Iterator[bool]:
+    """Inside the block, compute activations twice instead of keeping them, if wanted and if the class knows how.
+
+    Yields whether the denoiser does so. Results are the same (gradient checkpointing).
+    """
+    switch = wanted and getattr(denoiser, "_supports_gradient_checkpointing", False) \
+        and not denoiser.is_gradient_checkpointing
+    if switch:
+        denoiser.enable_gradient_checkpointing()
+    try:
+        yield getattr(denoiser, "is_gradient_checkpointing", False)
+    finally:
+        if switch:
+            denoiser.disable_gradient_checkpointing()
 
 
 def _run_probes(denoiser: nn.Module, calls: Sequence[Call], guidance: Optional[float], seed: int) -> int:

@@ -23,7 +23,7 @@ SURVEY_SHARE = 0.15  # the same where only a layer's error is measured: allocati
 ITERATIONS = 4  # of the re-fit after each step, from the weights before
 
 
-def prune(denoiser: nn.Module, rate: float, *, pattern: Optional[str], recovery_steps: int,
+def prune(denoiser: nn.Module, rate: float, *, pattern: Optional[str],
           calibration: Optional[Calibration] = None) -> Pruned:
     """Zero round(rate * n) of all n prunable weights in place, and re-fit the others. Rate 0 changes nothing.
 
@@ -42,7 +42,7 @@ def prune(denoiser: nn.Module, rate: float, *, pattern: Optional[str], recovery_
         surveyor = solver(denoiser, gathered, calibration)
         counts = weights.guided_counts(denoiser, rate, surveyor, calibration, weights.survey_key("reconstruct"))
     return weights.prune("reconstruct", denoiser, rate, solve, counts, calibration, gathered, pattern=pattern,
-                         refit_in_order=True, recovery_steps=recovery_steps)
+                         refit_in_order=True)
 
 
 def solver(denoiser: nn.Module, gathered: moments.Moments, calibration: Calibration, *,

@@ -15,14 +15,43 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pruning import UserError, whole_file
+from pruning import UserError, distributed, whole_file
+from pruning.methods import probes, reckoning
 from pruning.methods.calibration import Calibration, Call, answer, match
-from pruning.progress import tqdm
+from pruning.methods.sequential import one_batch
+from pruning.methods.zeroing import prunable_weights, restore_zeros
+from pruning.progress import status, tqdm
+from pruning.records.words import gigabytes
 
 CALLS_PER_STEP = 4
 LEARNING_RATE = 3e-4
 WARMUP_STEPS = 10
 GRADIENT_NORM = 1.0
+
+
+def rehearse(denoiser: nn.Module, removes: bool, calibration: Calibration) -> None:
+    """Record the calls, and raise UserError if recovery will not fit the device's memory.
+
+    removes: whether units will be removed. The memory that this saves is not known before, so recover_at checks it.
+    All processes call this together.
+    """
+    _ = calibration.calls
+    if not removes:
+        with training(denoiser, prunable_weights(denoiser), calibration):
+            pass
+
+
+def recover_at(rate: float, denoiser: nn.Module, removed: bool, calibration: Calibration, steps: int) -> None:
+    """Recover after pruning to a rate: on the calibration's calls, with the seed of the rate and a progress bar.
+
+    removed: whether units were removed; else zeros of prunable weights are held. All processes call this together, with
+    equal denoisers. Raises UserError if the device's memory does not suffice, and as `recover` does.
+    """
+    weights = {} if removed else prunable_weights(denoiser)
+    with training(denoiser, weights, calibration) as memory, \
+            tqdm(total=steps, desc="recovery", unit="step", leave=False, disable=not distributed.is_main) as bar:
+        status(memory)
+        recover(denoiser, weights, calibration.calls, steps, f"{calibration.seed} {rate!r}", bar)
 
 
 def recover(denoiser: nn.Module, weights: Dict[str, Tensor], calls: Sequence[Call], steps: int, seed: str,
@@ -32,22 +61,21 @@ def recover(denoiser: nn.Module, weights: Dict[str, Tensor], calls: Sequence[Cal
     weights: parameters by name whose zeros stay zero; {} if units were removed and no zeros stand for them. All
     other parameters are trained, in float32, by AdamW with warm-up and cosine decay. Afterwards the dtypes are as
     before. seed: decides which calls a step takes. bar: a progress bar that moves by one with each step.
-    Raises UserError if the loss is not finite.
+
+    Several processes share out the calls of each step and add up their gradients. Sums in another order round
+    differently: weights then differ from those of one process by about 1e-6, and not at all among the processes.
+    Raises UserError if the loss is not finite, or if the device has no memory left.
     """
     generator = random.Random(seed)
     with full_precision(denoiser, weights), torch.enable_grad():
         masks = {name: weight == 0 for name, weight in weights.items()}
         parameters = list(denoiser.parameters())
-        optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0)
+        optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0, foreach=False)  # in little memory
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1, (step + 1) / WARMUP_STEPS) * (1 + math.cos(math.pi * step / steps)) / 2)
         for _ in range(steps):
-            chosen = generator.sample(list(calls), min(CALLS_PER_STEP, len(calls)))
-            mean = 0.0
-            for kwargs, target in chosen:
-                loss = distillation_loss(denoiser, kwargs, target) / len(chosen)
-                loss.backward()
-                mean += loss.item()
+            chosen = generator.sample(range(len(calls)), min(CALLS_PER_STEP, len(calls)))
+            mean = add_gradients(denoiser, calls, chosen)
             if not math.isfinite(mean):
                 raise UserError("the loss of the recovery is not finite; the recorded calls or the denoiser hold NaN "
                                 "or infinity (record in float32, or use recovery_steps=0)")
@@ -61,18 +89,81 @@ def recover(denoiser: nn.Module, weights: Dict[str, Tensor], calls: Sequence[Cal
                 bar.update()
 
 
-def recover_at(rate: float, denoiser: nn.Module, weights: Dict[str, Tensor], calibration: Optional[Calibration],
-               steps: int) -> None:
-    """Recover on the calibration's calls with a progress bar, if the rate is not 0 and there are steps to train."""
-    if steps and rate:
-        with tqdm(total=steps, desc="recovery", unit="step", leave=False) as bar:
-            recover(denoiser, weights, calibration.calls, steps, f"{calibration.seed} {rate!r}", bar)
+def add_gradients(denoiser: nn.Module, calls: Sequence[Call], chosen: Sequence[int]) -> float:
+    """Add the gradients of the mean loss of the chosen calls to the parameters' own, and return that loss.
+
+    Each process computes its share of the calls, and all get the sum.
+    """
+    mean = 0.0
+    for index in chosen[distributed.rank::distributed.world_size]:
+        try:
+            loss = distillation_loss(denoiser, *calls[index]) / len(chosen)
+            loss.backward()
+        except torch.cuda.OutOfMemoryError as error:
+            raise UserError("the GPU ran out of memory in recovery; give --gradient_checkpointing or a smaller "
+                            "--batch_size") from error
+        mean += loss.item()
+    if distributed.world_size > 1:
+        for parameter in denoiser.parameters():
+            if parameter.grad is None:  # there may be more processes than calls
+                parameter.grad = torch.zeros_like(parameter)
+        distributed.add_up(parameter.grad for parameter in denoiser.parameters())
+    return sum(distributed.gather([mean]))
 
 
 def distillation_loss(denoiser: nn.Module, kwargs: Dict[str, Any], target: Tensor) -> Tensor:
-    """Return the mean squared error of denoiser(**kwargs) to the dense denoiser's sample, as a scalar tensor."""
-    sample = answer(denoiser, kwargs)
+    """Return the mean squared error of denoiser(**kwargs) to the dense denoiser's sample, as a scalar in float32.
+
+    A call that was recorded in half precision is computed in mixed precision: bfloat16, whose gradients need no scale
+    as float16's do, from float32 weights. A GPU that cannot computes in float32.
+    """
+    device = next(denoiser.parameters()).device.type
+    able = device != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    with torch.autocast(device, torch.bfloat16, enabled=able and target.element_size() == 2):
+        sample = answer(denoiser, kwargs).float()
     return F.mse_loss(sample, match(target, sample))
+
+
+@contextmanager
+def training(denoiser: nn.Module, weights: Dict[str, Tensor], calibration: Calibration) -> Iterator[str]:
+    """Inside the block, the denoiser is float32 with gradients, and `recover` fits the device's memory.
+
+    Yields a sentence that says what recovery takes. Gradient checkpointing is on if the calibration asks for it, or if
+    memory is short. weights: as recover's. All processes call this together. Raises UserError with the remedy, before
+    anything changes, if memory does not suffice.
+    """
+    device = next(denoiser.parameters()).device
+    held = sum(parameter.numel() * parameter.element_size() for parameter in denoiser.parameters())
+    free = reckoning.check_weights_fit(denoiser, device, held)
+    call = max(calibration.calls, key=lambda call: len(call[1]))
+    with full_precision(denoiser, weights):
+        for asked in dict.fromkeys([calibration.recompute, True]):
+            with probes.recomputing(denoiser, asked) as recomputed:
+                need = reckoning.without_activations(denoiser)._replace(
+                    activations=call_activations(denoiser, call, free), recomputed=recomputed)
+                if need.total <= free:
+                    yield f"recovery takes {need}; {device} has {gigabytes(free)} for it"
+                    return
+        smaller = f"give a --batch_size below {calibration.first_batch}, or " if calibration.first_batch > 1 else ""
+        raise UserError(f"recovery needs {need} on {device}, which has {gigabytes(free)} for it: {smaller}"
+                        f"{reckoning.INSTEAD}")
+
+
+def call_activations(denoiser: nn.Module, call: Call, free: int) -> int:
+    """Return reckoning.activations of a recorded call, or `free` if the GPU has no memory for two latents of it.
+
+    All processes call this together.
+    """
+    def backward(latents: int) -> None:
+        arguments, count = one_batch([call], latents)
+        with torch.enable_grad():
+            distillation_loss(denoiser, arguments, call[1][:count]).backward()
+
+    try:
+        size = reckoning.activations(denoiser, backward, len(call[1]))
+    except torch.cuda.OutOfMemoryError:
+        size = free
+    return max(distributed.gather([size]))
 
 
 @contextmanager
@@ -93,16 +184,6 @@ def full_precision(denoiser: nn.Module, weights: Dict[str, Tensor]) -> Iterator[
         for tensor, dtype in zip(_tensors(denoiser), dtypes):
             tensor.data = tensor.data.to(dtype)
         restore_zeros(weights, masks)
-
-
-@torch.no_grad()
-def restore_zeros(weights: Dict[str, Tensor], masks: Dict[str, Tensor]) -> None:
-    """Make the weights in the masks zero, in place, and no others.
-
-    Another weight that training or rounding made zero becomes the least normal number, so that counts stay exact.
-    """
-    for name, weight in weights.items():
-        weight.masked_fill_(weight == 0, torch.finfo(weight.dtype).tiny).masked_fill_(masks[name], 0)
 
 
 def provenance_hash(denoiser: nn.Module, calls: Sequence[Call], *settings) -> str:
@@ -126,7 +207,7 @@ def save_checkpoint(denoiser: nn.Module, path: Optional[Path], provenance: str, 
     The optimizer starts afresh with each recovery, so the parameters are the whole state. Raises UserError if the
     file cannot be written.
     """
-    if path is None:
+    if path is None or not distributed.is_main:
         return
     state = {name: parameter.detach().contiguous() for name, parameter in denoiser.named_parameters()}
     with whole_file(path) as part:
@@ -141,9 +222,16 @@ def load_checkpoint(denoiser: nn.Module, path: Optional[Path], provenance: str, 
     """Load the checkpoint at `path` into the denoiser and return its rate.
 
     Return 0.0 and load nothing if there is no checkpoint, or if its provenance differs or its rate is above `rate`.
+    Of several processes, all call this together, and the main process reads the file.
     """
-    if path is None:
-        return 0.0
+    reached = _read_checkpoint(denoiser, path, provenance, rate) if path and distributed.is_main else 0.0
+    reached = distributed.broadcast(reached)
+    if reached:
+        distributed.broadcast_module(denoiser)
+    return reached
+
+
+def _read_checkpoint(denoiser: nn.Module, path: Path, provenance: str, rate: float) -> float:
     try:
         with safe_open(path, "pt") as file:
             saved = file.metadata() or {}

@@ -24,7 +24,7 @@ from pruning import UserError
 from pruning.methods import probes, refit
 from pruning.methods.calibration import Calibration, Call, answer
 from pruning.methods.moments import Moments, as_rows, hooked, input_rows, output_places, seed_of, some, watched, wide
-from pruning.methods.recovery import restore_zeros
+from pruning.methods.zeroing import restore_zeros
 
 CALLS = 8  # recorded calls that go through the denoiser together
 LATENTS = 128  # latents in these calls, at most

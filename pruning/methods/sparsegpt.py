@@ -19,7 +19,7 @@ BLOCK = 128  # columns whose mask is chosen together
 
 
 def prune(denoiser: nn.Module, rate: float, *, pattern: Optional[str], allocation: str, step_weights: str,
-          recovery_steps: int, calibration: Optional[Calibration] = None) -> Pruned:
+          calibration: Optional[Calibration] = None) -> Pruned:
     """Zero round(rate * n) of all n prunable weights, in place, and correct the others. Rate 0 changes nothing.
 
     Raises UserError if calls or weights are not finite, or if no layer can have the pattern.
@@ -36,8 +36,7 @@ def prune(denoiser: nn.Module, rate: float, *, pattern: Optional[str], allocatio
         counts = weights.guided_counts(denoiser, rate, solve, calibration, key)
     else:
         counts = weights.uniform_counts(dense, rate)
-    return weights.prune("sparsegpt", denoiser, rate, solve, counts, calibration, gathered, pattern=pattern,
-                         recovery_steps=recovery_steps)
+    return weights.prune("sparsegpt", denoiser, rate, solve, counts, calibration, gathered, pattern=pattern)
 
 
 def solver(denoiser: nn.Module, gathered: moments.Moments, calibration: Calibration, *,

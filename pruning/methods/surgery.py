@@ -13,7 +13,7 @@ from typing import Dict, Iterable, Iterator, List, NamedTuple, Tuple
 import torch
 from torch import Tensor, nn
 
-from pruning import UserError
+from pruning import UserError, distributed
 from pruning.methods import bypass, feedforwards, kinds, ranks
 
 Plan = Dict[str, List[int]]  # {group name: indices of the units kept, ascending}
@@ -310,6 +310,14 @@ def carry_out(denoiser: nn.Module, groups: List[Group], plan: Plan, mask_only: b
             replace(denoiser, group.module, group.kind.empty(group.module))
     if plan and not mask_only:
         denoiser.removals = [*getattr(denoiser, "removals", []), plan]
+
+
+def share(denoiser: nn.Module) -> None:
+    """Give the main process's denoiser, its removals and its values, to all other processes. All call this together."""
+    own, removals = getattr(denoiser, "removals", []), distributed.broadcast(getattr(denoiser, "removals", []))
+    for plan in removals[len(own):]:
+        apply(denoiser, plan)
+    distributed.broadcast_module(denoiser)
 
 
 def check_kept(group: Group, keep: List[int]) -> None:

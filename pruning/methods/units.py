@@ -1,4 +1,4 @@
-"""The steps that methods which remove units share: order, plan, take out, re-fit, recover.
+"""The steps that methods which remove units share: order, plan, take out, re-fit.
 
 Such a method is the names of its units in KINDS, and its options.
 """
@@ -18,7 +18,6 @@ from pruning.methods import (
     greedy,
     moments,
     probes,
-    recovery,
     sequential,
     surgery,
 )
@@ -66,7 +65,7 @@ class Order(Dict[str, Tuple[Tensor, Tensor, Tensor]]):
 
 
 def prune(method: str, denoiser: nn.Module, rate: float, units: Sequence[str],
-          *, criterion: str, allocation: str, refit: bool, mask_only: bool, recovery_steps: int,
+          *, criterion: str, allocation: str, refit: bool, mask_only: bool,
           calibration: Optional[Calibration], round_to: int = 1) -> Pruned:
     """Remove, or with mask_only zero, round(rate * n) of all n of the denoiser's units, in place.
 
@@ -84,8 +83,6 @@ def prune(method: str, denoiser: nn.Module, rate: float, units: Sequence[str],
     kept: Plan = {}
     found, gathered = None, None
     if rate:
-        if recovery_steps:
-            _ = calibration.calls  # before anything changes
         if criterion == "loss" or refit:
             gathered = moments.gather(denoiser, calibration, layers=column_layers(groups))
         if criterion == "loss":
@@ -102,7 +99,6 @@ def prune(method: str, denoiser: nn.Module, rate: float, units: Sequence[str],
         take_out_and_refit(denoiser, groups, kept, mask_only, aims, gathered, calibration)
     else:
         surgery.carry_out(denoiser, groups, kept, mask_only)
-    recovery.recover_at(rate, denoiser, {}, calibration, recovery_steps)
     layers = {group.name: LayerPruned(gone[group.name] / group.units,
                                       found.loss(group, gone[group.name]) if found and refit else None)
               for group in groups}

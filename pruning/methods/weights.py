@@ -1,4 +1,4 @@
-"""The steps that methods which zero weights share: allocate, choose, re-fit, recover.
+"""The steps that methods which zero weights share: allocate, choose, re-fit.
 
 Such a method is a solver, solve(name, layer, counts): what becomes of a layer that loses as many weights as each of the
 ascending counts says. It yields (weight, zeros) for each: `weight` is float32 and `zeros` a mask, both of the shape of
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning import UserError
-from pruning.methods import Pruned, allocation, moments, pattern_of, probes, recovery, refit, sequential, zeroing
+from pruning.methods import Pruned, allocation, moments, pattern_of, probes, refit, sequential, zeroing
 from pruning.methods.calibration import Calibration
 from pruning.methods.moments import Moments, as_rows
 from pruning.progress import tqdm
@@ -35,15 +35,13 @@ class Survey(NamedTuple):
 
 def prune(method: str, denoiser: nn.Module, rate: float, solve: Solve, counts: Dict[str, int],
           calibration: Optional[Calibration], gathered: Optional[Moments], *, pattern: Optional[str] = None,
-          refit_in_order: bool = False, recovery_steps: int = 0) -> Pruned:
-    """Zero weights layer by layer, in place, give the others what the solver says, and recover.
+          refit_in_order: bool = False) -> Pruned:
+    """Zero weights layer by layer, in place, and give the others what the solver says.
 
     counts: how many weights each layer loses. gathered: moments, from which each layer's error is reported.
     refit_in_order: whether each layer is then re-fitted to what reaches it in the pruned denoiser.
     """
     layers = moments.prunable_layers(denoiser)
-    if recovery_steps:
-        _ = calibration.calls  # before anything changes
     aims = sequential.dense_outputs(denoiser, layers, calibration) if refit_in_order else None
     faults = {name: pattern_fault(layer, pattern) for name, layer in layers.items()} if pattern else {}
     errors = {}
@@ -56,11 +54,10 @@ def prune(method: str, denoiser: nn.Module, rate: float, solve: Solve, counts: D
             errors[name] = refit.output_error(as_rows(layer).detach().float(), as_rows(layer, weight), matrix)
         with torch.no_grad():
             layer.weight.copy_(weight)
-        recovery.restore_zeros({name: layer.weight}, {name: zeros})
+        zeroing.restore_zeros({name: layer.weight}, {name: zeros})
     if aims is not None:
         sequential.refit_in_order(denoiser, layers, aims, gathered, calibration)
     weights = {name: layer.weight for name, layer in layers.items()}
-    recovery.recover_at(rate, denoiser, weights, calibration, recovery_steps)
     pruned = zeroing.report(denoiser, weights, rate, method, errors)
     faults = {name: why for name, why in faults.items() if why}
     return pruned._replace(skipped_modules={**pruned.skipped_modules, **faults},
@@ -69,7 +66,7 @@ def prune(method: str, denoiser: nn.Module, rate: float, solve: Solve, counts: D
 
 def prune_by_score(method: str, denoiser: nn.Module, rate: float, score: zeroing.Score,
                    calibration: Optional[Calibration], gathered: Optional[Moments] = None, *, scope: str,
-                   pattern: Optional[str], refit: bool, allocation: str, recovery_steps: int) -> Pruned:
+                   pattern: Optional[str], refit: bool, allocation: str) -> Pruned:
     """Zero the weights of lowest score, in place. The options are those of METHODS; rate 0 changes nothing.
 
     gathered: moments, if the score needs them. Raises UserError if the denoiser has no prunable weights, if a score is
@@ -80,7 +77,6 @@ def prune_by_score(method: str, denoiser: nn.Module, rate: float, score: zeroing
         gathered = moments.gather(denoiser, calibration)
     if rate == 0 or (gathered is None and pattern is None):  # in place, in little memory
         zeroing.zero_lowest(weights, rate, score, scope)
-        recovery.recover_at(rate, denoiser, weights, calibration, recovery_steps)
         return zeroing.report(denoiser, weights, rate, method)
     zeroing.check_scores(weights, score)
     check_pattern(denoiser, pattern)
@@ -91,8 +87,7 @@ def prune_by_score(method: str, denoiser: nn.Module, rate: float, score: zeroing
         counts = zeroing.global_counts(weights, rate, score)
     else:
         counts = uniform_counts(weights, rate)
-    return prune(method, denoiser, rate, solve, counts, calibration, gathered, pattern=pattern,
-                 recovery_steps=recovery_steps)
+    return prune(method, denoiser, rate, solve, counts, calibration, gathered, pattern=pattern)
 
 
 def by_score(score: zeroing.Score, scope: str, pattern: Optional[str], gathered: Optional[Moments]) -> Solve:

@@ -67,6 +67,16 @@ def zero_lowest(weights: Dict[str, Tensor], rate: float, score: Score, scope: st
             zero_in_rows(name, weight, count, score)
 
 
+@torch.no_grad()
+def restore_zeros(weights: Dict[str, Tensor], masks: Dict[str, Tensor]) -> None:
+    """Make the weights in the masks zero, in place, and no others.
+
+    Another weight that training or rounding made zero becomes the least normal number, so that counts stay exact.
+    """
+    for name, weight in weights.items():
+        weight.masked_fill_(weight == 0, torch.finfo(weight.dtype).tiny).masked_fill_(masks[name], 0)
+
+
 def check_scores(weights: Dict[str, Tensor], score: Score) -> None:
     """Raise UserError if a score is NaN or -inf."""
     lowest_of = [(name, scores.min()) for name, _, scores in _blocks(weights, score)]

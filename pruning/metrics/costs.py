@@ -97,8 +97,7 @@ def layer_shares(denoiser, call: dict) -> Dict[str, Dict[str, float]]:
 def peak_bytes(denoiser, call: dict) -> int:
     """Return the bytes of the denoiser's weights plus the most that a call allocates at once on top of them.
 
-    On CUDA, torch's allocator reports the peak; on the CPU, torch's profiler reports each allocation. Both numbers are
-    repeatable. The memory of the process is not, because it includes freed memory that was not returned.
+    Only weights on the call's device count.
     """
     import torch
 
@@ -106,18 +105,29 @@ def peak_bytes(denoiser, call: dict) -> int:
     weights = sum(tensor.numel() * tensor.element_size() for tensor in denoiser.state_dict().values()
                   if tensor.device.type == device.type)  # offloaded weights are allocated within the call
     with torch.no_grad():
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
-            denoiser(**call)
-            torch.cuda.synchronize(device)
-            return weights + torch.cuda.max_memory_allocated(device) - before
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-            denoiser(**call)
+        return weights + most_allocated(lambda: denoiser(**call), device)
+
+
+def most_allocated(run: Callable, device) -> int:
+    """Return the most bytes of a torch.device that run() allocates at once, on top of what is allocated before.
+
+    On CUDA, torch's allocator reports the peak; on the CPU, torch's profiler reports each allocation. Both numbers are
+    repeatable. The memory of the process is not, because it includes freed memory that was not returned.
+    """
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
-    return weights + int(max(held, default=0))
+    return int(max(held, default=0))
 
 
 def denoiser_seconds(denoisers: Sequence, call: dict, rounds: int = 5, place: Optional[Callable] = None) -> List[float]:

@@ -36,6 +36,11 @@ def duration(seconds: float) -> str:
     return f"{float(f'{seconds:.1g}'):g} s"
 
 
+def gigabytes(size: float) -> str:
+    """'3.4 GB', '120 MB': a number of bytes."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
 def number(value: float | None) -> str:
     """A value in four digits, '–' for None."""
     if value is None:
