@@ -1,7 +1,10 @@
 """Prune UNets of published sizes with random weights: seconds, and peak memory relative to the size of the model.
 
+With --recovery, train them instead: core seconds a step, and peak memory beside what was reckoned before.
+
 example:
   python benchmarks/big_models.py --models sd15 sdxl --rate 0.5
+  python benchmarks/big_models.py --models sd15 --recovery 3
 """
 from __future__ import annotations
 
@@ -20,10 +23,14 @@ from diffusers import UNet2DConditionModel, logging
 
 from benchmarks import denoisers
 from pruning import UserError, cli, methods
+from pruning.methods import recovery
+from pruning.methods.calibration import Calibration
+from pruning.records.words import gigabytes
 
 # name -> dtype
 MODELS = {"sd15": torch.float32, "sdxl": torch.bfloat16}
 BY_NORM = {"criterion": "norm", "refit": False}  # the time of calibration is measured by calibration.py
+LATENTS, SIDE = 2, 16  # of a recorded call in recovery
 CASES = (("magnitude", {"scope": "layer"}), ("magnitude", {"scope": "global"}),
          ("iterative", {"scope": "global", "recovery_steps": 0}), ("structured", BY_NORM), ("attention_heads", BY_NORM))
 
@@ -60,19 +67,41 @@ def measure(name: str, method: str, options: dict, rate: float) -> str:
             f"| {peak / size:.2f} |")
 
 
+def measure_recovery(name: str, steps: int) -> str:
+    """Train a fresh model for some steps with gradient checkpointing, and return a row of the table, in Markdown."""
+    before = peak_resident_bytes()
+    denoiser = build(name)
+    shapes = {key: (LATENTS, *shape[1:]) for key, shape in denoisers.MODELS[name].inputs(SIDE).items()}
+    calls = [(denoisers.random_inputs(shapes, denoiser), torch.randn(shapes["sample"]).to(denoiser.dtype))
+             for _ in range(recovery.CALLS_PER_STEP)]
+    with recovery.training(denoiser, {}, Calibration(lambda: calls, 0, recompute=True)) as memory:
+        started = time.process_time()  # of all cores, so that other processes do not count
+        recovery.recover(denoiser, {}, calls, steps, "0")
+    seconds, peak = (time.process_time() - started) / steps, peak_resident_bytes() - before
+    parameters = sum(parameter.numel() for parameter in denoiser.parameters())
+    return (f"| {name}, {parameters / 1e6:,.0f} M, {str(denoiser.dtype)[6:]} | {seconds:.0f} | {memory.split(';')[0]} "
+            f"| {gigabytes(peak)} |")
+
+
 def main(argv=None) -> None:
-    """Prune a fresh model by each method of CASES, and print a table in Markdown."""
+    """Prune a fresh model by each method of CASES, or train it, and print a table in Markdown."""
     parser = cli.Parser(__doc__)
     parser.add_argument("--models", nargs="+", type=cli.one_of("model", MODELS), default=list(MODELS),
                         help="models to prune")
     parser.add_argument("--rate", type=cli.rate, default=0.5, help="pruning rate")
+    parser.add_argument("--recovery", type=cli.positive, metavar="STEPS",
+                        help=f"train for so many steps of {recovery.CALLS_PER_STEP} calls instead of pruning")
     args = parser.parse_args(argv)
     if not sys.platform.startswith("linux"):
         raise UserError("peak memory is read from /proc, which only Linux has")
-    print("| model | method | seconds | peak memory ÷ model |\n|---|---|---|---|")
+    print("| model | core seconds a step | reckoned before | peak memory |\n|---|---|---|---|" if args.recovery else
+          "| model | method | seconds | peak memory ÷ model |\n|---|---|---|---|")
     # Each case runs in a process of its own, as a process does not return all the memory that it frees.
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for name in args.models:
+            if args.recovery:
+                print(pool.apply(measure_recovery, (name, args.recovery)), flush=True)
+                continue
             for method, options in CASES:
                 print(pool.apply(measure, (name, method, options, args.rate)), flush=True)
 

@@ -10,9 +10,11 @@ import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import accelerate
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -532,6 +534,32 @@ def test_the_shell_driver_passes_positions_and_flags_on(tmp_path):
     record = read_record(tmp_path / "shapes-unet" / "shapes" / "attention_heads+criterion=norm+refit=off.json")
     assert (record.method, len(record.samples), record.dataset) == ("attention_heads", 3, "shapes")
     assert [point.rate for point in record.points] == [0.5]
+
+
+def test_a_recovery_that_cannot_fit_is_refused_before_any_image(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * 10 ** 7))
+    line = fails(capsys, pruning_analysis.main, *QUICK, "--method", "iterative", "--results_dir", str(tmp_path))
+    assert "recovery needs 85 MB (weights 21 MB, gradients 21 MB, moments of AdamW 42 MB) and activations on cpu" in line
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_recorded_calls_are_read_by_a_later_run_and_drawn_again_if_their_file_is_broken(tmp_path, monkeypatch):
+    monkeypatch.setenv("PRUNING_CACHE", str(tmp_path / "cache"))
+    flags = ["--method", "wanda", *FEW_CALLS, "--batch_size", "2"]
+    first = prepare(tmp_path, *flags).calibration.calls
+    paths, drawn, record = sorted((tmp_path / "cache").rglob("calls-*.pt")), [], generation.record_calls
+    assert len(paths) == 2
+    paths[1].unlink()  # the first run goes on with what it has mapped
+    paths[1].write_bytes(b"broken")
+    monkeypatch.setattr(generation, "record_calls", lambda pipeline, samples, *given, **settings: (
+        drawn.append(len(samples)), record(pipeline, samples, *given, **settings))[1])
+    again = prepare(tmp_path, *flags).calibration.calls
+    assert drawn == [2]
+    assert len(first) == len(again) > 2
+    for (kwargs, target), (others, other) in zip(first, again):
+        assert torch.equal(target, other)
+        assert kwargs.keys() == others.keys()
+        assert torch.equal(kwargs["sample"], others["sample"])
 
 
 def test_a_calibration_memory_below_the_largest_layer_is_refused_before_any_image(tmp_path, capsys):

@@ -20,8 +20,9 @@ from pruning.records.record import read_record
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--num_images", "6", "--steps", "2", "--batch_size", "2", "--device", "cpu", "--rates", "0.5"]
-CALIBRATED = ("--method", "structured", "--calibration_images", "4")  # all processes calibrate, one prunes
-VARIANT = "structured+calibration_images=4"
+# All processes calibrate, one prunes, all train.
+CALIBRATED = ("--method", "structured", "--calibration_images", "4", "--recovery_steps", "2")
+VARIANT = "structured+recovery_steps=2+calibration_images=4"
 
 
 def launch(processes, *flags):

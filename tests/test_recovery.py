@@ -1,0 +1,226 @@
+"""Recovery at size: several processes, mixed precision, calls on disk, and the memory that is reckoned beforehand."""
+from __future__ import annotations
+
+import copy
+import os
+import socket
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from test_iterative import STEPS, calibrated, equal, unet, zeros
+
+from pruning import UserError
+from pruning.methods import METHODS, prune, reckoning, recovery, zeroing
+from pruning.methods.calibration import read_calls, write_calls
+from pruning.metrics.costs import most_allocated
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN = """
+import sys
+import torch
+sys.path[:0] = [{tests!r}, {root!r}]
+from pruning import distributed
+from pruning.methods import iterative, prune, recovery
+from pruning.methods.calibration import Calibration
+from test_recovery import dense_and_calls
+
+for method in ("iterative", "structured"):
+    denoiser, calls = dense_and_calls()
+    options = dict(criterion="norm", refit=False) if method == "structured" else {{}}
+    prune(method, denoiser, 0.2, recovery_steps=3, calibration=Calibration(lambda: calls, 0), **options)
+    torch.save(denoiser.state_dict(), f"{{sys.argv[1]}}/{{method}}-{{distributed.rank}}.pt")
+"""
+
+
+def dense_and_calls(dtype=torch.float32, count=5, latents=2):
+    """A small UNet, and what it answers to noise."""
+    denoiser, calls = unet().to(dtype), []
+    for index in range(count):
+        kwargs = {"sample": torch.randn(latents, 4, 8, 8, dtype=dtype), "timestep": torch.tensor(100 * index + 50),
+                  "encoder_hidden_states": torch.randn(latents, 3, 8, dtype=dtype)}
+        with torch.no_grad():
+            calls.append((kwargs, denoiser(**kwargs).sample))
+    return denoiser, calls
+
+
+def train_in_processes(count, folder):
+    """Prune and recover in so many processes, each of which writes its weights."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    shared = {**os.environ, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    code = TRAIN.format(tests=str(ROOT / "tests"), root=str(ROOT))
+    running = [subprocess.Popen([sys.executable, "-c", code, str(folder)], env={**shared, "RANK": str(rank)},
+                                stderr=subprocess.PIPE, text=True) for rank in range(count)]
+    for process in running:
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+
+
+@pytest.mark.parametrize("processes", [2, *(pytest.param(count, marks=pytest.mark.slow) for count in (3, 6))])
+def test_several_processes_train_the_weights_that_one_trains_to_1e_5_and_are_equal_among_themselves(
+        processes, tmp_path):
+    """Six processes are more than a step has calls."""
+    train_in_processes(processes, tmp_path)
+    for method, options in (("iterative", {}), ("structured", {"criterion": "norm", "refit": False})):
+        alone, calls = dense_and_calls()
+        prune(method, alone, 0.2, recovery_steps=3, calibration=calibrated(calls), **options)
+        first, *others = (torch.load(str(tmp_path / f"{method}-{rank}.pt"), weights_only=True)
+                          for rank in range(processes))
+        for name, weight in alone.state_dict().items():
+            assert all(torch.equal(first[name], other[name]) for other in others)
+            assert torch.equal(first[name] == 0, weight == 0)
+            assert (first[name] - weight).abs().max() < 1e-5
+    dense, _ = dense_and_calls()
+    assert not equal(dense, alone)
+
+
+class EachStep:
+    """In place of a progress bar: calls a function after each step."""
+
+    def __init__(self, look):
+        self.update = look
+
+    def set_postfix(self, **_):
+        pass
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", ["magnitude", "structured"])
+def test_masks_and_shapes_hold_after_each_step_and_weights_are_float32_while_they_train(method, dtype):
+    denoiser, calls = dense_and_calls(dtype)
+    prune(method, denoiser, 0.5, **({"criterion": "norm", "refit": False} if METHODS[method].removes else {}))
+    weights = {} if METHODS[method].removes else zeroing.prunable_weights(denoiser)
+    gone, shapes = {name: weight == 0 for name, weight in weights.items()}, [p.shape for p in denoiser.parameters()]
+    before, steps = zeros(denoiser), []
+
+    def look():
+        steps.append([parameter.detach().clone() for parameter in denoiser.parameters()])
+        assert {parameter.dtype for parameter in denoiser.parameters()} == {torch.float32}
+        assert [parameter.shape for parameter in denoiser.parameters()] == shapes
+        assert all(torch.equal(weight == 0, gone[name]) for name, weight in weights.items())
+
+    recovery.recover(denoiser, weights, calls, STEPS, "0", EachStep(look))
+    assert len(steps) == STEPS
+    assert any(not torch.equal(one, other) for one, other in zip(*steps[:2]))
+    assert {parameter.dtype for parameter in denoiser.parameters()} == {dtype}
+    assert METHODS[method].removes or zeros(denoiser) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_calls_recorded_in_half_precision_are_computed_in_bfloat16(dtype):
+    denoiser, calls = dense_and_calls(dtype)
+    seen = []
+    with recovery.full_precision(denoiser, {}):
+        hook = denoiser.conv_in.register_forward_hook(lambda layer, _, output: seen.append((layer.weight.dtype,
+                                                                                            output.dtype)))
+        loss = recovery.distillation_loss(denoiser, *calls[0])
+        hook.remove()
+    assert seen == [(torch.float32, torch.float32 if dtype == torch.float32 else torch.bfloat16)]
+    assert loss.dtype == torch.float32
+    assert loss < 1e-3
+
+
+# ---- calls on disk
+
+def anonymous_memory():
+    """Bytes of this process that no file backs, so that the system cannot take them back."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+
+
+def test_recovery_from_calls_on_disk_equals_that_from_memory(tmp_path):
+    denoiser, calls = dense_and_calls()
+    write_calls(calls, tmp_path / "calls.pt")
+    models = [copy.deepcopy(denoiser) for _ in range(2)]
+    for model, known in zip(models, (calls, read_calls(tmp_path / "calls.pt"))):
+        prune("magnitude", model, 0.5, recovery_steps=STEPS, calibration=calibrated(known))
+    assert equal(*models)
+    assert not equal(models[0], denoiser)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_calls_on_disk_are_not_held_in_memory(tmp_path):
+    size, paths = 2 ** 24, [tmp_path / f"{number}.pt" for number in range(8)]
+    for path in paths:
+        write_calls([({"sample": torch.ones(size // 8)}, torch.ones(size // 8))], path)
+    before = anonymous_memory()
+    calls = [call for path in paths for call in read_calls(path)]
+    assert sum(float(kwargs["sample"].sum() + target.sum()) for kwargs, target in calls) == len(paths) * size / 4
+    assert anonymous_memory() - before < size  # of eight times as much
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no calls", "half"])
+def test_a_file_that_holds_no_calls_is_none(tmp_path, content):
+    path = tmp_path / "calls.pt"
+    write_calls([({"sample": torch.zeros(3000)}, torch.ones(3000))], path)
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:9000] if content == "half" else content)
+    assert read_calls(path) is None
+
+
+# ---- memory
+
+@contextmanager
+def free_memory(monkeypatch, size):
+    """Inside the block, the machine has so many bytes free."""
+    with monkeypatch.context() as patch:
+        patch.setattr(psutil, "virtual_memory", lambda: type("memory", (), {"available": int(size)}))
+        yield
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_is_reckoned_is_what_training_allocates(recompute):
+    denoiser, calls = dense_and_calls(latents=6)
+    known = calibrated(calls)
+    known.recompute = recompute
+    with recovery.training(denoiser, {}, known):
+        need = reckoning.without_activations(denoiser)
+        need = need._replace(activations=recovery.call_activations(denoiser, calls[0], 0))
+        allocated = most_allocated(lambda: recovery.recover(denoiser, {}, calls, 2, "0"), torch.device("cpu"))
+    assert need.total - need.weights == pytest.approx(allocated, rel=0.15)
+    assert need.activations > need.gradients
+
+
+@pytest.mark.parametrize("method", ["magnitude", "iterative"])
+def test_recovery_that_does_not_fit_is_refused_with_the_remedy_before_anything_changes(method, monkeypatch):
+    dense, calls = dense_and_calls(latents=6)
+    held = 4 * sum(parameter.numel() for parameter in dense.parameters())
+    for free, remedy in ((2.9 * held, "recovery needs .*and activations on cpu, .*: give a device with more memory"),
+                         (3.1 * held, "activations with gradient checkpointing .*: give a --batch_size below 3, or ")):
+        denoiser, known = copy.deepcopy(dense), calibrated(calls)
+        known.first_batch = 3
+        with free_memory(monkeypatch, free), pytest.raises(UserError, match=remedy):
+            prune(method, denoiser, 0.5, recovery_steps=STEPS, calibration=known)
+        assert equal(denoiser, dense)
+        assert not denoiser.is_gradient_checkpointing
+
+
+def test_gradient_checkpointing_comes_on_if_memory_is_short_and_changes_no_bit(monkeypatch):
+    dense, calls = dense_and_calls(latents=6)
+    needs = {}
+    for recompute in (False, True):
+        denoiser, known = copy.deepcopy(dense), calibrated(calls)
+        known.recompute = recompute
+        with recovery.training(denoiser, {}, known):
+            assert denoiser.is_gradient_checkpointing is recompute
+            needs[recompute] = recovery.call_activations(denoiser, calls[0], 0)
+    assert needs[True] < 0.8 * needs[False]
+    dense.conv_in.weight.data[:8] = 0  # so that there is something to train
+    models = [copy.deepcopy(dense) for _ in range(2)]
+    short = 12 * sum(parameter.numel() for parameter in dense.parameters()) + sum(needs.values()) / 2
+    for model, free in zip(models, (2 ** 34, short)):
+        with free_memory(monkeypatch, free), recovery.training(model, {}, calibrated(calls)):
+            assert model.is_gradient_checkpointing is (free == short)
+            recovery.recover(model, {}, calls, STEPS, "0")
+        assert not model.is_gradient_checkpointing
+    assert equal(*models)
+    assert not equal(models[0], dense)
