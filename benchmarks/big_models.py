@@ -79,7 +79,7 @@ def measure_recovery(name: str, steps: int) -> str:
         recovery.recover(denoiser, {}, calls, steps, "0")
     seconds, peak = (time.process_time() - started) / steps, peak_resident_bytes() - before
     parameters = sum(parameter.numel() for parameter in denoiser.parameters())
-    return (f"| {name}, {parameters / 1e6:,.0f} M, {str(denoiser.dtype)[6:]} | {seconds:.0f} | {memory.split(';')[0]} "
+    return (f"| {name}, {parameters / 1e6:,.0f} M, {str(denoiser.dtype)[6:]} | {seconds:.0f} | {memory.split(';')[0].replace('recovery takes ', '')} "
             f"| {gigabytes(peak)} |")
 
 
