@@ -78,9 +78,9 @@ def measure_recovery(name: str, steps: int) -> str:
         started = time.process_time()  # of all cores, so that other processes do not count
         recovery.recover(denoiser, {}, calls, steps, "0")
     seconds, peak = (time.process_time() - started) / steps, peak_resident_bytes() - before
-    parameters = sum(parameter.numel() for parameter in denoiser.parameters())
-    return (f"| {name}, {parameters / 1e6:,.0f} M, {str(denoiser.dtype)[6:]} | {seconds:.0f} | {memory.split(';')[0].replace('recovery takes ', '')} "
-            f"| {gigabytes(peak)} |")
+    parameters, reckoned = sum(parameter.numel() for parameter in denoiser.parameters()), memory.split(";")[0]
+    return (f"| {name}, {parameters / 1e6:,.0f} M, {str(denoiser.dtype)[6:]} | {seconds:.0f} "
+            f"| {reckoned.replace('recovery takes ', '')} | {gigabytes(peak)} |")
 
 
 def main(argv=None) -> None:
