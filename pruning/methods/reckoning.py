@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pruning import UserError, distributed
-from pruning.methods.moments import hooked
+from pruning.methods import METHODS, gathered_layers, moments, needs
 from pruning.methods.probes import forget
 from pruning.metrics.costs import most_allocated
 from pruning.records.words import gigabytes
@@ -72,6 +72,20 @@ def check_weights_fit(denoiser: nn.Module, device, held: int = 0) -> int:
     return free
 
 
+def check_memory(args, denoiser: nn.Module, device, **options) -> None:
+    """Raise UserError if what args.method does with these options cannot fit, whatever the calls are.
+
+    The moments of one layer must fit args.calibration_memory. If recovery trains a denoiser of which nothing is removed,
+    a copy of it must fit the device. All processes call this together.
+    """
+    if "moments" in needs(args.method, options):
+        layers = gathered_layers(args.method, denoiser)
+        sizes = {name: moments.moment_bytes(layer) for name, layer in layers.items()}
+        moments.memory_groups(sizes, int(args.calibration_memory * moments.GIB))
+    if options.get("recovery_steps") and not METHODS[args.method].removes:
+        check_weights_fit(denoiser, device)
+
+
 def activations(denoiser: nn.Module, backward: Callable[[int], None], latents: int) -> int:
     """Return the most bytes that a call of so many latents takes in training, beside weights and gradients.
 
@@ -79,7 +93,7 @@ def activations(denoiser: nn.Module, backward: Callable[[int], None], latents: i
     the second adds, each further latent adds. Gradients are dropped as soon as they are there.
     """
     device = next(denoiser.parameters()).device
-    with hooked(parameter.register_post_accumulate_grad_hook(forget) for parameter in denoiser.parameters()):
+    with moments.hooked(parameter.register_post_accumulate_grad_hook(forget) for parameter in denoiser.parameters()):
         first, *second = (most_allocated(lambda count=count: backward(count), device)
                           for count in range(1, min(latents, 2) + 1))
     return first + (latents - 1) * max(0, sum(second) - first) if second else first
