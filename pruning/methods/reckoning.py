@@ -75,7 +75,7 @@ def check_weights_fit(denoiser: nn.Module, device, held: int = 0) -> int:
 def check_memory(args, denoiser: nn.Module, device, **options) -> None:
     """Raise UserError if what args.method does with these options cannot fit, whatever the calls are.
 
-    The moments of one layer must fit args.calibration_memory. If recovery trains a denoiser of which nothing is removed,
+    The moments of one layer must fit args.calibration_memory. If recovery trains all of a denoiser, removing nothing,
     a copy of it must fit the device. All processes call this together.
     """
     if "moments" in needs(args.method, options):
