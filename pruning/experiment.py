@@ -188,29 +188,16 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
         return torch.cat(made)
 
     def record_calls() -> list:
-        """Return the dense denoiser's calls while it draws the training captions, from a file for each batch.
-
-        Processes share out the batches that no earlier run has drawn. No process holds more than a batch in memory.
-        """
+        """Return the dense denoiser's calls while it draws the training captions, a file a batch."""
         size = min(sampling["batch_size"], calibration.BATCH)
         batches = {folder / f"calls-{start}.pt": drawn[start:start + size] for start in range(0, len(drawn), size)}
-        missing = [path for path in batches if calibration.read_calls(path) is None] if distributed.is_main else None
-        missing = distributed.broadcast(missing)
-        if missing:
+
+        def record(paths):
             pipelines.set_denoiser(pipeline, dense, device, args.offload)
-            own = tqdm(missing[distributed.rank::distributed.world_size], desc="calibration images", unit="batch",
-                       disable=not distributed.is_main)
-            for path in own:
-                calls = generation.record_calls(pipeline, batches[path], calibration.keep_once(), **sampling)
-                calibration.write_calls(calls, path)
+            for path in tqdm(paths, desc="calibration images", unit="batch", disable=not distributed.is_main):
+                yield path, generation.record_calls(pipeline, batches[path], calibration.keep_once(), **sampling)
             release_dense(pipeline, dense, args.offload)
-        distributed.barrier()
-        found = {path: calibration.read_calls(path) for path in batches}
-        for path, calls in found.items():
-            if calls is None:
-                raise UserError(f"cannot read {path}, which holds recorded calls of the denoiser: let PRUNING_CACHE "
-                                "name a folder that all processes share")
-        return [call for calls in found.values() for call in calls]
+        return calibration.recorded(list(batches), record)
 
     return Experiment(
         record=replace(record, notes=notes), images_folder=path.parent / "images", pipeline=pipeline, dense=dense,

@@ -59,14 +59,14 @@ def train_in_processes(count, folder):
     running = [subprocess.Popen([sys.executable, "-c", code, str(folder)], env={**shared, "RANK": str(rank)},
                                 stderr=subprocess.PIPE, text=True) for rank in range(count)]
     for process in running:
-        _, err = process.communicate(timeout=300)
+        _, err = process.communicate(timeout=600)
         assert process.returncode == 0, err
 
 
-@pytest.mark.parametrize("processes", [2, *(pytest.param(count, marks=pytest.mark.slow) for count in (3, 6))])
+@pytest.mark.parametrize("processes", [2, *(pytest.param(count, marks=pytest.mark.slow) for count in (3, 5))])
 def test_several_processes_train_the_weights_that_one_trains_to_1e_5_and_are_equal_among_themselves(
         processes, tmp_path):
-    """Six processes are more than a step has calls."""
+    """Five processes are more than a step has calls."""
     train_in_processes(processes, tmp_path)
     for method, options in (("iterative", {}), ("structured", {"criterion": "norm", "refit": False})):
         alone, calls = dense_and_calls()

@@ -211,8 +211,7 @@ def variant_name(method: str, options: Dict[str, Any]) -> str:
 def prune(method: str, denoiser, rate: float, *, calibration=None, **options) -> Pruned:
     """Prune `denoiser` (a torch module) in place by a method of the table, recover, and return what was done.
 
-    Of several processes, all call this together if the method calibrates: the main process prunes for all, because
-    least squares may end differently in each, and all train.
+    If the method calibrates, all processes call this together: the main one prunes for all, and all train.
     options: those of the method that differ from their defaults. calibration: a calibration.Calibration, for methods
     that need it with these options. Raises UserError if the rate is not in [0, 1), if the method, an option or its
     value is not known, if it is a baseline, if options exclude each other, if weights of the denoiser are not plain
@@ -239,22 +238,18 @@ def prune(method: str, denoiser, rate: float, *, calibration=None, **options) ->
     steps = 0 if METHODS[method].trains else given.pop("recovery_steps", 0)
     if calibration and steps:
         recovery.rehearse(denoiser, METHODS[method].removes, calibration)  # before anything changes
-    pruned = None
-    if distributed.is_main or METHODS[method].trains or not calibration:
-        pruned = module.prune(denoiser, rate, calibration=calibration, **given)
+    prunes = distributed.is_main or METHODS[method].trains or not calibration
+    pruned = module.prune(denoiser, rate, calibration=calibration, **given) if prunes else None
     if calibration:
         pruned = distributed.broadcast(pruned)
         surgery.share(denoiser)
-        if steps:
-            recovery.recover_at(rate, denoiser, METHODS[method].removes, calibration, steps)
+    if calibration and steps:
+        recovery.recover_at(rate, denoiser, METHODS[method].removes, calibration, steps)
     return pruned._replace(unreached=reach.unreached(whole, pruned.reached, pruned.skipped_modules))
 
 
 def calibrate(method: str, denoiser, calibration, **options) -> None:
-    """Record the calls and gather the moments that a method needs and that are not there yet.
-
-    All processes call this together, and prune() then. A single process may leave it out.
-    """
+    """Record calls and gather moments that a method needs and that are not there. One process may leave this out."""
     needed = needs(method, options)
     if "moments" in needed:
         from pruning.methods import moments  # here, because this table loads without torch

@@ -6,9 +6,9 @@ import pickle
 import tempfile
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, Optional, Tuple
 
-from pruning import UserError, whole_file
+from pruning import UserError, distributed, whole_file
 from pruning.metrics.costs import sample_of
 
 if TYPE_CHECKING:
@@ -138,6 +138,25 @@ def write_calls(calls: List[Call], path: Path) -> None:
             torch.save(calls, str(part))
         except RuntimeError as error:  # torch's writer says so if the disk is full
             raise OSError(str(error).splitlines()[0]) from error
+
+
+def recorded(paths: List[Path], record: Callable[[List[Path]], Iterable[Tuple[Path, List[Call]]]]) -> List[Call]:
+    """Return the calls in some files. Those that cannot be read are written first, by record(paths), a file at a time.
+
+    All processes call this together and share out the files. None holds more than the calls of one file in memory.
+    Raises UserError if the processes do not see each other's files.
+    """
+    missing = distributed.broadcast([path for path in paths if read_calls(path) is None])  # as the main process sees it
+    own = missing[distributed.rank::distributed.world_size]
+    for path, calls in record(own) if own else ():
+        write_calls(calls, path)
+    distributed.barrier()
+    found = {path: read_calls(path) for path in paths}
+    for path, calls in found.items():
+        if calls is None:
+            raise UserError(f"cannot read {path}, which holds recorded calls of the denoiser: let PRUNING_CACHE name a "
+                            "folder that all processes share")
+    return [call for calls in found.values() for call in calls]
 
 
 def answer(denoiser: nn.Module, arguments: Dict[str, Any]) -> Tensor:
