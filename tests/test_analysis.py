@@ -23,7 +23,7 @@ from test_data import flickr8k_folder
 from pruning import UserError, cli, data, experiment, originals, pruning_analysis, steps, sweep, test_single_rate
 from pruning.data.faults import sentences
 from pruning.methods import METHODS, PRUNING, default_options, needs, probes, reconstruct, sequential, units
-from pruning.metrics import METRICS, backbones, scores
+from pruning.metrics import DEFAULT, METRICS, backbones, scores
 from pruning.models import generation, pipelines
 from pruning.records import store
 from pruning.records.record import read_record
@@ -263,7 +263,7 @@ def test_per_image_values_are_behind_the_means(measured):
                 assert np.mean(values) == pytest.approx(point.metrics[name], rel=1e-6, abs=1e-9)
             else:
                 assert (name, point.metrics[name]) == ("psnr_dense", None)
-        assert set(point.per_image) == {name for name in METRICS if METRICS[name].per_image}
+        assert set(point.per_image) == {name for name in DEFAULT if METRICS[name].per_image}
 
 
 def test_scores_are_those_of_the_images_on_disk(measured):
@@ -435,7 +435,7 @@ def test_real_images_are_nearer_to_the_reference_than_what_a_ruined_model_draws(
 
 def test_a_record_names_what_made_it(measured):
     record, _ = measured
-    assert set(record.backbones) == {name for name in METRICS if METRICS[name].backbone}
+    assert set(record.backbones) == {name for name in DEFAULT if METRICS[name].backbone}
     for name in record.backbones.values():
         assert re.search(r", \w+ [0-9a-f]{12}$", name), name  # a hash of the weights
     assert record.settings["resize"] == data.RESIZE_RULE
@@ -609,7 +609,7 @@ def peaks(folder, count, dense):
 
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path, monkeypatch):
     """Each step may grow by a quarter of the images of a rate: 30,000 of 512 pixels a side would take 24 GB."""
-    for module in (experiment, steps):
+    for module in (originals, steps):
         monkeypatch.setattr(module, "BLOCK", 8)
     dense = pruning_analysis.run_pruning_experiment(prepare(tmp_path / "2", *PAIRS), 0.0)
     few, many = (peaks(tmp_path / str(count), count, dense) for count in (16, 128))
