@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -11,7 +10,7 @@ import numpy as np
 
 from pruning import UserError, cache_folder, cli, data, distributed, methods, originals
 from pruning.data import DATASETS, Sample
-from pruning.data.faults import Faults, note, sentences
+from pruning.data.faults import Faults, note, tell
 from pruning.methods import calibration
 from pruning.methods.calibration import GIB, Calibration
 from pruning.methods.options import check_together
@@ -172,7 +171,7 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
     notes = Notes(faults={**faults, **unused, **found}, code=list(dict.fromkeys(code)), reference_images=len(real),
                   feature_sizes={family: features.shape[1] for family, features in reference.items()})
 
-    folder = calibration_folder(record, captions)
+    folder, few = calibration_folder(record, captions), min(sampling["batch_size"], calibration.BATCH)
     drawn = [Sample(f"recovery-{i:05d}", caption, None) for i, caption in enumerate(captions)]
 
     def sample(denoiser, count: int):
@@ -189,8 +188,7 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
 
     def record_calls() -> list:
         """Return the dense denoiser's calls while it draws the training captions, a file a batch."""
-        size = min(sampling["batch_size"], calibration.BATCH)
-        batches = {folder / f"calls-{start}.pt": drawn[start:start + size] for start in range(0, len(drawn), size)}
+        batches = {folder / f"calls-{start}.pt": drawn[start:start + few] for start in range(0, len(drawn), few)}
 
         def record(paths):
             pipelines.set_denoiser(pipeline, dense, device, args.offload)
@@ -206,9 +204,8 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
         reference={family: scores.Reference(features) for family, features in reference.items()}, floor_features=floors,
         training=drawn, calibration=calibration.Calibration(
             record_calls, args.seed, checkpoint=checkpoint_file(path), guidance_scale=sampling["guidance_scale"],
-            first_batch=min(sampling["batch_size"], calibration.BATCH, len(captions)),
-            memory=int(args.calibration_memory * GIB), folder=folder, sample=sample,
-            recompute=args.gradient_checkpointing) if captions else None)
+            first_batch=min(few, len(captions)), memory=int(args.calibration_memory * GIB), folder=folder,
+            sample=sample, recompute=args.gradient_checkpointing) if captions else None)
 
 
 def choose_metrics(args, earlier: Optional[Record]) -> Tuple[List[str], Faults]:
@@ -288,12 +285,6 @@ def choose_batch_size(pipeline, dense, sample: Sample, device: str, offload: Opt
         name: sampling[name] for name in ("steps", "guidance_scale", "image_size")})
     release_dense(pipeline, dense, offload)
     return distributed.broadcast(size)
-
-
-def tell(faults: Faults) -> None:
-    """Print what was skipped or changed in the data, in one of several processes."""
-    for sentence in sentences(faults) if distributed.is_main else ():
-        print(sentence, file=sys.stderr)
 
 
 def release_dense(pipeline, dense, offload: Optional[str]) -> None:

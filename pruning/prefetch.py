@@ -18,7 +18,7 @@ from typing import Dict, List
 
 from pruning import cli, data
 from pruning.data import DATASETS
-from pruning.data.faults import sentences
+from pruning.data.faults import tell
 from pruning.metrics import BACKBONES, DEFAULT, METRICS, backbones, check_networks
 from pruning.models import pipelines
 from pruning.progress import tqdm
@@ -39,8 +39,7 @@ def fetch(args) -> Dict[str, List[Path]]:
     originals = DATASETS[args.dataset].originals
     reference = data.reference_samples(args.dataset, samples, args.data_dir)
     others, left_out = data.other_samples(args.dataset, samples, args.seed, args.data_dir) if originals else ([], {})
-    for sentence in sentences({**faults, **left_out}):
-        print(sentence, file=sys.stderr)
+    tell({**faults, **left_out})
     images = {sample.file for sample in (*samples, *reference, *others)} - {None}
     found[f"{args.dataset}, {len(images) or args.num_images} {'images' if originals else 'prompts'}"] = sorted(images)
     model = args.model or DATASETS[args.dataset].default_model

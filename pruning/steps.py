@@ -264,11 +264,10 @@ def time_calls(experiment: Experiment, denoiser, rate: float, images: Images) ->
         return {"denoiser_seconds": seconds, "dense_denoiser_seconds": seconds, "image_seconds": image,
                 "dense_image_seconds": image, "ratio_intervals": {}}
     calls, others, shares = images.calls, [denoiser], [1.0]
-    if experiment.record.method == "cache":
-        others, shares = methods.file_of("cache").timed(denoiser, baseline_plan(experiment, rate))
-    elif experiment.record.method == "steps":
-        calls = load_image(experiment, 0.0, 0).calls
-        others, shares = [], [images.calls / calls]
+    if experiment.record.method in methods.BASELINES:
+        calls = load_image(experiment, 0.0, 0).calls  # of dense; a baseline may make fewer
+        others, shares = methods.file_of(experiment.record.method).timed(
+            denoiser, baseline_plan(experiment, rate), images.calls / calls)
     dense_seconds, ratio, ends = time_beside_dense(experiment, denoiser, others, shares)
     in_calls = min(1.0, calls * dense_seconds * ratio / len(experiment.batches[0]) / image)  # share of the time
 

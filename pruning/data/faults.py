@@ -1,7 +1,10 @@
 """What was skipped or changed while data were read: counted, with the first three named, so that it is never silent."""
 from __future__ import annotations
 
+import sys
 from typing import Any, Dict, List
+
+from pruning import distributed
 
 # What happened -> {"count": how often, "first": where it happened first}, as records keep it.
 Faults = Dict[str, Dict[str, Any]]
@@ -21,6 +24,12 @@ def note(faults: Faults, what: str, where: str) -> None:
 def sentences(faults: Faults) -> List[str]:
     """Return a sentence a kind of fault, such as 'Captions skipped because they are empty: 2 (line 7; line 9).'"""
     return [f"{what}: {fault['count']:,}{_places(fault)}." for what, fault in faults.items()]
+
+
+def tell(faults: Faults) -> None:
+    """Print the sentences, in one of several processes."""
+    for sentence in sentences(faults) if distributed.is_main else ():
+        print(sentence, file=sys.stderr)
 
 
 def _places(fault: Dict[str, Any]) -> str:

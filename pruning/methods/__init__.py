@@ -5,7 +5,8 @@ the denoiser in place and is given every option of the table but calibration_ima
 recovery_steps: prune() below trains after each method alike. This table loads without torch.
 
 A baseline changes how images are drawn instead of the weights. It stands in the table to be measured as a method is.
-In place of prune(), its file has plan(rate, steps, magnitudes) -> Pruned and drawing(denoiser, pruned, sampling).
+In place of prune(), its file has plan(rate, steps, magnitudes) -> Pruned, drawing(denoiser, pruned, sampling), and
+timed(denoiser, pruned, share) -> the denoisers that a drawing calls, and how often beside dense's calls.
 """
 from __future__ import annotations
 

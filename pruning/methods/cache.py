@@ -168,13 +168,13 @@ def twin(denoiser: nn.Module) -> nn.Module:
     return copy.deepcopy(denoiser, {id(tensor): tensor for tensor in (*denoiser.parameters(), *denoiser.buffers())})
 
 
-def timed(denoiser: nn.Module, pruned: Pruned) -> Tuple[List[nn.Module], List[float]]:
+def timed(denoiser: nn.Module, pruned: Pruned, share: float = 1.0) -> Tuple[List[nn.Module], List[float]]:
     """Return a twin that never skips its blocks and one that always does, and the share of the calls of each.
 
-    The first call of the second twin is a whole one.
+    The first call of the second twin is a whole one. share: of dense's calls that a drawing makes, whole and skipped.
     """
     endless = {"num_inference_steps": MANY, "mag_ratios": [1.0] * MANY, "max_skip_steps": MANY}
     whole = apply(twin(denoiser), {**endless, "threshold": 0.0, "retention_ratio": 1.0})
     short = apply(twin(denoiser), {**endless, "threshold": math.inf, "retention_ratio": 0.0})
-    share = pruned.taken / pruned.total
-    return [whole, short], [1 - share, share]
+    skipped_share = pruned.taken / pruned.total
+    return [whole, short], [share * (1 - skipped_share), share * skipped_share]

@@ -7,14 +7,13 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-import sys
 from contextlib import contextmanager
 from logging import CRITICAL
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
-from pruning import UserError, check_name, distributed
-from pruning.data.faults import Faults, note, sentences
+from pruning import UserError, check_name
+from pruning.data.faults import Faults, note, tell
 from pruning.models import hub, portable, saving, weights_files
 from pruning.models.hub import first_line
 from pruning.models.provenance import release
@@ -75,8 +74,8 @@ def load_pipeline(model: str, device: str = "cpu", dtype: str = "float32", fault
     for name, tensors in unused.items():
         for tensor in tensors:
             note(found, "Tensors in weights files that the classes of their components do not use", f"{name}: {tensor}")
-    for sentence in sentences(found) if faults is None and distributed.is_main else ():
-        print(sentence, file=sys.stderr)
+    if faults is None:
+        tell(found)
     pipeline.set_progress_bar_config(disable=True)
     return on_device(pipeline, device, model)
 

@@ -49,7 +49,7 @@ def answer(record: Record, tolerance: float = TOLERANCE, with_failures: bool = T
         return (f"{begin}: unknown, because there are {counted(len(record.samples), 'sample')} and a 95 % interval "
                 f"needs {intervals.MIN_SAMPLES}.")
     good = last_good(record, tolerance)
-    beyond = next((point for point in record.points if not holds(point, dense, tolerance)), None)
+    beyond = _beyond(record, tolerance)
     lost = tolerance if with_failures else None
     within = f"within {100 * tolerance:g} % of dense by {QUALITY}"
     has, decided = "", True
@@ -79,7 +79,7 @@ def brief(record: Record, tolerance: float = TOLERANCE) -> str:
     dense, good = record.dense, last_good(record, tolerance)
     if good is None or QUALITY not in dense.metrics:
         return answer(record, tolerance, with_failures=False)
-    beyond = next((point for point in record.points if not holds(point, dense, tolerance)), None)
+    beyond = _beyond(record, tolerance)
     saved = "all weights as they were" if is_baseline(record) else \
         f"{100 * saved_parameters(good, dense):.1f} % of the parameters {'removed' if removes(record) else 'zero'}"
     call, *_ = time_ratio("denoiser_seconds", good, dense)
@@ -178,7 +178,7 @@ def next_step(record: Record, tolerance: float = TOLERANCE, saved: bool = False)
     if len(record.samples) < intervals.MIN_SAMPLES:
         return "for an answer", {"--num_images": ["32"], "--overwrite": []}
     rates, good = [point.rate for point in record.points], last_good(record, tolerance)
-    undecided = next((point for point in record.points if not holds(point, record.dense, tolerance)), None)
+    undecided = _beyond(record, tolerance)
     more = samples_to_decide(undecided, record, tolerance) if undecided \
         and holds(undecided, record.dense, tolerance) is None else math.nan
     if len(record.samples) < more <= MOST_TRIED:
@@ -194,6 +194,11 @@ def next_step(record: Record, tolerance: float = TOLERANCE, saved: bool = False)
         return "to keep the pruned model", {"--rates": [f"{good.rate:g}"], "--save_pruned": ["pruned"]}
     why = "to compare another method" if removes(record) else "for a smaller and faster model"
     return why, {"--method": ["joint" if record.method == "structured" else "structured"]}
+
+
+def _beyond(record: Record, tolerance: float) -> Point | None:
+    """Return the first point that does not hold, or of which that cannot be decided; None if all hold."""
+    return next((point for point in record.points if not holds(point, record.dense, tolerance)), None)
 
 
 def needed(point: Point, record: Record, tolerance: float) -> str:
