@@ -185,7 +185,8 @@ def draw_cost(record: Record, path: Path, tolerance: float = TOLERANCE) -> Path 
             axes.hlines(y, *bar.ends, color="black", linewidth=1.2)
             axes.annotate(f"{bar.share:.2f}" + (f"  ({bar.text})" if bar.text else ""),
                           (max(bar.share, 0 if math.isnan(bar.ends[1]) else bar.ends[1]), y), xytext=(4, 0),
-                          textcoords="offset points", va="center", fontsize=8)
+                          textcoords="offset points", va="center", fontsize=8,
+                          bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # over the line of dense
     axes.axvline(1, color="0.4", linestyle=":", linewidth=1.2)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
