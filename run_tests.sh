@@ -15,13 +15,7 @@ esac
 
 chosen=(-m "not slow")
 if [ "${1:-}" = "--slow" ]; then
-  case " $* " in
-  *" -h "* | *" --help "*)
-    sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
-    exit ;;
-esac
-
-chosen=()
+  chosen=()
   shift
 fi
 

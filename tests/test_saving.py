@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditio
 from safetensors.torch import load_file
 
 from pruning import UserError, data, methods, pruning_analysis, test_single_rate
-from pruning.methods import bypass, zeroing
+from pruning.methods import bypass, precision, zeroing
 from pruning.methods.calibration import Calibration, answer
 from pruning.models import generation, pipelines, saving
 from pruning.records.record import read_record
@@ -158,6 +158,42 @@ def test_numbers_that_half_precision_cannot_hold_stay_in_float32(tmp_path):
     assert all(torch.equal(one, other) for one, other in zip(unet.parameters(), loaded.parameters()))
     assert saving.file_bytes(unet) == 4 * unet.num_parameters() == bytes_of_numbers(
         tmp_path / "pruned/unet/diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.parametrize(("method", "rate", "options"), [
+    ("reconstruct", 0.5, {}), ("reconstruct", 0.5, {"recovery_steps": 1}), ("structured", 0.5, {}),
+    ("attention_heads", 0.9, {"mask_only": True}), ("iterative", 0.5, {"recovery_steps": 1})], ids=str)
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16], ids=str)
+def test_refitted_weights_are_measured_and_saved_in_the_precision_in_which_the_dense_ones_came(
+        tmp_path, method, rate, options, stored):
+    pipeline, unet = tiny_pipeline()
+    unet.conv_out.bias.data[0] = 1e-30 if stored == torch.bfloat16 else 0  # float16 cannot hold that
+    unet.to(stored).float()
+    samples = data.load_samples("shapes", 2)[0]
+    calls = generation.record_calls(pipeline, samples, seed=0, batch_size=2, **{**SAMPLING, "image_size": 32})
+    known = Calibration(lambda: calls, 0, guidance_scale=SAMPLING["guidance_scale"], first_batch=2)
+    before = {name: parameter.clone() for name, parameter in unet.named_parameters()}
+    pruned = methods.prune(method, unet, rate, calibration=known, **options)
+    if not methods.METHODS[method].removes:
+        assert pruned.taken == pruned.asked == sum(int((weight == 0).sum()) for weight in unet.parameters() if
+                                                   weight.dim() > 1)
+    assert any(new.shape == before[name].shape and not torch.equal(new[new != 0], before[name][new != 0])
+               for name, new in unet.named_parameters())
+    saving.save(pipeline, "unet", tmp_path / "pruned", SAMPLING, {}, {})
+    loaded = load_file(tmp_path / "pruned/unet/diffusion_pytorch_model.safetensors")
+    assert {tensor.element_size() for tensor in loaded.values()} == {2}
+    assert all(torch.equal(tensor.float(), unet.state_dict()[name]) for name, tensor in loaded.items())
+
+
+def test_rounding_makes_no_weight_zero_and_leaves_numbers_that_are_too_large():
+    layer = torch.nn.Linear(2, 2, bias=False)
+    layer.weight.data = torch.tensor([[1e-9, -1e-9], [0.0, 1.0001]])
+    precision.round_to(layer, torch.float16)
+    least = torch.finfo(torch.float16).tiny
+    assert layer.weight.tolist() == [[least, -least], [0.0, 1.0]]
+    layer.weight.data = torch.tensor([[1e5, 1.0001], [0.0, 0.0]])
+    precision.round_to(layer, torch.float16)
+    assert torch.equal(layer.weight, torch.tensor([[1e5, 1.0001], [0.0, 0.0]]))
 
 
 def test_shards_are_narrowed_alike_and_load_here_and_in_diffusers_alone(tmp_path):

@@ -213,6 +213,8 @@ def prune(method: str, denoiser, rate: float, *, calibration=None, **options) ->
     """Prune `denoiser` (a torch module) in place by a method of the table, recover, and return what was done.
 
     If the method calibrates, all processes call this together: the main one prunes for all, and all train.
+    float32 weights that half precision holds without loss are held so afterwards too: re-fitted ones are rounded, so
+    that what is measured is what a file of the dense one's precision gives.
     options: those of the method that differ from their defaults. calibration: a calibration.Calibration, for methods
     that need it with these options. Raises UserError if the rate is not in [0, 1), if the method, an option or its
     value is not known, if it is a baseline, if options exclude each other, if weights of the denoiser are not plain
@@ -232,8 +234,9 @@ def prune(method: str, denoiser, rate: float, *, calibration=None, **options) ->
     elif calibration is None:
         raise UserError(f"{method} needs recorded calls of the dense denoiser with these options; give a calibration")
     check_weights(denoiser)
-    from pruning.methods import reach, recovery, surgery  # here, because this table loads without torch
+    from pruning.methods import precision, reach, recovery, surgery  # here, because this table loads without torch
     module = file_of(method)
+    stored = precision.narrowest(denoiser.state_dict().values())
     whole = reach.parameters(denoiser, METHODS[method].removes, getattr(module, "UNITS", ()))
     given.pop("calibration_images", None)  # is in the calibration
     steps = 0 if METHODS[method].trains else given.pop("recovery_steps", 0)
@@ -246,6 +249,8 @@ def prune(method: str, denoiser, rate: float, *, calibration=None, **options) ->
         surgery.share(denoiser)
     if calibration and steps:
         recovery.recover_at(rate, denoiser, METHODS[method].removes, calibration, steps)
+    if stored:
+        precision.round_to(denoiser, stored)
     return pruned._replace(unreached=reach.unreached(whole, pruned.reached, pruned.skipped_modules))
 
 

@@ -13,7 +13,7 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional
 
 from pruning import UserError
 from pruning.models import portable, weights_files
@@ -110,15 +110,18 @@ def narrow(folder: Path) -> None:
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
+    from pruning.methods import precision
+
     files = sorted(folder.glob("*.safetensors"))  # shards are read one by one, as the memory may not hold all
-    dtype = _narrow_dtype(tensor for file in files for tensor in load_file(file).values())
+    dtype = precision.narrowest(tensor for file in files for tensor in load_file(file).values())
     if dtype is None:
         return
     size = 0
     for file in files:
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata()
-        tensors = {name: tensor.to(dtype) if _is_wide(tensor) else tensor for name, tensor in load_file(file).items()}
+        tensors = {name: tensor.to(dtype) if precision.is_wide(tensor) else tensor
+                   for name, tensor in load_file(file).items()}
         size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         save_file(tensors, file, metadata)
     for path in folder.glob("*.safetensors.index.json"):
@@ -128,27 +131,12 @@ def narrow(folder: Path) -> None:
 
 def file_bytes(denoiser) -> int:
     """Return the bytes of the denoiser's weights in the files that save() writes, without the names of the tensors."""
+    from pruning.methods import precision
+
     tensors = denoiser.state_dict().values()
-    narrowed = _narrow_dtype(tensors) is not None
-    return sum(tensor.numel() * (2 if narrowed and _is_wide(tensor) else tensor.element_size()) for tensor in tensors)
-
-
-def _narrow_dtype(tensors: Iterable[Any]):
-    """Return the half precision in which all float32 numbers stay the same, None if there is none."""
-    import torch
-
-    left = [torch.float16, torch.bfloat16]
-    for tensor in filter(_is_wide, tensors):
-        left = [dtype for dtype in left if torch.equal(tensor.to(dtype).float(), tensor)]
-        if not left:
-            return None
-    return left[0]
-
-
-def _is_wide(tensor) -> bool:
-    import torch
-
-    return tensor.dtype == torch.float32
+    narrowed = precision.narrowest(tensors) is not None
+    return sum(tensor.numel() * (2 if narrowed and precision.is_wide(tensor) else tensor.element_size())
+               for tensor in tensors)
 
 
 def is_saved(folder: Path, pruning: Dict[str, Any]) -> bool:
