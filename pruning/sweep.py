@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Tuple
 
-from pruning import UserError, cli, distributed, methods
+from pruning import UserError, cli, distributed, methods, whole_file
 from pruning.baselines import baseline_plan
 from pruning.data import DATASETS
 from pruning.experiment import Experiment, checkpoint_file, prepare, release_dense
@@ -26,7 +26,7 @@ from pruning.records.grids import shown_images
 from pruning.records.record import BrokenRecordError, Point, Record, read_record, record_path, write_record
 from pruning.records.summaries import reach, setup
 from pruning.records.words import counted, duration, rate_list
-from pruning.steps import image_file, load_images, prune_copy, pruned_origin, save_pruned
+from pruning.steps import image_file, image_provenance, load_images, prune_copy, pruned_origin, save_pruned
 
 
 def sweep(args, run_pruning_experiment: Callable[..., Optional[Point]]) -> Tuple[Path, Optional[Record]]:
@@ -43,6 +43,7 @@ def sweep(args, run_pruning_experiment: Callable[..., Optional[Point]]) -> Tuple
     experiment = noting_rates(experiment, set(args.all_rates or asked) - (set(asked) - set(args.rates)), earlier)
     known = {point.rate: point for point in (earlier.dense, *earlier.points)} if earlier else {}
     if not distributed.is_main:
+        distributed.barrier()  # until all images are there that need not be made
         measure_all(experiment, args, path, known, run_pruning_experiment)
         return path, None
     with store.only_writer(path):
@@ -52,8 +53,11 @@ def sweep(args, run_pruning_experiment: Callable[..., Optional[Point]]) -> Tuple
             delete_images(experiment, args)
         elif earlier_record(path) != earlier:
             raise UserError(f"another process has written {path} meanwhile: give the same command again")
-        if args.dense_from:
-            copy_dense_images(experiment, args.dense_from)
+        taken = 0 if args.overwrite and not args.dense_from else take_dense_images(experiment, args.dense_from)
+        if taken:
+            print(f"{counted(taken, 'image')} of the dense model {'is' if taken == 1 else 'are'} taken from other "
+                  f"sweeps in {cli.near(path.parent)}", file=sys.stderr)
+        distributed.barrier()
         try:
             measure_all(experiment, args, path, known, run_pruning_experiment)
         finally:
@@ -300,12 +304,23 @@ def delete_images(experiment: Experiment, args) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def copy_dense_images(experiment: Experiment, variant: str) -> None:
-    """Copy the dense model's images of another variant, if there are any. What made an image is checked as always."""
-    of_variant, own = (store.image_file(experiment.images_folder, each, 0.0, 0).parent
-                       for each in (variant, experiment.record.variant))
-    if of_variant.is_dir():
-        shutil.copytree(of_variant, own, dirs_exist_ok=True)
+def take_dense_images(experiment: Experiment, variant: Optional[str] = None) -> int:
+    """Take the dense model's images that are missing from other variants that drew them alike; return how many.
+
+    variant: take them from this one alone.
+    """
+    others = [variant] if variant else sorted({path.name for path in experiment.images_folder.glob("*")}
+                                              - {experiment.record.variant})
+    taken = 0
+    for index in range(len(experiment.samples)):
+        own, origin = image_file(experiment, 0.0, index), image_provenance(experiment, 0.0, index)
+        found = [store.image_file(experiment.images_folder, each, 0.0, index) for each in others]
+        source = next((path for path in found if store.made_by(path, origin)), None)
+        if source and not store.made_by(own, origin):
+            with whole_file(own, sync=False) as part:
+                store.link(source, part)
+            taken += 1
+    return taken
 
 
 def discard_images(experiment: Experiment, rate: float, shown: List[int]) -> None:

@@ -380,15 +380,28 @@ def test_the_hash_of_real_images_changes_with_each_of_them(monkeypatch):
     assert describe([]) == ({}, "none")
 
 
-def test_settings_of_a_method_that_differ_have_records_of_their_own(tmp_path):
-    for flags in ([], ["--scope", "global"]):
+def test_settings_of_a_method_that_differ_have_records_of_their_own_and_share_the_dense_images(tmp_path, capsys):
+    def sweep_by(*flags):
         pruning_analysis.main([*QUICK, *flags, "--rates", "0.3", "--metrics", "lpips_dense", "--results_dir",
                                str(tmp_path)])
+        return "4 images of the dense model are taken from other sweeps" in capsys.readouterr().err
+
     own = tmp_path / "shapes-unet" / "shapes"
+    dense = [own / "images" / name / "dense/0002.png" for name in ("magnitude", "magnitude+scope=global")]
+    assert [sweep_by(), sweep_by("--scope", "global")] == [False, True]
     layer, whole = (read_record(own / f"{name}.json") for name in ("magnitude", "magnitude+scope=global"))
     assert layer.options == default_options("magnitude")
     assert whole.options == {**layer.options, "scope": "global"}
     assert layer.points[0].metrics != whole.points[0].metrics
+    assert layer.dense.image_seconds == whole.dense.image_seconds
+    assert dense[0].read_bytes() == dense[1].read_bytes()
+    assert not sweep_by("--scope", "global", "--overwrite")  # which asks for new images
+    assert dense[0].read_bytes() != dense[1].read_bytes()  # their times differ
+    with pytest.raises(UserError, match="seed"):
+        sweep_by("--seed", "1")
+    shutil.rmtree(own / "images/magnitude+scope=global")
+    (own / "magnitude+scope=global.json").unlink()
+    assert not sweep_by("--scope", "global", "--seed", "1")  # other noise
 
 
 def test_a_single_rate_equals_the_same_rate_of_an_iterative_sweep(tmp_path, capsys):

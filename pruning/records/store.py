@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 import re
+import shutil
 import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -71,6 +72,23 @@ def load_image(path: Path, provenance: str) -> Optional[Made]:
     except Exception as error:  # Pillow raises many types of exception for broken bytes
         tqdm.write(f"{path} is not a readable image ({error}): {set_aside(path)}, and generated again")
         return None
+
+
+def made_by(path: Path, provenance: str) -> bool:
+    """Return whether there is an image with this provenance at `path`, by its first bytes alone."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get("provenance") == provenance
+    except Exception:  # missing or broken; load_image says of which, if the image is wanted
+        return False
+
+
+def link(source: Path, path: Path) -> None:
+    """Make `path` another name of the file `source`, or a copy on disks that have one name a file."""
+    try:
+        os.link(source, path)
+    except OSError:
+        shutil.copyfile(source, path)
 
 
 def cached_features(compute, images: np.ndarray, key: str) -> np.ndarray:
