@@ -156,6 +156,8 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
     others, found = data.other_samples(args.dataset, samples, args.seed, args.data_dir) if sets else ([], {})
     for index in sorted({index for _, cut in embedded.values() for index in cut}):
         note(found, "Captions cut where CLIP stops reading", samples[index].id)
+    for index in networks["reward"].truncated([sample.caption for sample in samples]) if "reward" in networks else ():
+        note(found, "Captions cut where ImageReward stops reading", samples[index].id)
     tell(found)
     describe = functools.partial(originals.describe, {family: networks[family] for family in sets}, described,
                                  record.versions, device, sampling["image_size"])
@@ -263,7 +265,9 @@ def rehearse(pipeline, dense, sample: Sample, device: str, offload: Optional[str
     """Raise UserError if the pipeline cannot make an image with these settings, or a metric cannot measure it."""
     size = sampling["image_size"]
     blank = np.zeros((1, size, size, 3), np.uint8)
-    tries = {f"the {family} network": functools.partial(scores.lpips, network, blank, blank) if family == "lpips" else
+    apart = {"lpips": lambda network: scores.lpips(network, blank, blank),
+             "reward": lambda network: scores.image_reward(network, blank, [sample.caption])}
+    tries = {f"the {family} network": functools.partial(apart[family], network) if family in apart else
              functools.partial(backbones.describe, family, network, blank) for family, network in networks.items()}
     if "ssim_dense" in metrics:
         tries["ssim_dense"] = functools.partial(scores.ssim, blank, blank, device)

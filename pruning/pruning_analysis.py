@@ -106,6 +106,8 @@ def run_pruning_experiment(experiment: Experiment, rate: float, dense: Optional[
             "generation_time": lambda: images.seconds_each,
             "pick_score": lambda: scores.pick_score(features("preference"), experiment.captions(rows, "preference"),
                                                     experiment.networks["preference"].scale),
+            "image_reward": lambda: scores.image_reward(experiment.networks["reward"], pixels,
+                                                        [experiment.samples[row].caption for row in rows]),
         }
 
     with add_seconds("measure", seconds):

@@ -94,9 +94,11 @@ def test_every_entry_of_the_tables_is_complete_and_consistent():
         if not metric.cost:
             assert metric.per_image == (metric.against in ("caption", "original", "dense"))
             assert metric.per_image or metric.against == "reference"
-    needed = {metric.backbone for metric in METRICS.values()} - {None}
+    needed = {metric.backbone for metric in METRICS.values() if not metric.optional} - {None}
+    optional = {metric.backbone for metric in METRICS.values() if metric.optional}
+    assert set(BACKBONES["standard"]) == needed | optional
     for kind, names in BACKBONES.items():
-        assert set(names) - {"preference"} == needed - {"preference"} == set(FAMILIES)
+        assert set(names) - optional == needed == set(FAMILIES)
         assert all(name.startswith(f"{kind} ") for name in names.values())
 
 

@@ -68,6 +68,10 @@ METRICS = {
                          "people between two images",
                          better="higher", per_image=True, unit="scale·cos", backbone="preference", against="caption",
                          interval="difference", optional=True),
+    "image_reward": Metric("how highly people would rank each image for its caption, as ImageReward predicts from "
+                           "rankings by people; its zero means nothing, so it can be negative",
+                           better="higher", per_image=True, backbone="reward", against="caption",
+                           interval="difference", relative="", optional=True),
 }
 DEFAULT = tuple(name for name, metric in METRICS.items() if not metric.optional)  # measured if --metrics names none
 
@@ -84,6 +88,7 @@ BACKBONES = {
         "features": "standard Inception-v3 (torch-fidelity, 2048 features)",
         "lpips": "standard AlexNet (LPIPS 0.1)",
         "preference": "standard yuvalkirstain/PickScore_v1",
+        "reward": "standard THUDM/ImageReward",
     },
 }
 

@@ -20,6 +20,9 @@ BUNDLED = Path(__file__).resolve().parents[1] / "shapes"
 CLIP_ID, CLIP_REVISION = "openai/clip-vit-base-patch16", "57c216476eefef5ab752ec549e440a49ae4ae5f3"
 # PickScore is a fine-tuned CLIP ViT-H, whose tokenizer and image processor its authors use (Kirstain et al., 2023).
 PICK_ID, PICK_PROCESSOR_ID = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+# Of BERT, ImageReward needs the tokenizer alone. The two tokens that BLIP adds to it occur in no caption.
+REWARD_ID, REWARD_FILES = "THUDM/ImageReward", ("ImageReward.pt", "med_config.json")
+BERT_ID, BERT_FILES = "google-bert/bert-base-uncased", ("vocab.txt", "tokenizer.json", "tokenizer_config.json")
 
 
 class Clip(NamedTuple):
@@ -41,15 +44,16 @@ def load_backbone(kind: str, family: str, device="cpu"):
     """Return a network of BACKBONES on the device, in float32 and eval mode: a Clip for captions, else a module.
 
     A "features" network maps uint8 images (n, 3, h, w) to features (n, d). An "lpips" network maps two batches of
-    images in [-1, 1] to their distances. Raises UserError if a name is unknown or if the weights cannot be loaded; the
-    error says which file to download and where to put it.
+    images in [-1, 1] to their distances. A "reward" network maps uint8 images (n, h, w, 3) and their captions to scores
+    (n,). Raises UserError if a name is unknown or if the weights cannot be loaded; the error says which file to
+    download and where to put it.
     """
     check_name("metric backbones", kind, BACKBONES)
     check_name("family of metric backbones", family, BACKBONES[kind])
     load = {
         "bundled": {"clip": _bundled_clip, "features": _bundled_features, "lpips": _bundled_lpips},
         "standard": {"clip": _standard_clip, "features": _standard_features, "lpips": _standard_lpips,
-                     "preference": _standard_preference},
+                     "preference": _standard_preference, "reward": _standard_reward},
     }[kind][family]
     network = load()
     if isinstance(network, Clip):
@@ -66,13 +70,16 @@ def backbone_files(kind: str, family: str) -> List[Path]:
     if kind == "bundled":
         path = _bundled_path("clip" if family == "clip" else "squeezenet.safetensors")
         return sorted(path.iterdir()) if path.is_dir() else [path]
-    if family in ("clip", "preference"):
+    cached = {
+        "clip": [(CLIP_ID, "config.json", CLIP_REVISION)],
+        "preference": [(PICK_ID, "config.json", None), (PICK_PROCESSOR_ID, "preprocessor_config.json", None)],
+        "reward": [(REWARD_ID, REWARD_FILES[0], None), (BERT_ID, BERT_FILES[0], None)],
+    }.get(family)
+    if cached:
         from huggingface_hub import try_to_load_from_cache
 
-        configs = [try_to_load_from_cache(CLIP_ID, "config.json", revision=CLIP_REVISION)] if family == "clip" else \
-            [try_to_load_from_cache(PICK_ID, "config.json"),
-             try_to_load_from_cache(PICK_PROCESSOR_ID, "preprocessor_config.json")]
-        return sorted(path for config in configs for path in Path(config).parent.iterdir() if path.is_file())
+        known = [try_to_load_from_cache(source, name, revision=revision) for source, name, revision in cached]
+        return sorted(path for each in known for path in Path(each).parent.iterdir() if path.is_file())
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
     from torchvision.models import AlexNet_Weights
 
@@ -86,16 +93,11 @@ def load_clip(source, revision: str = "main", processor_source=None) -> Clip:
     cannot be loaded.
     """
     import transformers
-    from huggingface_hub.constants import HF_HUB_CACHE
 
     if Path(source).exists():
         remedy = "the folder must hold a CLIPModel, its tokenizer and its image processor, saved by save_pretrained"
     else:
-        sources = [str(each) for each in (source, processor_source) if each]
-        runs = " and ".join(f"'hf download {each} --revision {revision}'" for each in sources)
-        folders = " and ".join(f"models--{each.replace('/', '--')}" for each in sources)
-        remedy = (f"on a machine with a network, run {runs}, and copy the folder{'s' * (len(sources) > 1)} {folders} "
-                  f"from its cache into {HF_HUB_CACHE}")
+        remedy = _from_hub(*(str(each) for each in (source, processor_source) if each), revision=revision)
     # Since transformers 5, CLIPImageProcessor resizes with torchvision. PIL gives the same pixels in all releases.
     processor = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
     transformers.utils.logging.disable_progress_bar()
@@ -104,6 +106,16 @@ def load_clip(source, revision: str = "main", processor_source=None) -> Clip:
         return Clip(model.float().eval().requires_grad_(False),
                     transformers.AutoTokenizer.from_pretrained(processor_source or source, revision=revision),
                     processor.from_pretrained(processor_source or source, revision=revision))
+
+
+def _from_hub(*sources: str, revision: str = "main") -> str:
+    """Return how to bring repositories into the hub's cache. A source is an id, and files if not all are needed."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    runs = " and ".join(f"'hf download {each} --revision {revision}'" for each in sources)
+    folders = " and ".join(f"models--{each.split()[0].replace('/', '--')}" for each in sources)
+    return (f"on a machine with a network, run {runs}, and copy the folder{'s' * (len(sources) > 1)} {folders} "
+            f"from its cache into {HF_HUB_CACHE}")
 
 
 @contextlib.contextmanager
@@ -179,6 +191,18 @@ def _standard_clip() -> Clip:
 
 def _standard_preference() -> Clip:
     return load_clip(PICK_ID, processor_source=PICK_PROCESSOR_ID)
+
+
+def _standard_reward():
+    from huggingface_hub import hf_hub_download
+    from transformers import BertTokenizer
+
+    from pruning.metrics import image_reward
+
+    with _one_line_errors("ImageReward", _from_hub(" ".join((REWARD_ID, *REWARD_FILES)),
+                                                   " ".join((BERT_ID, *BERT_FILES)))):
+        tokenizer = BertTokenizer.from_pretrained(BERT_ID)
+        return image_reward.load(*(hf_hub_download(REWARD_ID, name) for name in REWARD_FILES), tokenizer)
 
 
 def _hub_file(url: str) -> Path:

@@ -47,6 +47,18 @@ def pick_score(image_embeddings, caption_embeddings, scale: float) -> np.ndarray
     return scale * _cosines(image_embeddings, caption_embeddings)
 
 
+def image_reward(network, images, captions, batch_size: int = 32) -> np.ndarray:
+    """Return ImageReward of each image for its caption, float64 (n,); higher is better (Xu et al., 2023, section 3).
+
+    network: a "reward" network of load_backbone. captions: n strings. Raises ValueError if images are not uint8
+    (n, h, w, 3) or there are not as many captions.
+    """
+    check_images(images)
+    if len(images) != len(captions):
+        raise ValueError(f"unpaired: {len(images)} images and {len(captions)} captions")
+    return in_batches(network, batch_size, "ImageReward", images, captions).astype(np.float64)
+
+
 def _cosines(image_embeddings, caption_embeddings) -> np.ndarray:
     if image_embeddings.shape != caption_embeddings.shape:
         raise ValueError(f"unpaired embeddings: {image_embeddings.shape} and {caption_embeddings.shape}")
