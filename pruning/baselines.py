@@ -27,22 +27,22 @@ def baseline_plan(experiment: Experiment, rate: float) -> Pruned:
 
 
 def magnitudes(experiment: Experiment) -> Optional[List[float]]:
-    """Return the ratios by which the cache plans, measured once on training captions; None if nothing asks for them.
+    """Return what a baseline plans by, measured once on training captions; None if it needs no captions.
 
-    All processes call this together. Raises UserError if diffusers cannot cache this model.
+    All processes call this together. Raises UserError if the baseline cannot draw with this model.
     """
     if "captions" not in methods.needs(experiment.record.method, experiment.record.options):
         return None
     import torch  # here, because the commands import this file before they need torch
-    cache, pipeline, captions = methods.file_of("cache"), experiment.pipeline, experiment.training
+    own, pipeline, captions = methods.file_of(experiment.record.method), experiment.pipeline, experiment.training
     size = experiment.sampling["batch_size"]
     draws = [functools.partial(generation.generate, pipeline, captions[start:start + size], **experiment.sampling)
              for start in range(0, len(captions), size)]
 
     def measure():
-        denoiser = cache.twin(experiment.dense)
+        denoiser = own.twin(experiment.dense)
         pipelines.set_denoiser(pipeline, denoiser, experiment.device, experiment.offload)
-        found = cache.magnitudes(pipeline, denoiser, draws)
+        found = own.magnitudes(pipeline, denoiser, draws)
         release_dense(pipeline, experiment.dense, experiment.offload)
         return {"ratios": torch.tensor(found, dtype=torch.float64)}
 

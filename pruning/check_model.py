@@ -36,10 +36,15 @@ def reach_table(denoiser) -> Table:
     left = unreached_by_reason(reach.by_units(denoiser)[1])
     notes = ["Not reached by any method that removes units: " + ", ".join(
         f"{100 * count / total:.1f} % {why}" for why, count in left.items())] if left else []
-    why = methods.file_of("cache").why_not(denoiser)
-    notes.append("To compare with: steps" + (f". No cache: {why}" if why else " and cache (--baselines steps cache)"))
     return Table("", ["methods", "reach, in % of the denoiser"],
                  [[", ".join(names), share] for share, names in shares.items()], notes, ["left", "right"])
+
+
+def baselines_text(found, guidance_scale: float) -> str:
+    """Return what can be measured to compare pruning with, and why other baselines cannot."""
+    why = {name: methods.why_not(name, found, guidance_scale) for name in methods.BASELINES}
+    return (f"To compare with: --baselines {' '.join(name for name in why if not why[name])}." + "".join(
+        f" No {name}: {reason}." for name, reason in why.items() if reason))
 
 
 def memory_text(found, dtype: str) -> str:
@@ -56,19 +61,17 @@ def memory_text(found, dtype: str) -> str:
             "take.")
 
 
-def time_text(found, args, device: str, dtype: str) -> str:
+def time_text(found, settings: dict, images: int, device: str, dtype: str) -> str:
     """Return about how long the denoiser works for an image and for a sweep, by a matrix product on this device."""
     from pruning.models import skeleton
-    settings = skeleton.sampling(found, {name: getattr(args, name) for name in (
-        "steps", "guidance_scale", "image_size")}, args.model)
     macs, speed = skeleton.count_macs(found, settings["image_size"]), skeleton.macs_a_second(device, dtype)
     calls = settings["steps"] * (2 if settings["guidance_scale"] > 1 and skeleton.guides_twice(found) else 1)
     seconds = calls * macs / speed
     return (f"An image of {settings['image_size']} x {settings['image_size']} pixels in {settings['steps']} steps at "
             f"guidance {settings['guidance_scale']:g} takes the denoiser about {_macs(calls * macs)}. On {device} a "
             f"matrix product in {dtype} makes {_macs(speed)} a second. So an image takes {duration(seconds)} or more, "
-            f"and a sweep of {args.num_images} images at {POINTS - 1} rates and dense "
-            f"{duration(POINTS * args.num_images * seconds)} or more.")
+            f"and a sweep of {images} images at {POINTS - 1} rates and dense "
+            f"{duration(POINTS * images * seconds)} or more.")
 
 
 def _macs(count: float) -> str:
@@ -89,9 +92,12 @@ def main(argv=None) -> None:
     dtype = args.dtype or ("float32" if device == "cpu" else "bfloat16")
     found = skeleton.load(args.model)
     denoiser = found.parts[found.denoiser]
+    settings = skeleton.sampling(found, {name: getattr(args, name) for name in (
+        "steps", "guidance_scale", "image_size")}, args.model)
     print("\n\n".join([f"{args.model}: a {found.pipeline.__name__}, of which a {type(denoiser).__name__} is pruned",
-                       str(reach_table(denoiser)), wrapped(memory_text(found, dtype)),
-                       wrapped(time_text(found, args, device, dtype))]))
+                       str(reach_table(denoiser)), wrapped(baselines_text(found, settings["guidance_scale"])),
+                       wrapped(memory_text(found, dtype)),
+                       wrapped(time_text(found, settings, args.num_images, device, dtype))]))
 
 
 if __name__ == "__main__":

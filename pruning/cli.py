@@ -201,14 +201,11 @@ def method_options(args) -> Dict[str, Any]:
     return options
 
 
-def check_baseline(args) -> None:
-    """Raise UserError if args.method is a baseline and another flag asks for what baselines cannot do."""
-    if args.method in BASELINES and args.save_pruned is not None:
-        raise UserError(f"{args.method} leaves all weights as they are, so there is no pruned model to save; leave out "
-                        "--save_pruned")
-    if args.method == "cache" and args.compile:
-        raise UserError("the cache decides at each call whether blocks run, so calls would not run compiled; leave out "
-                        "--compile")
+def check_flags(args) -> None:
+    """Raise UserError if a flag is given that args.method refuses."""
+    for flag, why in METHODS[args.method].refuses.items():
+        if getattr(args, flag):
+            raise UserError(f"{args.method} takes no --{flag}: {why}; leave out --{flag}")
 
 
 # ---- what a command says when it has finished

@@ -94,7 +94,7 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
     """
     options = cli.method_options(args)
     check_together(options, args.rates)
-    cli.check_baseline(args)
+    cli.check_flags(args)
     status("importing torch, diffusers and transformers")
     device = distributed.own_device(pipelines.pick_device(args.device))
     if args.offload and device == "cpu":

@@ -88,14 +88,17 @@ def baseline_arguments(args) -> List[argparse.Namespace]:
                                   "rates_by_default": True, "dense_from": own_variant(args)})
             for name in dict.fromkeys(args.baselines or ())]
     for own in made:
-        cli.check_baseline(own)
-    if "cache" in (args.baselines or ()):
+        cli.check_flags(own)
+    limited = [own.method for own in made if methods.METHODS[own.method].limited]
+    if limited:
         from pruning.models import skeleton  # here, because the commands import this file before they need torch
-        found = skeleton.load(args.model or DATASETS[args.dataset].default_model)
-        cache = methods.file_of("cache")
-        why = cache.why_not(found.parts[found.denoiser])
-        if why:
-            raise UserError(f"{cache.NOT_HERE}: {why}; leave cache out of --baselines")
+        model = args.model or DATASETS[args.dataset].default_model
+        found = skeleton.load(model)
+        guidance = skeleton.sampling(found, {"guidance_scale": args.guidance_scale}, model)["guidance_scale"]
+        for name in limited:
+            why = methods.why_not(name, found, guidance)
+            if why:
+                raise UserError(f"{name} is not possible here: {why}; leave {name} out of --baselines")
     return made
 
 

@@ -127,13 +127,13 @@ def qwen_config(kind, tokenizer, **options):
                 num_attention_heads=2, num_key_value_heads=1, **options)
 
 
-def z_image():
+def z_image(blocks=1):
     from diffusers import ZImagePipeline, ZImageTransformer2DModel
     from transformers import Qwen3Config, Qwen3Model
     tokenizer = qwen_tokenizer()
     return ZImagePipeline(
         transformer=ZImageTransformer2DModel(
-            in_channels=16, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=TEXT,
+            in_channels=16, dim=32, n_layers=blocks, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=TEXT,
             axes_dims=[4, 4, 8], axes_lens=[1024, 32, 32]),
         vae=vae(16, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
         text_encoder=Qwen3Model(qwen_config(Qwen3Config, tokenizer, head_dim=8)), tokenizer=tokenizer,
@@ -149,12 +149,12 @@ def qwen_vl(tokenizer):
         depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=TEXT), **text))
 
 
-def qwen_image():
+def qwen_image(blocks=1):
     from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
     tokenizer = qwen_tokenizer()
     return QwenImagePipeline(
         transformer=QwenImageTransformer2DModel(
-            in_channels=64, out_channels=16, num_layers=1, attention_head_dim=16, num_attention_heads=4,
+            in_channels=64, out_channels=16, num_layers=blocks, attention_head_dim=16, num_attention_heads=4,
             joint_attention_dim=TEXT, axes_dims_rope=(8, 4, 4)),
         vae=AutoencoderKLQwenImage(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
         text_encoder=qwen_vl(tokenizer), tokenizer=tokenizer,
@@ -196,13 +196,13 @@ def auraflow():
         tokenizer=tokenizer, vae=vae(4), scheduler=FlowMatchEulerDiscreteScheduler())
 
 
-def cogview4():
+def cogview4(blocks=1):
     from diffusers import CogView4Pipeline, CogView4Transformer2DModel
     from transformers import GlmConfig, GlmModel
     tokenizer = qwen_tokenizer(processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)]))
     return CogView4Pipeline(
         transformer=CogView4Transformer2DModel(
-            in_channels=4, out_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=4,
+            in_channels=4, out_channels=4, num_layers=blocks, attention_head_dim=8, num_attention_heads=4,
             text_embed_dim=TEXT, time_embed_dim=16, condition_dim=8, sample_size=8),
         text_encoder=GlmModel(qwen_config(GlmConfig, tokenizer, head_dim=8, pad_token_id=0)), tokenizer=tokenizer,
         vae=vae(4), scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
@@ -278,14 +278,14 @@ def hidream():
         text_encoder_4=LlamaForCausalLM(qwen_config(LlamaConfig, tokenizer, head_dim=8)))
 
 
-def kandinsky5():
+def kandinsky5(blocks=1):
     from diffusers import Kandinsky5T2IPipeline, Kandinsky5Transformer3DModel
     from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
     tokenizer = qwen_tokenizer()
     tokenizer.add_tokens(["<|image_pad|>", "<|video_pad|>"], special_tokens=True)
     transformer = Kandinsky5Transformer3DModel(
         in_visual_dim=16, out_visual_dim=16, in_text_dim=TEXT, in_text_dim2=POOLED, time_dim=16, model_dim=32,
-        ff_dim=48, num_text_blocks=1, num_visual_blocks=1, axes_dims=(4, 6, 6))
+        ff_dim=48, num_text_blocks=1, num_visual_blocks=blocks, axes_dims=(4, 6, 6))
     for parameter in transformer.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)  # gates, which would hide the blocks behind them

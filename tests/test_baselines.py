@@ -2,23 +2,25 @@
 from __future__ import annotations
 
 import copy
+import re
 import sys
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, SIZE
+from families import FAMILIES, NEEDS_TORCH_25, OLD_TORCH, SIZE, SIZES, cogview4, kandinsky5, qwen_image, z_image
 from test_analysis import fails
 
-from pruning import UserError, baselines, cli, experiment, pruning_analysis, steps, sweep
+from pruning import UserError, baselines, cli, experiment, methods, pruning_analysis, steps, sweep
 from pruning.data import Sample
 from pruning.methods import BASELINES, METHODS, cache, prune
 from pruning.methods import steps as fewer_steps
 from pruning.metrics import costs
-from pruning.models import generation
+from pruning.models import generation, pipelines, skeleton
 from pruning.records import report, store
 from pruning.records.comparability import comparable, read_records
 from pruning.records.record import find_records, read_record
@@ -136,7 +138,7 @@ def test_the_calls_that_are_timed_skip_all_blocks_or_none(experiments):
 @CACHES
 def test_the_cache_plans_calls_with_and_without_the_caption_alike_if_they_come_one_by_one():
     torch.manual_seed(0)
-    pipeline = FAMILIES["cogview4"]()
+    pipeline = cogview4(blocks=2)
     pipeline.set_progress_bar_config(disable=True)
     sampling = {"seed": 0, "steps": STEPS, "guidance_scale": 4.0, "image_size": SIZE, "batch_size": 1}
 
@@ -193,16 +195,50 @@ def test_a_model_without_a_list_of_blocks_or_of_unknown_blocks_is_told(monkeypat
         layers_per_block=1, norm_num_groups=2, attention_head_dim=4, cross_attention_dim=4), torch.nn.Module()
     other.transformer_blocks = torch.nn.ModuleList([torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)])
     if hasattr(diffusers, "MagCacheConfig"):
-        assert "UNet2DConditionModel has no list of transformer blocks" in cache.why_not(unet)
-        assert "does not know the blocks of Module" in cache.why_not(other)
+        assert "UNet2DConditionModel has no list of transformer blocks" in cache.why_no_blocks(unet)
+        assert "does not know the blocks of Module" in cache.why_no_blocks(other)
     monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace(__version__="0.36.0"))
-    assert cache.why_not(unet) == "diffusers 0.36.0 has no MagCache; a newer release has it"
+    assert cache.why_no_blocks(unet) == "diffusers 0.36.0 has no MagCache; a newer release has it"
+
+
+# Of one block, MagCache caches none of these. What else it says of them shows with two.
+OF_TWO_BLOCKS = {f"{make.__name__}_of_two_blocks": partial(make, blocks=2)
+                 for make in (z_image, qwen_image, cogview4, kandinsky5)}
+
+
+@CACHES
+@pytest.mark.parametrize(("name", "guided"), [
+    pytest.param(name, guided, marks=[] if name.startswith(("z_image", "qwen_image")) else [pytest.mark.slow])
+    for name in (*FAMILIES, *OF_TWO_BLOCKS) for guided in (False, True)
+    if not (OLD_TORCH and name.startswith(NEEDS_TORCH_25))])
+def test_what_check_model_says_of_the_cache_is_so_when_images_are_drawn(name, guided, tmp_path):
+    torch.manual_seed(0)
+    {**FAMILIES, **OF_TWO_BLOCKS}[name]().save_pretrained(tmp_path, safe_serialization=True)
+    pipeline, count = pipelines.load_pipeline(str(tmp_path)), 2 if name == "sana_sprint" else STEPS
+    sampling = {"seed": 0, "steps": count, "guidance_scale": 4.0 if guided else 1.0, "batch_size": 2,
+                "image_size": SIZES[name.replace("_of_two_blocks", "")]}
+    denoiser = getattr(pipeline, pipelines.denoiser_name(pipeline))
+
+    def draw():
+        generation.generate(pipeline, [Sample("a", "a red circle", None), Sample("b", "a blue square", None)],
+                            **sampling)
+
+    draw()
+    why = methods.why_not("cache", skeleton.load(str(tmp_path)), sampling["guidance_scale"])
+    if why:
+        with pytest.raises(UserError, match=re.escape(f"cache is not possible here: {why}; leave cache out")):
+            cache.magnitudes(pipeline, denoiser, [draw])
+    else:
+        plan = cache.plan(0.5, count, cache.magnitudes(pipeline, denoiser, [draw]))
+        assert plan.taken == count // 2
+        with cache.drawing(denoiser, plan, sampling):  # an error if other calls are skipped than planned
+            draw()
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--method", "steps", "--save_pruned", "x"], "steps leaves all weights as they are"),
-    (["--method", "cache", "--compile"], "the cache decides at each call whether blocks run"),
-    (["--baselines", "cache", "--compile"], "the cache decides at each call whether blocks run"),
+    (["--method", "steps", "--save_pruned", "x"], "steps takes no --save_pruned: it leaves all weights as they are"),
+    (["--method", "cache", "--compile"], "cache takes no --compile: it decides at each call whether blocks run"),
+    (["--baselines", "cache", "--compile"], "cache takes no --compile: it decides at each call whether blocks run"),
     (["--baselines", "cache", "--model", "shapes-unet"], "cache is not possible here: "),
     (["--baselines", "steps", "--sensitivity"], "--sensitivity measures layers, and --baselines images"),
     (["--baselines", "magnitude"], "unknown baseline 'magnitude' (one of: steps, cache)"),

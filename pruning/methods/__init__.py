@@ -6,7 +6,8 @@ recovery_steps: prune() below trains after each method alike. This table loads w
 
 A baseline changes how images are drawn instead of the weights. It stands in the table to be measured as a method is.
 In place of prune(), its file has plan(rate, steps, magnitudes) -> Pruned, drawing(denoiser, pruned, sampling), and
-timed(denoiser, pruned, share) -> the denoisers that a drawing calls, and how often beside dense's calls.
+timed(denoiser, pruned, share) -> the denoisers that a drawing calls, and how often beside dense's calls. If it needs
+"captions", its file has twin(denoiser) and magnitudes(pipeline, denoiser, draws), which measure what it plans by.
 """
 from __future__ import annotations
 
@@ -46,8 +47,11 @@ class Method(NamedTuple):
     # baseline "captions". Nothing: prune() gets no calibration. Such a method has the option "calibration_images".
     needs: Callable[[Dict[str, Any]], Tuple[str, ...]] = lambda options: ()
     trains: bool = False  # whether its prune() takes recovery_steps and trains itself, in all processes together
-    limited: bool = False  # whether its file has largest_rate(denoiser, call, **options), as not every rate is in reach
+    # Whether its file has largest_rate(denoiser, call, **options), as not every rate is in reach; of a baseline,
+    # why_not(skeleton, guidance_scale), as not every model is.
+    limited: bool = False
     baseline: bool = False  # whether it prunes nothing and is what a user could do instead: draw in less time
+    refuses: Dict[str, str] = {}  # flags that it cannot be combined with -> why
 
 
 class LayerPruned(NamedTuple):
@@ -102,6 +106,8 @@ def _removing_needs(options: Dict[str, Any]) -> Tuple[str, ...]:
         else ())
 
 
+NOTHING_TO_SAVE = "it leaves all weights as they are, so there is no pruned model to save"
+
 METHODS: Dict[str, Method] = {
     "magnitude": Method("zero the weights of lowest |w|", "weights", {"scope": SCOPE, **ZEROING}, needs=_zeroing_needs),
     "structured": Method(
@@ -142,10 +148,13 @@ METHODS: Dict[str, Method] = {
                                 "let noisier steps (early) or later ones (late) count more in the input moments"),
          "recovery_steps": RECOVERY_STEPS, "calibration_images": CALIBRATION_IMAGES},
         needs=lambda options: _zeroing_needs(options, ("moments",))),
-    "steps": Method("draw in fewer steps, with the dense weights", "steps", baseline=True),
+    "steps": Method("draw in fewer steps, with the dense weights", "steps", baseline=True,
+                    refuses={"save_pruned": NOTHING_TO_SAVE}),
     "cache": Method("skip the blocks of a transformer in some calls, by diffusers' MagCache", "calls",
                     {"calibration_images": CALIBRATION_IMAGES._replace(default=8)},
-                    needs=lambda options: ("captions",), baseline=True),
+                    needs=lambda options: ("captions",), limited=True, baseline=True,
+                    refuses={"save_pruned": NOTHING_TO_SAVE, "compile": "it decides at each call whether blocks run, "
+                             "so calls would not run compiled"}),
 }
 BASELINES = tuple(name for name, entry in METHODS.items() if entry.baseline)
 PRUNING = tuple(name for name, entry in METHODS.items() if not entry.baseline)
@@ -159,6 +168,11 @@ def file_of(method: str):
 def needs(method: str, options: Dict[str, Any]) -> Tuple[str, ...]:
     """Return what of the calibration a method needs with these options, which may leave out defaults."""
     return METHODS[method].needs({**default_options(method), **options})
+
+
+def why_not(method: str, skeleton, guidance_scale: float) -> str:
+    """Return why a baseline cannot draw with a model, "" if it can. skeleton: a models.skeleton.Skeleton."""
+    return file_of(method).why_not(skeleton, guidance_scale) if METHODS[method].limited else ""
 
 
 def check_weights(denoiser) -> None:

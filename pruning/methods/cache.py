@@ -22,12 +22,12 @@ from torch import nn
 
 from pruning import UserError
 from pruning.methods import METHODS, Pruned
+from pruning.models import skeleton
 from pruning.models.hub import first_line
 
 RETENTION = 0.2  # share of the calls, the first, that are never skipped; diffusers' default
 IN_A_ROW = 3  # most calls that are skipped one after the other, if the rate does not need more; diffusers' default
 THRESHOLDS = [float(f"{10 ** (i / 40):.3g}") for i in range(-160, 81)]  # 0.0001 to 100
-NOT_HERE = "cache is not possible here"  # begins errors
 MANY = 10_000  # calls in a row that are timed, at most
 
 
@@ -62,19 +62,45 @@ def skipped(magnitudes: Sequence[float], threshold: float, in_a_row: int) -> int
     return count
 
 
-def why_not(denoiser: nn.Module) -> str:
+def why_not(found: skeleton.Skeleton, guidance_scale: float) -> str:
+    """Return why diffusers cannot skip the blocks of a model in drawings with this guidance scale, "" if it can."""
+    why, call = why_no_blocks(found.parts[found.denoiser]), inspect.unwrap(found.pipeline.__call__)
+    if why or not (guidance_scale > 1 and skeleton.guides_twice(found)):
+        return why
+    # Pipelines that guide within one call split its output into chunks.
+    apart = inspect.getsource(call).count(f"self.{found.denoiser}(") > 1 and "chunk" not in call.__code__.co_names
+    return why_untold(found.pipeline) if apart else ""
+
+
+def why_no_blocks(denoiser: nn.Module) -> str:
     """Return why diffusers cannot skip the blocks of a denoiser, "" if it can. Works on the meta device."""
     import diffusers
     if not hasattr(diffusers, "MagCacheConfig"):
         return f"diffusers {diffusers.__version__} has no MagCache; a newer release has it"
-    kind = type(denoiser).__name__
+    magcache, kind = f"MagCache of diffusers {diffusers.__version__}", type(denoiser).__name__
     try:
-        with cached(twin(denoiser), {"calibrate": True}):
-            return ""
-    except IndexError:
-        return f"{kind} has no list of transformer blocks, which is what diffusers' MagCache skips"
+        hooks = hooked(apply(twin(denoiser), {"calibrate": True}))
     except ValueError:
-        return f"MagCache of diffusers {diffusers.__version__} does not know the blocks of {kind}"
+        return f"{magcache} does not know the blocks of {kind}"
+    if not hooks:
+        return f"{kind} has no list of transformer blocks, which is what diffusers' MagCache skips"
+    if len({block for block, _ in hooks}) == 1:
+        return f"{kind} has a single block, in which {magcache} does not count the calls that it skips"
+    for block, hook in hooks:
+        asked = hook._metadata.hidden_states_argument_name
+        if asked not in inspect.signature(type(block).forward).parameters:
+            return f"{magcache} asks the blocks of {kind} for {asked}, which they do not take"
+    return ""
+
+
+def why_untold(pipeline: type) -> str:
+    """Return why diffusers cannot skip blocks if a pipeline class calls its transformer more than once a step.
+
+    "" if the class tells diffusers which of these calls belong together.
+    """
+    return "" if "cache_context" in inspect.unwrap(pipeline.__call__).__code__.co_names else (
+        f"{pipeline.__name__} calls its transformer more than once a step and does not tell diffusers which of these "
+        "calls belong together")
 
 
 def magnitudes(pipeline, denoiser: nn.Module, draws: Sequence[Callable[[], object]]) -> List[float]:
@@ -82,10 +108,10 @@ def magnitudes(pipeline, denoiser: nn.Module, draws: Sequence[Callable[[], objec
 
     The mean over the batches, and over the calls with and without the caption if a pipeline makes them one by one.
 
-    draws: each draws a batch of captions with the pipeline, which must hold this denoiser. Raises UserError if
-    diffusers cannot skip its blocks.
+    draws: each draws a batch of captions with the pipeline, which must hold this denoiser and have drawn in as many
+    steps before. Raises UserError if diffusers cannot skip its blocks.
     """
-    why, calls = why_not(denoiser), len(pipeline.scheduler.timesteps)
+    why, calls = why_no_blocks(denoiser), len(pipeline.scheduler.timesteps)
     found = []
     for draw in () if why else draws:
         try:
@@ -93,17 +119,16 @@ def magnitudes(pipeline, denoiser: nn.Module, draws: Sequence[Callable[[], objec
                     redirect_stdout(io.StringIO()) as printed:  # diffusers prints the ratios, and has no other way
                 draw()
         except Exception as error:  # the blocks of some models are called in ways that MagCache does not know
-            raise UserError(f"{NOT_HERE}: diffusers' MagCache fails in {type(denoiser).__name__} "
+            raise UserError(f"cache is not possible here: diffusers' MagCache fails in {type(denoiser).__name__} "
                             f"({first_line(error)}); leave cache out") from error
         found += re.findall(r"^\[[^A-Z]+\]$", printed.getvalue(), re.MULTILINE)
-        if len(ran) != calls and "cache_context" not in inspect.unwrap(type(pipeline).__call__).__code__.co_names:
-            why = (f"{type(pipeline).__name__} calls its transformer {len(ran)} times in {calls} steps and does not "
-                   "tell diffusers which of these calls belong together")
+        if len(ran) != calls:
+            why = why_untold(type(pipeline))
     if not why and not (found and all(math.isfinite(ratio) for each in found for ratio in json.loads(
             each.replace("nan", "NaN").replace("inf", "Infinity")))):
         why = "MagCache finds no finite magnitudes in this model"
     if why:
-        raise UserError(f"{NOT_HERE}: {why}; leave cache out")
+        raise UserError(f"cache is not possible here: {why}; leave cache out")
     return [float(f"{ratio:.6g}") for ratio in np.mean([json.loads(each) for each in found], axis=0)]
 
 
@@ -127,28 +152,24 @@ def drawing(denoiser: nn.Module, pruned: Pruned, sampling: Dict[str, Any]) -> It
 def cached(denoiser: nn.Module, settings: Dict[str, Any]) -> Iterator[List[bool]]:
     """Apply MagCache during the block. Yields a list that gets for each call of the denoiser whether its blocks ran.
 
-    settings: keyword arguments of diffusers' MagCacheConfig. Raises IndexError if the denoiser has no blocks that
-    MagCache sees, and ValueError if it does not know them.
+    settings: keyword arguments of diffusers' MagCacheConfig. The denoiser must be one that MagCache knows.
     """
-    from diffusers.hooks import HookRegistry, mag_cache
+    from diffusers.hooks import HookRegistry
 
     ran: List[bool] = []
-    hooks = []
 
     def note(*_) -> None:
         ran[-1] = True
 
+    first, _ = hooked(apply(denoiser, settings))[0]
+    handles = [denoiser.register_forward_pre_hook(lambda *_: ran.append(False)),
+               *(part.register_forward_pre_hook(note) for part in first.children())]
     try:
-        apply(denoiser, settings)
-        first = [module for module in denoiser.modules() if hasattr(module, "_diffusers_hook")
-                 and module._diffusers_hook.get_hook(mag_cache._MAG_CACHE_LEADER_BLOCK_HOOK)][0]
-        hooks = [denoiser.register_forward_pre_hook(lambda *_: ran.append(False)),
-                 *(part.register_forward_pre_hook(note) for part in first.children())]
         yield ran
     finally:
-        for hook in hooks:
-            hook.remove()
-        for name in (mag_cache._MAG_CACHE_LEADER_BLOCK_HOOK, mag_cache._MAG_CACHE_BLOCK_HOOK):
+        for handle in handles:
+            handle.remove()
+        for name in hook_names():
             HookRegistry.check_if_exists_or_initialize(denoiser).remove_hook(name, recurse=True)
 
 
@@ -161,6 +182,19 @@ def apply(denoiser: nn.Module, settings: Dict[str, Any]) -> nn.Module:
     registry = HookRegistry.check_if_exists_or_initialize(denoiser)
     getattr(registry, "invalidate_child_registries_cache", lambda: None)()  # older releases note nothing
     return denoiser
+
+
+def hooked(denoiser: nn.Module) -> List[Tuple[nn.Module, Any]]:
+    """Return the blocks of a denoiser to which MagCache is applied, each with its hook. The first decides for all."""
+    registries = {block: block._diffusers_hook for block in denoiser.modules() if hasattr(block, "_diffusers_hook")}
+    return [(block, registry.get_hook(name)) for name in hook_names() for block, registry in registries.items()
+            if registry.get_hook(name)]
+
+
+def hook_names() -> Tuple[str, str]:
+    """Return what diffusers calls MagCache's hook of the first block, and those of the others."""
+    from diffusers.hooks import mag_cache
+    return mag_cache._MAG_CACHE_LEADER_BLOCK_HOOK, mag_cache._MAG_CACHE_BLOCK_HOOK
 
 
 def twin(denoiser: nn.Module) -> nn.Module:
