@@ -7,7 +7,7 @@ from typing import Any, ContextManager, Dict, List, Optional
 
 from pruning import distributed, methods
 from pruning.experiment import Experiment, release_dense
-from pruning.methods import Pruned
+from pruning.methods import Pruned, calibration
 from pruning.models import generation, pipelines
 
 
@@ -35,7 +35,7 @@ def magnitudes(experiment: Experiment) -> Optional[List[float]]:
         return None
     import torch  # here, because the commands import this file before they need torch
     own, pipeline, captions = methods.file_of(experiment.record.method), experiment.pipeline, experiment.training
-    size = experiment.sampling["batch_size"]
+    size = min(experiment.sampling["batch_size"], calibration.BATCH)
     draws = [functools.partial(generation.generate, pipeline, captions[start:start + size], **experiment.sampling)
              for start in range(0, len(captions), size)]
 

@@ -173,7 +173,8 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
     notes = Notes(faults={**faults, **unused, **found}, code=list(dict.fromkeys(code)), reference_images=len(real),
                   feature_sizes={family: features.shape[1] for family, features in reference.items()})
 
-    folder, few = calibration_folder(record, captions), min(sampling["batch_size"], calibration.BATCH)
+    folder, few = calibration_folder(record, captions), min(sampling["batch_size"], calibration.BATCH, len(captions))
+    other_call = folder / "other.pt"
     drawn = [Sample(f"recovery-{i:05d}", caption, None) for i, caption in enumerate(captions)]
 
     def sample(denoiser, count: int):
@@ -189,15 +190,23 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
         return torch.cat(made)
 
     def record_calls() -> list:
-        """Return the dense denoiser's calls while it draws the training captions, a file a batch."""
+        """Return the dense denoiser's calls while it draws the training captions, a file a batch.
+
+        One more file holds a call for another number of images.
+        """
         batches = {folder / f"calls-{start}.pt": drawn[start:start + few] for start in range(0, len(drawn), few)}
 
         def record(paths):
             pipelines.set_denoiser(pipeline, dense, device, args.offload)
             for path in tqdm(paths, desc="calibration images", unit="batch", disable=not distributed.is_main):
-                yield path, generation.record_calls(pipeline, batches[path], calibration.keep_once(), **sampling)
+                keep = calibration.keep_once()
+                if path == other_call:
+                    images = drawn[:1] * (2 if few == 1 else 1)
+                    yield path, [(keep(generation.first_call(pipeline, images, **sampling)), None)]
+                else:
+                    yield path, generation.record_calls(pipeline, batches[path], keep, **sampling)
             release_dense(pipeline, dense, args.offload)
-        return calibration.recorded(list(batches), record)
+        return calibration.recorded([*batches, other_call], record)[:-1]
 
     return Experiment(
         record=replace(record, notes=notes), images_folder=path.parent / "images", pipeline=pipeline, dense=dense,
@@ -206,8 +215,9 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
         reference={family: scores.Reference(features) for family, features in reference.items()}, floor_features=floors,
         training=drawn, calibration=calibration.Calibration(
             record_calls, args.seed, checkpoint=checkpoint_file(path), guidance_scale=sampling["guidance_scale"],
-            first_batch=min(few, len(captions)), memory=int(args.calibration_memory * GIB), folder=folder,
-            sample=sample, recompute=args.gradient_checkpointing) if captions else None)
+            first_batch=few, memory=int(args.calibration_memory * GIB), folder=folder,
+            sample=sample, recompute=args.gradient_checkpointing,
+            other=lambda: calibration.read_calls(other_call)[0][0]) if captions else None)
 
 
 def choose_metrics(args, earlier: Optional[Record]) -> Tuple[List[str], Faults]:
@@ -240,11 +250,12 @@ def training_captions(args, samples: List[Sample]) -> List[str]:
 def calibration_folder(record: Record, captions: List[str]) -> Path:
     """Return the folder of what is computed from the recorded calls, which all records share that make equal calls."""
     sampled = {name: record.settings[name] for name in (
-        "seed", "batch_size", "steps", "guidance_scale", "image_size", "dtype", "device", "pipeline", "configs",
+        "seed", "steps", "guidance_scale", "image_size", "dtype", "device", "pipeline", "configs",
         "denoiser")}
     packages = {name: record.versions[name] for name in ("torch", "diffusers", "transformers")}
     return cache_folder() / "calibration" / provenance.provenance_hash(
-        **sampled, **packages, captions=captions, code=provenance.folder_hash(Path(methods.__file__).parent))
+        **sampled, **packages, batch_size=min(record.settings["batch_size"], calibration.BATCH), captions=captions,
+        code=provenance.folder_hash(Path(methods.__file__).parent))
 
 
 def checkpoint_file(path: Path) -> Path:

@@ -326,8 +326,7 @@ FAMILIES = {
     "kandinsky5": kandinsky5,
 }
 # Pixels a side. Two families draw one size alone, of 128 x 128 latents: here by a VAE that does not shrink images.
-# HunyuanDiT passes a table with a row a token, of which there must not be as many as latents in a call.
-SIZES = {**dict.fromkeys(FAMILIES, SIZE), "hidream": 128, "kandinsky5": 128, "hunyuan_dit": 64}
+SIZES = {**dict.fromkeys(FAMILIES, SIZE), "hidream": 128, "kandinsky5": 128}
 # Of classes that the oldest releases lack, or run with torch 2.5 alone.
 NEEDS_TORCH_25 = ("flux", "sana", "z_image", "qwen", "chroma", "lumina2", "auraflow", "cogview4", "omnigen", "hidream",
                   "kandinsky5")  # on the CPU

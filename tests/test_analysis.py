@@ -153,9 +153,13 @@ def test_offloading_changes_no_image_and_no_count(tmp_path):
     assert seen[None] == seen["model"]
 
 
-def test_a_larger_batch_leaves_methods_the_same_calls_to_calibrate_on(tmp_path):
-    few, many = (prepare(tmp_path, "--method", "structured", "--metrics", "lpips_dense", "--calibration_images", "9",
-                         "--steps", "2", "--batch_size", size).calibration for size in ("8", "9"))
+def test_a_larger_batch_leaves_methods_the_same_calls_to_calibrate_on(tmp_path, monkeypatch):
+    made = []
+    for size in ("8", "9"):
+        monkeypatch.setenv("PRUNING_CACHE", str(tmp_path / size))
+        made.append(prepare(tmp_path, "--method", "structured", "--metrics", "lpips_dense", "--calibration_images", "9",
+                            "--steps", "2", "--batch_size", size).calibration)
+    few, many = made
     assert [len(output) for _, output in many.calls] == [16, 16, 2, 2]  # 8 images and 1, in 2 steps, guided
     assert all(bool((a == b).all()) for (_, a), (_, b) in zip(few.calls, many.calls))
     assert few.guidance == many.guidance != 1
@@ -574,6 +578,16 @@ def test_recorded_calls_are_read_by_a_later_run_and_drawn_again_if_their_file_is
         assert torch.equal(target, other)
         assert kwargs.keys() == others.keys()
         assert torch.equal(kwargs["sample"], others["sample"])
+
+
+def test_recorded_calls_are_read_by_a_later_run_with_another_batch_size(tmp_path, monkeypatch):
+    monkeypatch.setenv("PRUNING_CACHE", str(tmp_path / "cache"))
+    first, again = (prepare(tmp_path, "--method", "wanda", *FEW_CALLS, "--batch_size", size).calibration
+                    for size in ("16", "32"))
+    calls, rows = first.calls, first.rows
+    monkeypatch.setattr(generation, "record_calls", lambda *_, **__: pytest.fail("the calls are recorded again"))
+    assert all(torch.equal(target, other) for (_, target), (_, other) in zip(calls, again.calls))
+    assert again.rows == rows == {("sample",), ("encoder_hidden_states",)}
 
 
 def test_a_calibration_memory_below_the_largest_layer_is_refused_before_any_image(tmp_path, capsys):

@@ -99,18 +99,20 @@ def test_a_method_that_does_not_calibrate_asks_for_no_captions():
 
 
 def test_the_folder_of_what_is_kept_depends_on_all_that_decides_the_calls_and_on_nothing_else():
-    settings = {"seed": 0, "batch_size": 8, "steps": 4, "guidance_scale": 4.0, "image_size": 64, "dtype": "float32",
+    settings = {"seed": 0, "steps": 4, "guidance_scale": 4.0, "image_size": 64, "dtype": "float32",
                 "device": "cpu", "pipeline": "a", "configs": "c", "denoiser": "b"}
     versions = {"torch": "2", "diffusers": "1", "transformers": "4"}
 
-    def folder(captions=("one",), **changes):
-        given = {**settings, "metrics": ["fid"], **{name: each for name, each in changes.items() if name in settings}}
+    def folder(captions=("one",), batch=8, **changes):
+        given = {**settings, "batch_size": batch, "metrics": ["fid"],
+                 **{name: each for name, each in changes.items() if name in settings}}
         known = {**versions, "scipy": "1", **{name: each for name, each in changes.items() if name not in settings}}
         return experiment.calibration_folder(SimpleNamespace(settings=given, versions=known), list(captions))
 
     names = [*settings, *versions]
-    assert len({folder(), folder(("two",)), *(folder(**{name: "another"}) for name in names)}) == 2 + len(names)
-    assert folder(scipy="2", metrics=[]) == folder()
+    others = [folder(**{name: "another"}) for name in names]
+    assert len({folder(), folder(("two",)), folder(batch=7), *others}) == 3 + len(names)
+    assert folder(scipy="2", metrics=[]) == folder() == folder(batch=16)
 
 
 # ---- calls

@@ -454,6 +454,18 @@ def test_tensors_without_a_row_a_latent_are_kept_as_they_are():
     assert torch.equal(arguments["ids"], places)
 
 
+@pytest.mark.parametrize("others", [1, 4])
+def test_a_table_with_as_many_rows_as_latents_is_told_by_a_call_for_another_number_of_latents(others):
+    """As HunyuanDiT passes for few tokens. A call for as many latents tells nothing."""
+    table = (torch.arange(8.0).view(4, 2), [torch.ones(4)])
+    calls = [call(4, float(time), table=table) for time in range(2)]
+    known = Calibration(lambda: calls, 0, first_batch=4, other=lambda: call(others, table=table)[0])
+    arguments, count = sequential.one_batch(calls, rows=known.rows)
+    assert (count, arguments["sample"].shape, arguments["kwargs"]["text"].shape) == (8, (8, 3, 2), (8, 4))
+    assert torch.equal(arguments["table"][0], table[0]) == (others == 1)
+    assert len(arguments["table"][1][0]) == (4 if others == 1 else 8)
+
+
 def test_few_latents_are_taken_evenly_of_each_call_and_of_both_halves_of_a_guided_one():
     calls = [call(8, float(time)) for time in range(4)]
     arguments, count = sequential.one_batch(calls, 8)

@@ -6,7 +6,7 @@ import pickle
 import tempfile
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, Optional, Set, Tuple
 
 from pruning import UserError, distributed, whole_file
 from pruning.metrics.costs import sample_of
@@ -26,15 +26,17 @@ class Calibration:
     The calls come from images that the dense pipeline makes of captions that are never measured; `record` makes these
     images and returns the calls, and `sample`, for methods that ask for latents, draws some of them with another
     denoiser. `record` is called when a method first asks for `calls`, as recording takes minutes and a
-    method may need no calls at all. Of several processes, all must ask for calls at the same time.
+    method may need no calls at all. Of several processes, all must ask for calls at the same time. `other` returns,
+    once there are calls, the arguments of a call for another number of images.
     """
 
     def __init__(self, record: Callable[[], List[Call]], seed: int, *, checkpoint: Optional[Path] = None,
                  guidance_scale: float = 1.0, first_batch: int = 0, folder: Optional[Path] = None,
                  memory: int = MEMORY, sample: Optional[Callable[[nn.Module, int], Tensor]] = None,
-                 recompute: bool = False):
+                 recompute: bool = False, other: Optional[Callable[[], Dict[str, Any]]] = None):
         self._record = record
         self._sample = sample
+        self._other = other
         self._kept: Dict[str, Dict[str, Tensor]] = {}
         self._dense_latents: Dict[int, Tensor] = {}
         self._scratch = None if folder else tempfile.TemporaryDirectory()  # removed with this object
@@ -67,6 +69,12 @@ class Calibration:
         """The guidance scale if a call's output holds two halves, unconditional and conditional; else None."""
         return self.guidance_scale if len(self.calls[0][1]) == 2 * self.first_batch else None
 
+    @cached_property
+    def rows(self) -> Set[tuple]:
+        """Where the arguments of the calls have a row for each latent. See latent_rows."""
+        arguments, output = self.calls[0]
+        return latent_rows(arguments, len(output), self._other and self._other())
+
     def latents(self, denoiser: nn.Module, captions: int) -> Tensor:
         """Return the final latents of some training captions, sampled in a few steps with this denoiser, float32.
 
@@ -95,6 +103,28 @@ class Calibration:
                 write_tensors(found, path)
             self._kept[key] = found
         return self._kept[key]
+
+
+def latent_rows(arguments: Dict[str, Any], latents: int, other: Optional[Dict[str, Any]] = None) -> Set[tuple]:
+    """Return where a call's arguments hold a tensor with a row, or a list with an item, for each of the call's latents.
+
+    A place is a tuple of keys. A table may happen to have as many rows. It has them in any call, so `other`, the
+    arguments of a call for another number of latents, tells. Without it, the table is taken for rows of latents.
+    """
+    known = _lengths(other)
+    others = next(iter(known.values()), latents)  # of the sample, which is a denoiser's first argument
+    return {place for place, length in _lengths(arguments).items()
+            if length == latents and known.get(place, others) == others}
+
+
+def _lengths(value: Any, place: tuple = ()) -> Dict[tuple, int]:
+    """Return how many rows each tensor in a value has, and how many items each list, by place."""
+    from torch import Tensor
+    found = {place: len(value)} if isinstance(value, list) or isinstance(value, Tensor) and value.dim() else {}
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    for key, item in items:
+        found.update(_lengths(item, (*place, key)))
+    return found
 
 
 def read_tensors(path: Path) -> Optional[Dict[str, Tensor]]:

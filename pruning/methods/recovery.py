@@ -7,7 +7,7 @@ import random
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Sequence
+from typing import Any, Dict, Iterator, Optional, Sequence, Set
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -140,7 +140,7 @@ def training(denoiser: nn.Module, weights: Dict[str, Tensor], calibration: Calib
         for asked in dict.fromkeys([calibration.recompute, True]):
             with probes.recomputing(denoiser, asked) as recomputed:
                 need = reckoning.without_activations(denoiser)._replace(
-                    activations=call_activations(denoiser, call, free), recomputed=recomputed)
+                    activations=call_activations(denoiser, call, free, calibration.rows), recomputed=recomputed)
                 if need.total <= free:
                     yield f"recovery takes {need}; {device} has {gigabytes(free)} for it"
                     return
@@ -149,13 +149,13 @@ def training(denoiser: nn.Module, weights: Dict[str, Tensor], calibration: Calib
                         f"{reckoning.INSTEAD}")
 
 
-def call_activations(denoiser: nn.Module, call: Call, free: int) -> int:
+def call_activations(denoiser: nn.Module, call: Call, free: int, rows: Optional[Set[tuple]] = None) -> int:
     """Return reckoning.activations of a recorded call, or `free` if the GPU has no memory for two latents of it.
 
-    All processes call this together.
+    rows: see sequential.one_batch. All processes call this together.
     """
     def backward(latents: int) -> None:
-        arguments, count = one_batch([call], latents)
+        arguments, count = one_batch([call], latents, rows)
         with torch.enable_grad():
             distillation_loss(denoiser, arguments, call[1][:count]).backward()
 

@@ -13,7 +13,7 @@ has a dense output to learn from. Then only what the dense inputs say counts.
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional, Sequence, Set, Tuple
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pruning import UserError
 from pruning.methods import probes, refit
-from pruning.methods.calibration import Calibration, Call, answer
+from pruning.methods.calibration import Calibration, Call, answer, latent_rows
 from pruning.methods.moments import Moments, as_rows, hooked, input_rows, output_places, seed_of, some, watched, wide
 from pruning.methods.zeroing import restore_zeros
 
@@ -63,7 +63,7 @@ def dense_outputs(denoiser: nn.Module, layers: Dict[str, nn.Module], calibration
     widths = sum(len(module.weight) for module in (*layers.values(), *norms.values()))
     rows = max(1, min(ROWS, calibration.memory // (4 * max(widths, 1))))
     while True:
-        arguments, count = one_batch(chosen, latents)
+        arguments, count = one_batch(chosen, latents, calibration.rows)
         aims = Aims(arguments, {}, count, rows, residual)
         try:
             _note_outputs(denoiser, layers, norms, aims, calibration.seed)
@@ -212,52 +212,53 @@ def _stream_sources(denoiser: nn.Module, layers: Dict[str, nn.Module]) -> Dict[s
 
 # ---- calls as one batch
 
-def one_batch(calls: Sequence[Call], most: int = LATENTS) -> Tuple[Dict[str, Any], int]:
+def one_batch(calls: Sequence[Call], most: int = LATENTS, rows: Optional[Set[tuple]] = None
+              ) -> Tuple[Dict[str, Any], int]:
     """Return the arguments of several calls as those of one call on at most `most` of their latents, and how many.
 
     As many are taken of each call. Tensors with a row, and lists with an item, a latent follow one another, and a time
     that holds for a whole call becomes one a latent. Calls of another batch size than the first, and calls whose other
     arguments differ from the first's, are left out.
+
+    rows: where these tensors and lists are, as Calibration.rows says. Without them, all that have as many rows as there
+    are latents are taken for such.
     """
     first, latents = calls[0][0], len(calls[0][1])
-    alike = [arguments for arguments, output in calls if len(output) == latents and _joins(first, arguments, latents)]
+    rows = latent_rows(first, latents) if rows is None else rows
+    alike = [arguments for arguments, output in calls if len(output) == latents and _joins(first, arguments, rows)]
     alike = alike[:max(1, most)]
     stride = -(-latents * len(alike) // max(1, most))  # strides take of both halves of a guided call
-    return _join(alike, latents, stride), len(range(0, latents, stride)) * len(alike)
+    return _join(alike, latents, stride, rows), len(range(0, latents, stride)) * len(alike)
 
 
-def _per_latent(name: str, value: Any, latents: int) -> bool:
-    if isinstance(value, list):  # Z-Image passes latents and captions so, Qwen-Image the sizes of images
-        return len(value) == latents
-    return isinstance(value, Tensor) and (name == "timestep" or value.dim() > 0 and len(value) == latents)
+def _is_time(value: Any, place: tuple) -> bool:
+    return isinstance(value, Tensor) and place[-1:] == ("timestep",)
 
 
-def _joins(first: Any, other: Any, latents: int, name: str = "") -> bool:
+def _joins(first: Any, other: Any, rows: Set[tuple], place: tuple = ()) -> bool:
     """Return whether two arguments can be those of one call: of equal shape if they have a row a latent, else equal."""
     if isinstance(first, dict):
         return isinstance(other, dict) and first.keys() == other.keys() and all(
-            _joins(first[key], other[key], latents, key) for key in first)
-    if isinstance(first, list) and _per_latent(name, first, latents):
-        return isinstance(other, list) and len(other) == latents
+            _joins(first[key], other[key], rows, (*place, key)) for key in first)
     if isinstance(first, (list, tuple)):
-        return isinstance(other, (list, tuple)) and len(first) == len(other) and all(
-            _joins(one, another, latents) for one, another in zip(first, other))
+        return isinstance(other, (list, tuple)) and len(first) == len(other) and (place in rows or all(
+            _joins(one, another, rows, (*place, key)) for key, (one, another) in enumerate(zip(first, other))))
     if isinstance(first, Tensor):
         return isinstance(other, Tensor) and first.shape == other.shape and (
-            _per_latent(name, first, latents) or torch.equal(first, other))
+            place in rows or _is_time(first, place) or torch.equal(first, other))
     return first == other
 
 
-def _join(values: list, latents: int, stride: int, name: str = "") -> Any:
+def _join(values: list, latents: int, stride: int, rows: Set[tuple], place: tuple = ()) -> Any:
     """Return the arguments of calls that _joins approves as one, every `stride`-th latent of each."""
     first = values[0]
     if isinstance(first, dict):
-        return {key: _join([value[key] for value in values], latents, stride, key) for key in first}
-    if isinstance(first, list) and _per_latent(name, first, latents):
+        return {key: _join([value[key] for value in values], latents, stride, rows, (*place, key)) for key in first}
+    if isinstance(first, list) and place in rows:
         return [item for value in values for item in value[::stride]]
     if isinstance(first, (list, tuple)):
-        return type(first)(_join(list(each), latents, stride) for each in zip(*values))
-    if _per_latent(name, first, latents):
-        return torch.cat([(value if value.dim() and len(value) == latents else value.expand(latents))[::stride]
-                          for value in values])
-    return first
+        return type(first)(_join(list(each), latents, stride, rows, (*place, key))
+                           for key, each in enumerate(zip(*values)))
+    if _is_time(first, place):
+        return torch.cat([value.expand(latents)[::stride] for value in values])
+    return torch.cat([value[::stride] for value in values]) if place in rows else first
