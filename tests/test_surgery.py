@@ -19,6 +19,8 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from pruning import UserError, methods
@@ -535,6 +537,21 @@ def test_equal_scores_are_broken_the_same_way_each_time(method):
 
 
 # ---- criteria
+
+@given(st.lists(st.tuples(st.sampled_from([1, 4, 8, 32]), st.integers(1, 10)), min_size=1, max_size=5),
+       st.floats(0, 0.99))
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+def test_equal_shares_are_in_sum_as_near_to_what_was_asked_for_as_norm_groups_allow(shapes, rate):
+    """In UNets of ResNets alone, all units go by whole norm groups, and a few finer ones make up for little."""
+    found = [surgery.Group(str(i), nn.Module(), GATES, step * count, step) for i, (step, count) in enumerate(shapes)]
+    asked, sums = round(rate * sum(group.units for group in found)), {0}
+    for group in found:
+        sums = {total + lost for total in sums for lost in range(0, group.units, group.norm_groups)}
+    counts = allocation.drop_counts(found, rate)
+    assert all(count % group.norm_groups == 0 <= count < group.units
+               for group, count in zip(found, map(counts.get, (group.name for group in found))))
+    assert abs(sum(counts.values()) - asked) == min(abs(total - asked) for total in sums)
+
 
 @METHODS
 def test_the_score_decides_which_units_go(method):

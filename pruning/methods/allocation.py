@@ -76,9 +76,10 @@ def drop_counts(groups: List[Group], rate: float, round_to: int = 1) -> Dict[str
     for group in sorted(groups, key=lambda group: -steps[group.name]):
         step = steps[group.name]
         most = most_of(group, step)
-        spare -= most
-        least = -(-max(left - spare, 0) // step) * step if spare else 0  # more than the later groups could lose
-        counts[group.name] = min(max(round(left * group.units / units / step) * step, least), most)
+        spare -= most  # what the later groups could lose
+        share = round(left * group.units / units / step) * step
+        counts[group.name] = min(range(0, most + 1, step), key=lambda count: (
+            max(count - left, left - spare - count, 0), abs(count - share)))
         left -= counts[group.name]
         units -= group.units
     return counts

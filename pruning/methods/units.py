@@ -69,6 +69,8 @@ def prune(method: str, denoiser: nn.Module, rate: float, units: Sequence[str],
           calibration: Optional[Calibration], round_to: int = 1) -> Pruned:
     """Remove, or with mask_only zero, round(rate * n) of all n of the denoiser's units, in place.
 
+    As many as allocation allows: where all units go in steps of a norm group or of round_to, the sum may miss that.
+
     units: names of units in KINDS. criterion: what decides the order in a group, "loss" (see greedy) or "norm".
     allocation: "uniform" takes the same share of every group, "guided" ranks all units, by what their loss costs the
     guided output or by their norm. The other options are those of METHODS; rate 0 changes nothing. Raises UserError if
@@ -77,7 +79,10 @@ def prune(method: str, denoiser: nn.Module, rate: float, units: Sequence[str],
     groups, skipped = surgery.survey(denoiser, *units)
     if not groups:
         reasons = "".join(f"; {name}: {why}" for name, why in list(skipped.items())[:3])
-        raise UserError(f"{type(denoiser).__name__} has no {' or '.join(units)} that {method} can remove{reasons}")
+        held = {p: p.numel() for name in skipped for p in denoiser.get_submodule(name).parameters()}
+        share = sum(held.values()) / sum(p.numel() for p in denoiser.parameters())
+        raise UserError(f"{type(denoiser).__name__} has no {' or '.join(units)} that {method} can remove{reasons}" + (
+            f" ({len(skipped)} such modules hold {100 * share:.1f} % of the parameters)" if skipped else ""))
     total = sum(group.units for group in groups)
     round_to = rounding(denoiser, round_to)
     kept: Plan = {}

@@ -13,7 +13,7 @@ import numpy as np
 from pruning import UserError
 from pruning.metrics.costs import sample_of, synchronize
 from pruning.models.hub import first_line
-from pruning.models.pipelines import denoiser_name, guidance_argument
+from pruning.models.pipelines import denoiser_name, guidance_options
 from pruning.progress import tqdm
 
 GPU_BATCHES = (32, 16, 8, 4, 2, 1)
@@ -75,16 +75,13 @@ def final_latents(pipeline, samples, *, seed: int, steps: int, guidance_scale: f
 def _call(pipeline, batch, seed: int, steps: int, guidance_scale: float, image_size: int, output_type: str = "np"):
     """Return the images of a batch in [0, 1], float (n, height, width, 3), or its latents."""
     # Resolution binning would sample another size than the one asked for. Not every pipeline has these arguments.
-    takes, guidance = inspect.signature(type(pipeline).__call__).parameters, guidance_argument(type(pipeline))
-    options = {guidance: guidance_scale, "use_resolution_binning": False}
-    if guidance == "true_cfg_scale" and guidance_scale > 1:
-        options["negative_prompt"] = [" "] * len(batch)  # without one, such pipelines do not guide
-    options = {name: value for name, value in options.items() if name in takes}
+    takes = inspect.signature(type(pipeline).__call__).parameters
+    options = {"use_resolution_binning": False} if "use_resolution_binning" in takes else {}
     try:
         made = pipeline(
             prompt=[sample.caption for sample in batch], num_inference_steps=steps, height=image_size,
             width=image_size, output_type=output_type, generator=[noise_generator(sample, seed) for sample in batch],
-            **options)
+            **options, **guidance_options(type(pipeline), guidance_scale, len(batch)))
     except ValueError as error:  # pipelines refuse their arguments so, above all an image size
         raise UserError(f"{type(pipeline).__name__} cannot make these images: {first_line(error)}") from error
     if hasattr(made, "image"):  # Kandinsky 5

@@ -273,6 +273,14 @@ def guidance_argument(kind: type) -> Optional[str]:
     return next(iter([*guiding, *defaults]), None)
 
 
+def guidance_options(kind: type, scale: float, images: int) -> Dict[str, Any]:
+    """Return the arguments by which the call of a pipeline class guides some images; {} if it takes no guidance."""
+    name = guidance_argument(kind)
+    # Pipelines that name their guidance scale so do not guide without a negative prompt.
+    negative = {"negative_prompt": [" "] * images} if name == "true_cfg_scale" and scale > 1 else {}
+    return {name: scale, **negative} if name else {}
+
+
 def own_settings(kind: type, model: str) -> dict:
     """Return the steps and guidance_scale that a model is meant for; steps are None if its pipeline class says none.
 
