@@ -702,6 +702,8 @@ def test_a_variant_that_is_far_better_than_dense_is_drawn_at_the_top(tmp_path):
 
 def test_what_saves_nothing_or_falls_at_once_is_named_and_not_drawn():
     fallen = make_record("iterative", rates=(0.7,), clip=(83, 20))
+    fallen.points[0].image_seconds = 0.09  # zeros save no time, whatever the clock says
+    fallen.points[0].ratio_intervals["image_seconds"] = [0.89, 0.91]
     figure = comparisons.draw_frontiers([make_record("structured", rates=(0.2,)), fallen], 0.05, "")
     text = flat(" ".join(text.get_text() for text in figure.findobj(Text)))
     assert "Not drawn: iterative (no multiply-accumulates saved); iterative (no image time saved)." in text
