@@ -74,7 +74,8 @@ def make_record(method="magnitude", rates=RATES, clip=None, images=32, model="sh
         samples=[{"id": f"prompts-{i:05d}", "caption": f"a large red cross above a small triangle on beige, {i}"}
                  for i in range(images)],
         settings={"seed": 0, "seeds": 1, "steps": 20, "guidance_scale": 4.0, "batch_size": 32, "dtype": "float32",
-                  "image_size": 64, "device": "cpu", "threads": 2, "metrics": list(points[0].metrics),
+                  "configs": f"those of {model}", "image_size": 64, "device": "cpu", "threads": 2,
+                  "metrics": list(points[0].metrics),
                   "metric_backbones": "bundled"},
         backbones={"clip_score": "bundled shapes-clip", "fid": "bundled shapes-squeezenet (64 outputs)",
                    "lpips": "bundled shapes-squeezenet (unweighted)",

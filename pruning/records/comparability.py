@@ -10,7 +10,7 @@ from pruning.records.record import Record, find_records, merge, protocol_differe
 Found = Dict[Path, Record]
 
 # The settings in which two models may differ and still share a figure.
-MODEL_SETTINGS = ("model", "denoiser", "pipeline", "steps", "guidance_scale")
+MODEL_SETTINGS = ("model", "denoiser", "pipeline", "configs", "steps", "guidance_scale")
 
 
 def read_records(paths: Sequence[Path], variants: Sequence[str] = ()) -> Found:
