@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from commands import COMMANDS
 
+from benchmarks import tables
 from pruning import check_model, generate_synthetic_graph, merge_results, prefetch, sweep, visualize_results
 from pruning.methods import METHODS
-from pruning.records.findings import failures, last_good, removes, saved_parameters, time_ratio
-from pruning.records.record import read_record
+from pruning.records.record import protocol_differences, read_record
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -107,50 +107,20 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1000
 
 
-ANSWERS = {  # name in the table -> folder and variant of the record
-    "`joint`": ("units", "joint"), "`joint --budget parameters`": ("units", "joint+budget=parameters"),
-    "`structured`": ("units", "structured"), "`attention_heads`": ("units", "attention_heads"),
-    "`blocks`": ("units", "blocks"), "`modulation`": ("units", "modulation"),
-    "`reconstruct`": ("calibrated", "reconstruct"),
-    "`reconstruct --pattern 2:4`": ("calibrated", "reconstruct+pattern=2-4"),
-}
+@pytest.mark.parametrize("name", tables.TABLES)
+def test_the_tables_of_the_pages_are_those_of_the_records(name):
+    page, make = tables.TABLES[name]
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert f"<!-- end of {name} -->" in text
+    assert tables.with_table(text, name, make()) == text, "python benchmarks/tables.py --write"
 
 
-def cells(folder, model, variant):
-    """The safe rate, parameters, multiply-accumulates, time and failures of a shipped record; None if there is none."""
-    path = ROOT / "results" / folder / model / "shapes" / f"{variant}.json"
-    if not path.exists():
-        return 5 * ["–"]
-    record = read_record(path)
-    assert len(record.samples) == 128
-    point, dense = last_good(record), record.dense
-    saved = f"−{100 * saved_parameters(point, dense):.0f} %"
-    count, _ = failures(point, dense, 0.05)
-    if not removes(record):
-        return [f"{point.rate:g}", saved.replace("−", "") + " zero", "same", "same", str(count)]
-    return [f"{point.rate:g}", saved, f"−{100 * (1 - point.macs / dense.macs):.0f} %".replace("−0 ", "0 "),
-            f"{time_ratio('denoiser_seconds', point, dense)[0]:.2f}", str(count)]
-
-
-def answer_table():
-    """The table of the README, made from the records that the repository ships."""
-    rows = ["| method | safe rate | parameters | MACs | time | failures |", "|---|---|---|---|---|---|"]
-    for name, (folder, variant) in ANSWERS.items():
-        pairs = zip(*(cells(folder, model, variant) for model in ("shapes-unet", "shapes-mmdit")))
-        rows.append(f"| {name} | " + " | ".join(left if left == right == "same" else f"{left} / {right}"
-                                                for left, right in pairs) + " |")
-    return "\n".join(rows)
-
-
-def test_the_answers_of_the_readme_are_those_of_the_records():
-    assert f"-->\n{answer_table()}\n<!--" in (ROOT / "README.md").read_text(encoding="utf-8"), answer_table()
-
-
-def test_what_the_readme_says_of_the_other_methods_is_so():
-    for model in ("shapes-unet", "shapes-mmdit"):
-        for method in ("magnitude", "wanda", "sparsegpt", "iterative"):
-            record = read_record(ROOT / "results/calibrated" / model / "shapes" / f"{method}.json")
-            assert ([point.rate for point in record.points], last_good(record)) == ([0.7, 0.8, 0.9], None)
+def test_all_shipped_records_were_measured_alike_by_one_commit():
+    for model in tables.MODELS:
+        records = [read_record(path) for path in sorted((ROOT / "results/bundled" / model).rglob("*.json"))]
+        assert {len(record.samples) for record in records} == {128}
+        assert len({tuple(record.notes.code) for record in records}) == 1
+        assert not any(protocol_differences(records[0], record) for record in records)
 
 
 # ---------------------------------------------------------------- links
