@@ -18,7 +18,17 @@ if __package__ in (None, ""):
 from tabulate import tabulate
 
 from pruning.methods import BASELINES
-from pruning.records.findings import QUALITY, SIMILARITY, TOLERANCE, failures, last_good, removes, time_ratio
+from pruning.records.findings import (
+    QUALITY,
+    SIMILARITY,
+    TOLERANCE,
+    failures,
+    last_good,
+    removes,
+    saved_macs,
+    saved_parameters,
+    time_ratio,
+)
 from pruning.records.record import Point, Record, read_record
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,9 +71,9 @@ def record_of(model: str, variant: str) -> Optional[Record]:
     return read_record(path) if path.exists() else None
 
 
-def saved(share: float) -> str:
-    """Return how a table shows what is left of a cost, as a share of dense."""
-    return f"−{100 * (1 - share):.0f} %".replace("−0 %", "0 %")
+def less(share: float) -> str:
+    """Return how a table shows what is saved of a cost, as a share of dense."""
+    return f"−{100 * share:.0f} %".replace("−0 %", "0 %")
 
 
 def answer(record: Optional[Record]) -> List[str]:
@@ -78,10 +88,8 @@ def answer(record: Optional[Record]) -> List[str]:
     if record.method in BASELINES:
         return [f"{point.rate:g}", "same", "same", time, str(count)]
     if not removes(record):
-        return [f"{point.rate:g}", f"{100 * (1 - point.nonzero_parameters / dense.nonzero_parameters):.0f} % zero",
-                "same", "same", str(count)]
-    return [f"{point.rate:g}", saved(point.parameters / dense.parameters), saved(point.macs / dense.macs), time,
-            str(count)]
+        return [f"{point.rate:g}", f"{100 * saved_parameters(point, dense):.0f} % zero", "same", "same", str(count)]
+    return [f"{point.rate:g}", less(saved_parameters(point, dense)), less(saved_macs(point, dense)), time, str(count)]
 
 
 def answers() -> str:

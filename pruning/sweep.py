@@ -317,9 +317,11 @@ def take_dense_images(experiment: Experiment, variant: Optional[str] = None) -> 
     taken = 0
     for index in range(len(experiment.samples)):
         own, origin = image_file(experiment, 0.0, index), image_provenance(experiment, 0.0, index)
+        if store.made_by(own, origin):
+            continue
         found = [store.image_file(experiment.images_folder, each, 0.0, index) for each in others]
         source = next((path for path in found if store.made_by(path, origin)), None)
-        if source and not store.made_by(own, origin):
+        if source:
             with whole_file(own, sync=False) as part:
                 store.link(source, part)
             taken += 1

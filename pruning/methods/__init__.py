@@ -250,7 +250,7 @@ def prune(method: str, denoiser, rate: float, *, calibration=None, **options) ->
     check_weights(denoiser)
     from pruning.methods import precision, reach, recovery, surgery  # here, because this table loads without torch
     module = file_of(method)
-    stored = precision.narrowest(denoiser.state_dict().values())
+    stored = precision.narrowest(denoiser.state_dict().values()) if calibration else None  # else no value is new
     whole = reach.parameters(denoiser, METHODS[method].removes, getattr(module, "UNITS", ()))
     given.pop("calibration_images", None)  # is in the calibration
     steps = 0 if METHODS[method].trains else given.pop("recovery_steps", 0)

@@ -24,6 +24,7 @@ from pruning.records.findings import (
     saved_parameters,
     saved_time,
     time_ratio,
+    works_as_dense,
 )
 from pruning.records.record import Point, Record
 from pruning.records.words import counted, listed, number, percent
@@ -134,7 +135,7 @@ def beside_baselines(records: Sequence[Record], tolerance: float = TOLERANCE) ->
     "" if no baseline saves time within the tolerance.
     """
     good = [(record, point) for record in records for point in [last_good(record, tolerance)] if point]
-    times = [(saved_time(point, record.dense), record, point) for record, point in good]
+    times = [(saved_time(point, record.dense), record, point) for record, point in good if not works_as_dense(record)]
     ranked = sorted((each for each in times if each[0] > SAME), key=lambda each: -each[0])
     fastest = next((each for each in ranked if not is_baseline(each[1])), None)
     shown = [each for each in ranked if each is fastest or is_baseline(each[1])]

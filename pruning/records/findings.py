@@ -167,14 +167,19 @@ SAVED = {"multiply-accumulates saved": saved_macs, "parameters removed or zeroed
 
 def saves(record: Record, what: str) -> bool:
     """Return whether a variant saves anything of one of SAVED, beyond what two copies of a denoiser differ by."""
-    if SAVED[what] is saved_time and not (removes(record) or is_baseline(record)):
-        return False  # a denoiser with zeros does the same work as dense, so any difference is noise
+    if SAVED[what] is saved_time and works_as_dense(record):
+        return False
     return any(SAVED[what](point, record.dense) > SAME for point in record.points)
 
 
 def removes(record: Record) -> bool:
     """Return whether the denoiser became smaller at any rate."""
     return any(point.parameters < record.dense.parameters for point in record.points)
+
+
+def works_as_dense(record: Record) -> bool:
+    """Return whether a variant does the same work as dense, as zeros do: then any difference in time is noise."""
+    return not (removes(record) or is_baseline(record))
 
 
 def time_ratio(name: str, point: Point, dense: Point) -> Tuple[float, float, float]:
