@@ -751,6 +751,10 @@ def test_a_baseline_is_drawn_over_time_alone_and_figure_summary_and_report_say_i
     assert "steps at rate 0.05 saves 5 %." in lead(slower)
     assert "not the best choice" not in lead(slower)
     assert "Of the time" not in lead(records[:1])
+    zeros = make_record("magnitude", rates=(0.1,), clip=(83, 83), noise=0.1)
+    zeros.points[0].image_seconds = 0.9 * zeros.points[0].dense_image_seconds  # whatever the clock says
+    zeros.points[0].ratio_intervals["image_seconds"] = [0.89, 0.91]
+    assert "saves 50 %; pruning saves none." in lead([zeros, baseline("steps", {0.5: 0.5}, (83, 83))])
 
 
 def test_costs_are_drawn_at_the_safe_rate_and_at_the_rate_nearest_to_half_of_it(monkeypatch, tmp_path):
