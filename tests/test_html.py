@@ -18,7 +18,16 @@ from test_plots import keep_metrics, make_record
 from pruning import visualize_results
 from pruning.records import page, thumbnails
 from pruning.records.comparability import beside
-from pruning.records.findings import all_points, failures, holds, interval, last_good, losses
+from pruning.records.findings import (
+    TIMES,
+    all_points,
+    failures,
+    holds,
+    interval,
+    last_good,
+    losses,
+    time_ratio,
+)
 from pruning.records.record import read_record, record_path, write_record
 from pruning.records.report import write_report
 from pruning.records.store import image_file
@@ -229,6 +238,31 @@ def test_drawing_and_comparing_write_the_report(tmp_path, monkeypatch):
     assert list(variants_of(data_of(html))) == ["magnitude"]
 
 
+def test_zeros_are_left_out_over_time_and_the_page_says_so():
+    removed, zeroed, steps = (make_record(name, rates=RATES) for name in ("structured", "magnitude", "steps"))
+    for record in (zeroed, steps):
+        for point in record.points:  # as if all had been faster than dense, beyond doubt
+            point.denoiser_seconds, point.image_seconds = 0.016, 0.08
+            point.ratio_intervals = {name: [0.79, 0.81] for name in TIMES}
+    said = "Not drawn over time: magnitude, as zeros take as long as other numbers."
+    html = page.page({Path(f"none/{record.variant}.json"): record for record in (removed, zeroed, steps)})
+    assert said in html
+    data = data_of(html)
+    assert set(TIMES) < set(data["savings"])
+    for record in (removed, zeroed, steps):
+        for shown, point in zip(variants_of(data)[record.variant]["points"], all_points(record)):
+            assert shown["savings"]["parameters"] is not None
+            saved = [1 - time_ratio(name, point, record.dense)[0] for name in TIMES]
+            assert [shown["savings"][name] for name in TIMES] == (
+                [None, None] if record is zeroed else pytest.approx(saved, abs=1e-4))
+            assert set(shown["reach"]) == (set() if record is zeroed or not point.rate else set(TIMES))
+
+    html = page.page({Path("none/magnitude.json"): zeroed})
+    assert not set(TIMES) & set(data_of(html)["savings"])  # no time to choose
+    assert "Not drawn over time" not in html
+    assert "Not drawn over time" not in page.page({Path("none/structured.json"): removed})
+
+
 # ---- in a browser
 
 @pytest.fixture(scope="module")
@@ -346,7 +380,7 @@ def test_the_frontier_is_read_by_keyboard_and_shows_every_metric(found, report, 
         tab.get_by_label("Up", exact=True).select_option(metric)
         for name in ("rate", *page.SAVINGS):
             tab.get_by_label("Across").select_option(name)
-            assert tab.locator("#frontier .mark").count() == 10
+            assert tab.locator("#frontier .mark").count() == (5 if name in TIMES else 10)  # zeros save no time
     marks, tip = tab.locator("#frontier .mark[aria-label^=structured]"), tab.locator("#tip")
     tab.locator("#frontier .mark[tabindex='0']").focus()
     for _ in range(4):

@@ -24,6 +24,7 @@ from pruning.records.findings import (
     ARROWS,
     QUALITY,
     SAVED,
+    TIMES,
     TOLERANCE,
     all_points,
     failures,
@@ -40,6 +41,7 @@ from pruning.records.findings import (
     saved_macs,
     saved_parameters,
     time_ratio,
+    works_as_dense,
 )
 from pruning.records.layers import FLOOR, share_of
 from pruning.records.palette import Line, variant_lines
@@ -47,7 +49,7 @@ from pruning.records.record import Point, Record
 from pruning.records.summaries import best_at_equal_savings, bias_note, compile_note, reach, setup, units
 from pruning.records.tables import Table, cost_table, metric_table, results_csv, time_cell
 from pruning.records.thumbnails import SHOWN, Thumbnails, thumbnails
-from pruning.records.words import percent, rate_label
+from pruning.records.words import listed, percent, rate_label
 
 TEMPLATE = Path(__file__).parent / "template"
 # Positions of the slider: shares of the dense model's QUALITY that may be lost. The tolerance asked for is added.
@@ -86,6 +88,11 @@ COLUMNS = {"keeps": f"{QUALITY} kept", "macs": "compute saved", "parameters": "p
            "denoiser_seconds": "call time ÷ dense"}
 
 
+def _saved(what: str, point: Point, record: Record) -> float:
+    """Return a point's share of one of SAVINGS. NaN for the times of a variant that works as dense: they are noise."""
+    return math.nan if what in TIMES and works_as_dense(record) else SAVINGS[what].share(point, record.dense)
+
+
 def page(found: Dict[Path, Record], tolerance: float = TOLERANCE, warning: str = "",
          left_out: Sequence[str] = ()) -> str:
     """Return the report of the variants of one model and dataset as HTML.
@@ -102,7 +109,7 @@ def page(found: Dict[Path, Record], tolerance: float = TOLERANCE, warning: str =
     environment.globals["file"] = lambda name: Markup((TEMPLATE / name).read_text("utf-8"))
     return environment.get_template("report.html").render(
         data=data, records=records, setup=setup(records[0]), warning=warning, left_out=left_out,
-        notes=_notes(records), shown=SHOWN, unreadable=images.unreadable,
+        notes=_notes(records), undrawn=_undrawn(records, data["savings"]), shown=SHOWN, unreadable=images.unreadable,
         equal_savings=[_equal_savings(records, what) for what in SAVED if len(records) > 1],
         tables=[(record.variant, [metric_table(record, tolerance), cost_table(record)]) for record in records],
         provenance=_provenance(found))
@@ -120,7 +127,7 @@ def _data(found: Dict[Path, Record], records: Sequence[Record], images: Thumbnai
                            "better": METRICS[name].better, "levels": noise_levels(records[0], name)}
                     for name in metrics_of(*records) if not METRICS[name].cost},
         "savings": {name: saving.title for name, saving in SAVINGS.items()
-                    if any(math.isfinite(saving.share(point, record.dense)) for record in records
+                    if any(math.isfinite(_saved(name, point, record)) for record in records
                            for point in record.points or [record.dense])},
         "variants": [_variant(record, folders[record.variant], images.places[record.variant], tolerances,
                               lines[record.variant]) for record in records],
@@ -171,7 +178,7 @@ def _first(records: Sequence[Record], tolerance: float) -> Dict[str, Any]:
 
 
 def _point(record: Record, point: Point, tolerances: Sequence[float], drawn: Sequence[int]) -> Dict[str, Any]:
-    lost = losses(point, record.dense)
+    lost, savings = losses(point, record.dense), {name: _short(_saved(name, point, record)) for name in SAVINGS}
     of_images = {} if lost is None else {
         "losses": {k: _short(lost[k]) for k in drawn}, "worst": percent(-lost.max()),
         "quantiles": list(map(_short, np.quantile(lost, (0.05, 0.25, 0.5, 0.75, 0.95)))),
@@ -180,8 +187,8 @@ def _point(record: Record, point: Point, tolerances: Sequence[float], drawn: Seq
         "rate": point.rate, "label": rate_label(point.rate), "sparsity": _short(point.sparsity),
         "metrics": {name: list(map(_short, (point.metrics[name], *interval(name, point, record.dense))))
                     for name in metrics_of(record)},
-        "savings": {name: _short(saving.share(point, record.dense)) for name, saving in SAVINGS.items()},
-        "reach": {name: [_short(1 - end) for end in ends] for name, ends in point.ratio_intervals.items() if ends},
+        "savings": savings, "reach": {name: [_short(1 - end) for end in ends] for name, ends in
+                                      point.ratio_intervals.items() if ends and savings[name] is not None},
         "cells": _cells(record, point), **of_images,
     }
 
@@ -245,6 +252,14 @@ def _map(title: str, names: List[str], rates: List[float], values: Sequence[Sequ
 
 
 # ---- what to know
+
+def _undrawn(records: Sequence[Record], savings: Dict[str, str]) -> str:
+    """Return which variants are not drawn over time, "" if all are or if the page has no axis of time."""
+    names = [record.variant for record in records if works_as_dense(record)]
+    if not names or not set(TIMES) & set(savings):
+        return ""
+    return f"Not drawn over time: {listed(names)}, as zeros take as long as other numbers."
+
 
 def _notes(records: Sequence[Record]) -> List[str]:
     notes = [units(records)]
