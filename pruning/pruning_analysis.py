@@ -153,14 +153,18 @@ def seed_spread(per_image: Dict[str, list], seeds: int, between: Dict[str, np.nd
     """Return how far the dense model is from itself under other noise: smaller changes than that are noise.
 
     For a metric against the dense images: its mean between the images of the first seed and those of the others.
+    That of psnr is infinite if two of these images are equal, and then null in the record.
     For other metrics: the standard deviation of the difference between the means of two seeds.
     """
     if seeds == 1:
         return {}
-    deviations = {name: np.array(values, float).reshape(seeds, -1).std(axis=0, ddof=1)
-                  for name, values in per_image.items()}
-    return {name: float(between[name].mean()) if name in between else
-            math.sqrt(2 * np.mean(deviations[name] ** 2) / deviations[name].size) for name in per_image}
+
+    def between_means(values: list) -> float:
+        deviations = np.array(values, float).reshape(seeds, -1).std(axis=0, ddof=1)
+        return math.sqrt(2 * np.mean(deviations ** 2) / deviations.size)
+    # Values against the dense images are against themselves here, perhaps without bound: only `between` says anything.
+    return {name: float(between[name].mean()) if name in between else between_means(values)
+            for name, values in per_image.items()}
 
 
 def main(argv=None) -> None:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,8 +26,8 @@ from pruning.data.faults import sentences
 from pruning.methods import METHODS, PRUNING, default_options, needs, probes, reconstruct, sequential, units
 from pruning.metrics import DEFAULT, METRICS, backbones, scores
 from pruning.models import generation, pipelines
-from pruning.records import store
-from pruning.records.record import read_record
+from pruning.records import drawing, plots, store, summaries
+from pruning.records.record import read_record, write_record
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--num_images", "4", "--steps", "4", "--batch_size", "4", "--device", "cpu"]
@@ -429,9 +430,11 @@ def test_noise_belongs_to_the_sample_alone():
 
 
 def test_noise_seeds_draw_each_sample_again_and_dense_is_compared_with_itself(tmp_path):
-    flags = ["--num_images", "5", "--rates", "0.4", "--metrics", "clip_score", "lpips_dense", "fid"]
+    flags = ["--num_images", "5", "--rates", "0.4", "--metrics", "clip_score", "lpips_dense", "psnr_dense", "fid"]
     one = measure(tmp_path / "one", *flags)
-    three = measure(tmp_path / "three", *flags, "--seeds", "3")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # of numpy: the psnr of equal images is infinite
+        three = measure(tmp_path / "three", *flags, "--seeds", "3")
     assert [len(three.points[0].per_image[name]) for name in ("clip_score", "lpips_dense")] == [15, 15]
     for part in ("dense", "points"):  # the first seed is that of a run with one
         first, again = (getattr(r, part) if part == "dense" else r.points[0] for r in (one, three))
@@ -440,8 +443,24 @@ def test_noise_seeds_draw_each_sample_again_and_dense_is_compared_with_itself(tm
     spread = three.dense.seed_spread
     assert spread["lpips_dense"] > three.points[0].metrics["lpips_dense"] > 0
     assert spread["clip_score"] > 0
+    assert 0 < spread["psnr_dense"] < three.points[0].metrics["psnr_dense"]
     low, high = three.points[0].intervals["lpips_dense"]
     assert low < three.points[0].metrics["lpips_dense"] < high
+
+
+def test_a_spread_without_bound_is_neither_in_the_record_nor_told_nor_drawn(tmp_path):
+    record = measure(tmp_path, "--rates", "0.4", "--metrics", "clip_score", "psnr_dense", "--seeds", "2")
+    same = np.full(4, np.inf)  # as if the dense model drew the same from any noise
+    values = {"clip_score": [1.0, 3.0, 1.0, 3.0], "psnr_dense": [*same, *same]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        record.dense.seed_spread = pruning_analysis.seed_spread(values, 2, {"psnr_dense": same})
+    write_record(record, tmp_path / "psnr.json")
+    record = read_record(tmp_path / "psnr.json")
+    assert record.dense.seed_spread == {"clip_score": 0.0, "psnr_dense": None}
+    assert drawing.noise_levels(record, "psnr_dense") == {}
+    assert "changes the dense model by clip_score 0 (clip_score:" in " ".join(summaries.summary(record).split())
+    assert plots.draw_metrics(record, tmp_path / "psnr.png").is_file()
 
 
 def test_real_images_are_nearer_to_the_reference_than_what_a_ruined_model_draws(tmp_path):
