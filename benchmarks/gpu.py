@@ -272,7 +272,7 @@ def calibrated(model: str, method: str, device: str, folder: Path, memory: float
             recorded.append((arguments, answer(dense, arguments).cpu()))
     calibration = Calibration(lambda: recorded, 0, first_batch=1, guidance_scale=5.0, memory=int(memory * GIB),
                               folder=folder / f"{model}-{method}")
-    layers = methods.gathered_layers(method, dense)
+    layers = methods.gathered_layers(method, dense, {})
     torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     moments.gather(dense, calibration, layers=layers)

@@ -9,7 +9,7 @@ import torch
 from test_surgery import FAMILIES, METHODS, RATES, assert_equal_outputs, build, call_of, groups, parameters
 
 from pruning import data
-from pruning.methods import greedy, prune, sequential, units
+from pruning.methods import greedy, prune, refit, sequential, units
 from pruning.methods.calibration import Calibration, answer, keep_once
 from pruning.models import generation, pipelines
 
@@ -124,12 +124,38 @@ def test_the_refit_lowers_the_error_of_every_family(family, method):
         assert refitted <= plain
 
 
-# ---- on a bundled model, on calls that no method has seen
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("gated", [True, False])
+def test_the_refit_of_columns_equals_an_exact_solve_for_each_row(gated, with_bias, double):
+    places, width, rows, prior, keep = 300, 12, 5, 0.1, torch.tensor([0, 2, 3, 7, 11])
+    torch.manual_seed(0)
+    x, z = (torch.randn(places, width) @ torch.randn(width, width) + 2 for _ in range(2))
+    dense, x = torch.randn(rows, width), x[:, keep]
+    gate = torch.randn(places // 20, rows).repeat_interleave(20, 0) + 0.5
+    y = torch.randn(places, rows)
+    weight, bias = refit.refit_columns(dense, keep, x, y, z.T @ z / places, z.mean(0), with_bias, prior,
+                                       gate if gated else None)
+    damping = float(refit.add_damping(x.T @ x / places + prior * (z.T @ z / places)[keep][:, keep]))
+    for row in range(rows):
+        g = gate[:, row] if gated else torch.ones(places)
+        size = g.square().mean().sqrt() * places ** 0.5
+        one = torch.full((places, int(with_bias)), 1.0)
+        near = torch.eye(len(keep), len(keep) + int(with_bias))
+        left = torch.cat([torch.cat([x, one], 1) * g[:, None] / size,
+                          torch.cat([z[:, keep], one], 1) * (prior / places) ** 0.5, near * damping ** 0.5])
+        right = torch.cat([y[:, row] / size, z @ dense[row] * (prior / places) ** 0.5,
+                           dense[row, keep] * damping ** 0.5])
+        exact = torch.linalg.lstsq(left, right[:, None]).solution[:, 0]
+        close = 1e-4 if gated else 1e-9  # conjugate gradients end early
+        assert torch.allclose(weight[row], exact[:len(keep)], rtol=0, atol=close)
+        assert torch.allclose(bias[row], exact[len(keep)] if with_bias else torch.zeros(()), rtol=0, atol=close)
 
-@pytest.fixture(scope="module")
-def unet():
-    """The bundled UNet, calls to calibrate on, and other calls."""
-    pipeline = pipelines.load_pipeline("shapes-unet")
+
+# ---- on the bundled models, on calls that no method has seen
+
+def learning(model):
+    """A bundled denoiser, calls to calibrate on, and other calls."""
+    pipeline = pipelines.load_pipeline(model)
     pipeline.set_progress_bar_config(disable=True)
     captions = data.training_captions("shapes", 24, 0)
     drawn = [data.Sample(f"drawn-{i}", caption, None) for i, caption in enumerate(captions)]
@@ -137,6 +163,16 @@ def unet():
     calls = generation.record_calls(pipeline, drawn, keep_once(), **sampling)
     known = Calibration(lambda: calls[:16], 0, guidance_scale=4.0, first_batch=8)
     return pipelines.take_denoiser(pipeline), known, calls[16:]
+
+
+@pytest.fixture(scope="module")
+def unet():
+    return learning("shapes-unet")
+
+
+@pytest.fixture(scope="module")
+def mmdit():
+    return learning("shapes-mmdit")
 
 
 FAULTS = {
@@ -156,3 +192,20 @@ def test_each_part_of_the_method_lowers_the_error(unet, monkeypatch, method, fau
     options = FAULTS[fault](monkeypatch) or {}
     faulty = error_on(pruned(dense, method, 0.6, known, **options), fresh)
     assert whole < 0.97 * faulty
+
+
+GATED_FAULTS = {
+    "dense instead of residual targets": lambda patch: patch.setattr(sequential, "RESIDUALS", {}),
+    "gates ignored": lambda patch: patch.setattr(sequential, "RESIDUALS", {
+        block: {path: stream._replace(gate=None) for path, stream in rows.items()}
+        for block, rows in sequential.RESIDUALS.items()}),
+    "other layers left as they are": lambda patch: patch.setattr(units, "gated_layers", lambda *_: {}),
+}
+
+
+@pytest.mark.parametrize("fault", GATED_FAULTS)
+def test_gated_streams_and_layers_that_help_lower_the_error(mmdit, monkeypatch, fault):
+    dense, known, fresh = mmdit
+    whole = error_on(pruned(dense, "attention_heads", 0.5, known), fresh)
+    GATED_FAULTS[fault](monkeypatch)
+    assert whole < 0.97 * error_on(pruned(dense, "attention_heads", 0.5, known), fresh)

@@ -221,12 +221,58 @@ def test_experts_do_not_learn_from_the_tokens_that_other_experts_get_after_pruni
     model = zoo.build("HiDreamImageTransformer2DModel")
     known, layers = calibration("HiDreamImageTransformer2DModel", model), moments.prunable_layers(model)
     aims, learnt = sequential.dense_outputs(model, layers, known), {}
-    sequential.in_order(model, layers, aims, lambda name, layer, x, y: learnt.update({name: (x, y)}), known)
+    sequential.in_order(model, layers, aims, lambda name, layer, x, y, gate: learnt.update({name: (x, y)}), known)
     experts = {name for name in learnt if ".experts." in name}
     assert experts
     assert all((x.shape[1], y.shape[1], x.any(), y.any()) == (1, 1, False, False)
                for x, y in map(learnt.get, experts))
     assert all(x.any() and y.any() for x, y in map(learnt.get, set(learnt) - experts))
+
+
+def in_parts(value):
+    """All tensors in a value, tuples as deep as they go."""
+    if isinstance(value, (tuple, list)):
+        return [tensor for item in value for tensor in in_parts(item)]
+    return [value] if isinstance(value, torch.Tensor) else []
+
+
+@pytest.mark.parametrize("name", [pytest.param(each, marks=[] if each in (
+    "SD3Transformer2DModel", "FluxTransformer2DModel", "HunyuanImageTransformer2DModel") else pytest.mark.slow)
+    for each in zoo.NAMES])
+def test_streams_and_gates_of_the_refit_are_those_of_the_blocks(name):
+    """Stream + gate · output is what a later module is called with or a block returns, or begins or ends with."""
+    model = zoo.build(name)
+    layers = {f"{path}.weight": layer for path, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    streams = {path: block for path, (block, row) in sequential.streams_of(model, layers).items() if row.gate}
+    if not streams:
+        pytest.skip("no gated streams are known")
+    sums, seen, before = {}, [], {}
+
+    def note(path, layer, x, stream, gate):
+        if path in streams:
+            before[path] = (stream.clone(), gate.clone())
+
+    def note_output(path):
+        return lambda layer, inputs, output: sums.update({path: before[path][0] + before[path][1] * output})
+
+    def note_all(module, inputs, kwargs, output):
+        seen.extend(in_parts((inputs, tuple(kwargs.values()), output)))
+
+    hooks = [module.register_forward_hook(note_all, with_kwargs=True) for module in model.modules()]
+    hooks += [layers[path].register_forward_hook(note_output(path)) for path in streams]
+    with moments.hooked(hooks), sequential._watched(model, layers, True, note):
+        zoo.run(name, model)
+
+    def found(value, whole):
+        if value.dim() != whole.dim() or value.shape[-1] != whole.shape[-1] or value.shape[1] > whole.shape[1]:
+            return False
+        ends = whole[:, :value.shape[1]], whole[:, -value.shape[1]:]
+        return any(end.shape == value.shape and torch.allclose(end, value, atol=1e-5) for end in ends)
+
+    assert set(sums) == set(streams)
+    # A second attention adds to the stream before another module sees it.
+    twice = {path for path in streams if getattr(streams[path], "attn2", None) and "attn.to_out" in path}
+    assert all(any(found(value, whole) for value in seen) for path, whole in sums.items() if path not in twice)
 
 
 @pytest.mark.parametrize("name", [pytest.param(each, marks=[] if each in ("QwenImageTransformer2DModel",

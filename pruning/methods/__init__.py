@@ -189,7 +189,7 @@ def check_memory(method: str, denoiser, memory: int, device, **options) -> None:
     """
     if "moments" in needs(method, options):
         from pruning.methods import moments  # here, because this table loads without torch
-        layers = gathered_layers(method, denoiser)
+        layers = gathered_layers(method, denoiser, options)
         moments.memory_groups({name: moments.moment_bytes(layer) for name, layer in layers.items()}, memory)
     if options.get("recovery_steps") and not METHODS[method].removes:
         from pruning.methods import reckoning
@@ -273,21 +273,20 @@ def calibrate(method: str, denoiser, calibration, **options) -> None:
     needed = needs(method, options)
     if "moments" in needed:
         from pruning.methods import moments  # here, because this table loads without torch
-        moments.gather(denoiser, calibration, options.get("step_weights", "uniform"), gathered_layers(method, denoiser),
-                       together=True)
+        moments.gather(denoiser, calibration, options.get("step_weights", "uniform"),
+                       gathered_layers(method, denoiser, options), together=True)
     if "calls" in needed and distributed.world_size > 1:
         _ = calibration.calls  # one process records them when a method asks for them
 
 
-def gathered_layers(method: str, denoiser):
-    """Return the layers whose moments a method gathers, by the name of the weight.
+def gathered_layers(method: str, denoiser, options: Dict[str, Any]):
+    """Return the layers whose moments a method gathers with these options, by the name of the weight.
 
-    These are the layers behind the units that the method removes, or all prunable ones.
+    These are the layers behind the units that the method removes, with those that help them, or all prunable ones.
     """
-    from pruning.methods import moments, surgery, units  # here, because this table loads without torch
+    from pruning.methods import moments, units  # here, because this table loads without torch
     if METHODS[method].removes:
-        kinds = file_of(method).UNITS
-        return units.column_layers(surgery.find_groups(denoiser, kinds)[0])
+        return units.learning_layers(denoiser, file_of(method).UNITS, options.get("refit", True))
     return moments.prunable_layers(denoiser)
 
 

@@ -108,11 +108,14 @@ def refit(denoiser: nn.Module, blocks: Dict[str, bypass.Streams], aims: sequenti
     Each learns to give its dense outputs y from its present inputs x', and stays near its weight w0:
 
         E|w x' + b − y|² + ρ E|(w − w0) x' + b|² + λ |w − w0|²   over w and b
+
+    Gates and streams as in sequential.
     """
-    def solve(_name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
+    def solve(_name: str, layer: nn.Module, x: Tensor, y: Tensor, gate: Optional[Tensor]) -> None:
         x, weight = x[0], moments.wide(as_rows(layer).detach()[0])
         weight, bias = refitting.refit_columns(weight, torch.arange(weight.shape[1], device=x.device), x, y[0],
-                                               x.T @ x / len(x), x.mean(0), layer.bias is not None, sequential.PRIOR)
+                                               x.T @ x / len(x), x.mean(0), layer.bias is not None, sequential.PRIOR,
+                                               None if gate is None else gate[0])
         layer.weight.copy_(weight.reshape(layer.weight.shape))
         if layer.bias is not None:
             layer.bias.add_(bias)

@@ -48,7 +48,7 @@ from pruning.methods.options import BUDGETS
 from pruning.methods.surgery import Group
 from pruning.progress import tqdm
 
-UNITS = ("heads", "neurons", "channels")
+UNITS = units.ALL
 MANY = 12  # captions whose final latents judge a plan
 POWERS = (1.0, 2.0, 4.0, 8.0)
 BYPASSED = (0.1, 0.2)  # of the blocks
@@ -129,7 +129,7 @@ def case_of(denoiser: nn.Module, groups: List[Group], calibration: Calibration, 
     known = {f"{basis.names[0]}.ranks": basis for basis in bases}
     paths = {**losses.unit_paths(denoiser, groups, found, prices, gathered, calibration, round_to),
              **losses.rank_paths(denoiser, known, calibration)}
-    aims = units.aims_of(denoiser, groups, calibration)
+    aims = units.aims_of(denoiser, groups, calibration, {})
     return total, Case(denoiser, groups, found, known, paths, aims, gathered, calibration,
                        calibration.dense_latents(denoiser, MANY))
 
@@ -265,8 +265,9 @@ def carry_out(case: Case, steps: Steps, mask_only: bool) -> None:
     plan = {group.name: losses.stays(group, case.found, steps[group.name] * case.paths[group.name].step)
             for group in case.groups if steps[group.name]}
     if plan:
+        helping = units.gated_layers(case.denoiser, units.column_layers(case.groups))
         units.take_out_and_refit(case.denoiser, case.groups, plan, mask_only, case.aims, case.gathered,
-                                 case.calibration)
+                                 case.calibration, helping)
 
 
 def layers_of(case: Case, steps: Steps) -> Dict[str, LayerPruned]:

@@ -5,7 +5,8 @@ through the pruned denoiser once. Just before a layer runs, it is re-fitted on i
 outputs y of the same places. So every layer corrects what the layers before it have left over.
 
 If a layer's output is added to a residual stream, y can also hold what the pruned stream lacks there: the dense stream
-minus the pruned one. RESIDUALS names such layers.
+minus the pruned one. Transformers like SD3 and Flux multiply the output by a gate g first, which differs between
+channels and latents; then g · w x' is to give what is missing. RESIDUALS names such layers.
 
 An expert among which tokens are shared out gets other tokens in the pruned denoiser than in the dense one, so no place
 has a dense output to learn from. Then only what the dense inputs say counts.
@@ -16,8 +17,6 @@ from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional, Sequence, Set, Tuple
 
 import torch
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from pruning import UserError
@@ -30,21 +29,40 @@ CALLS = 8  # recorded calls that go through the denoiser together
 LATENTS = 128  # latents in these calls, at most
 ROWS = 6_000  # places of a layer, at most
 PRIOR = 0.1  # ρ: the calls are fewer than those of H
-# Modules -> layers in them whose output is added to a stream as it is, and the part whose input is that stream ("": the
-# module itself). A gate between layer and stream, as transformers of the SD3 and Flux families have, forbids this.
+
+
+class Stream(NamedTuple):
+    """The residual stream to which a layer's output is added, as it is or times a gate."""
+
+    source: str  # the part of the block whose input is the stream; "": the block itself
+    gate: Optional[Tuple[str, int]] = None  # a part, and the place in its outputs of the gate, (batch, channels)
+
+
+_UNGATED = {"attn1.to_out.0": Stream("norm1"), "attn2.to_out.0": Stream("norm2"), "ff.net.2": Stream("norm3")}
+_JOINT = {"attn.to_out.0": Stream("norm1", ("norm1", 1)), "ff.net.2": Stream("norm2", ("norm1", 4)),
+          "attn.to_add_out": Stream("norm1_context", ("norm1_context", 1)),
+          "ff_context.net.2": Stream("norm2_context", ("norm1_context", 4))}
+_WITH_SINGLE_BLOCKS = ("Flux", "Bria", "BriaFibo", "Chroma", "HunyuanImage", "HunyuanVideo", "LongCatImage",
+                       "OvisImage")
+# Classes of blocks -> the layers in them whose output is added to a known stream.
 RESIDUALS = {
-    BasicTransformerBlock: {"attn1.to_out.0": "norm1", "attn2.to_out.0": "norm2", "ff.net.2": "norm3"},
-    ResnetBlock2D: {"conv2": ""},
+    "BasicTransformerBlock": _UNGATED,
+    "ResnetBlock2D": {"conv2": Stream("")},
+    "JointTransformerBlock": _JOINT,
+    "HunyuanVideo15TransformerBlock": _JOINT,
+    **{f"{family}TransformerBlock": _JOINT for family in _WITH_SINGLE_BLOCKS},
+    **{f"{family}SingleTransformerBlock": {"proj_out": Stream("norm", ("norm", 1))} for family in _WITH_SINGLE_BLOCKS},
 }
 
-Solve = Callable[[str, nn.Module, Tensor, Tensor], None]  # name, layer, x' (groups, n, d), y (groups, n, rows)
+# name, layer, x' (groups, n, d), y (groups, n, rows), g like y, None if it is 1
+Solve = Callable[[str, nn.Module, Tensor, Tensor, Optional[Tensor]], None]
 
 
 class Aims(NamedTuple):
     """What the layers of the dense denoiser give for some calls."""
 
     arguments: Dict[str, Any]  # of the calls as one batch
-    outputs: Dict[str, Tensor]  # name -> (groups, n, rows) of a layer without bias, with its stream, or of a norm
+    outputs: Dict[str, Tensor]  # name -> (groups, n, rows): g · output of a layer without bias + its stream; of a norm
     latents: int  # in these calls
     rows: int  # the most places of a layer
     residual: bool  # whether streams are in the outputs
@@ -75,11 +93,13 @@ def dense_outputs(denoiser: nn.Module, layers: Dict[str, nn.Module], calibration
 
 
 def _note_outputs(denoiser, layers, norms, aims: Aims, seed: int) -> None:
-    def note(name, layer, x, stream):
+    def note(name, layer, x, stream, gate):
         if name not in aims.outputs:  # of several calls of a layer, the first counts
             places = _places(name, output_places(layer, x), aims.rows, seed)
             y = input_rows(layer, x, places) @ wide(as_rows(layer)).transpose(1, 2)
             y = y[:, :0] if _some_tokens(x, aims) else y
+            if gate is not None:
+                y = y * _at_places(gate, places)
             aims.outputs[name] = (y if stream is None else y + _at_places(stream, places)).cpu()
 
     def note_norm(name, output):
@@ -93,15 +113,15 @@ def _note_outputs(denoiser, layers, norms, aims: Aims, seed: int) -> None:
 @torch.no_grad()
 def in_order(denoiser: nn.Module, layers: Dict[str, nn.Module], aims: Aims, solve: Solve, calibration: Calibration,
              norms: Optional[Dict[str, nn.Module]] = None) -> None:
-    """Send the calls of `aims` through the denoiser, and just before a layer runs, call solve(name, layer, x', y).
+    """Send the calls of `aims` through the denoiser, and just before a layer runs, call solve(name, layer, x', y, g).
 
-    x': the layer's inputs at the places of y, (groups, n, d). y: what it is to give there without its bias,
-    (groups, n, rows). norms: their scale and shift are re-fitted, channel by channel, to their outputs in `aims`.
+    x': the layer's inputs at the places of y, (groups, n, d). y: what its output without its bias, times g, is to give
+    there, (groups, n, rows). norms: scale and shift are re-fitted, channel by channel, to what `aims` has of them.
     Raises UserError if a layer's present input is not finite.
     """
     waiting = dict(aims.outputs)
 
-    def note(name, layer, x, stream):
+    def note(name, layer, x, stream, gate):
         if name not in waiting:
             return
         places = _places(name, output_places(layer, x), aims.rows, calibration.seed)
@@ -110,7 +130,8 @@ def in_order(denoiser: nn.Module, layers: Dict[str, nn.Module], aims: Aims, solv
             raise UserError(f"the input of {name} is not finite after pruning; use --dtype float32 or a lower rate")
         if some_tokens or not y.shape[1]:
             x, y = x.new_zeros(1, 1, x.shape[2]), y.new_zeros(1, 1, y.shape[2])  # from which nothing is learnt
-        solve(name, layer, x, y if stream is None else y - _at_places(stream, places))
+        solve(name, layer, x, y if stream is None else y - _at_places(stream, places),
+              None if gate is None else _at_places(gate, places))
 
     def note_norm(name, output):
         if name not in waiting:
@@ -130,7 +151,7 @@ def refit_in_order(denoiser: nn.Module, layers: Dict[str, nn.Module], aims: Aims
     With w1 the weight that a layer has and H = E[x xᵀ] of its dense inputs, the new weight w has the zeros of w1 and
     the least E|w x' − y|² + ρ (w − w1) H (w − w1)ᵀ + λ |w − w1|². aims, gathered: of the dense denoiser.
     """
-    def solve(name, layer, x, y):
+    def solve(name, layer, x, y, _gate):
         x, y, weight, (dense, _) = x.float(), y.float(), as_rows(layer).float(), gathered.of(name, x.device)
         target = y.transpose(1, 2) @ x / x.shape[1] + PRIOR * weight @ dense
         matrix = x.transpose(1, 2) @ x / x.shape[1]
@@ -175,39 +196,51 @@ def _norms_watched(norms: Dict[str, nn.Module], note: Callable[[str, Tensor], Op
 
 @contextmanager
 def _watched(denoiser: nn.Module, layers: Dict[str, nn.Module], residual: bool, note: Callable) -> Iterator[None]:
-    """Inside the block, call note(name, layer, input, stream) whenever one of the layers is called.
+    """Inside the block, call note(name, layer, input, stream, gate) whenever one of the layers is called.
 
     stream: the residual stream to which the layer's output is added, of the shape of the output; None if it is not
-    asked for or not known.
+    asked for or not known. gate: what the output is multiplied by first, of the same shape; None if by nothing.
     """
-    sources = _stream_sources(denoiser, layers) if residual else {}
+    known = streams_of(denoiser, layers) if residual else {}
     streams: Dict[nn.Module, Tensor] = {}
+    gates: Dict[nn.Module, tuple] = {}
 
-    def keep(module, inputs):
+    def keep_stream(module, inputs):
         streams[module] = inputs[0]
 
-    def stream_of(name):
-        if name not in sources:
-            return None
-        source, stream = sources[name], streams.pop(sources[name])
-        if type(source) is ResnetBlock2D and source.conv_shortcut is not None:
-            return source.conv_shortcut(stream)
-        return stream
+    def keep_gate(module, _inputs, output):
+        gates[module] = output
 
-    with hooked(source.register_forward_pre_hook(keep) for source in set(sources.values())), \
-            watched(layers, lambda name, layer, x: note(name, layer, x, stream_of(name))):
+    def note_layer(name, layer, x):
+        stream = gate = None
+        if name in known:
+            block, row = known[name]
+            stream = streams.pop(block.get_submodule(row.source))
+            if row.gate:
+                part, place = row.gate
+                gate = gates[block.get_submodule(part)][place][:, None].expand_as(stream)
+            shortcut = getattr(block, "conv_shortcut", None)
+            stream = stream if shortcut is None else shortcut(stream)
+        note(name, layer, x, stream, gate)
+
+    sources = {block.get_submodule(row.source) for block, row in known.values()}
+    gating = {block.get_submodule(row.gate[0]) for block, row in known.values() if row.gate}
+    with hooked(source.register_forward_pre_hook(keep_stream) for source in sources), \
+            hooked(part.register_forward_hook(keep_gate) for part in gating), watched(layers, note_layer):
         yield
 
 
-def _stream_sources(denoiser: nn.Module, layers: Dict[str, nn.Module]) -> Dict[str, nn.Module]:
-    """Return the modules whose input is the stream of a layer, by the name of the layer's weight."""
-    sources = {f"{name}.{layer}.weight" if name else f"{layer}.weight": module.get_submodule(source)
-               for name, module in denoiser.named_modules()
-               for layer, source in RESIDUALS.get(type(module), {}).items()
-               if getattr(module, "norm_type", "layer_norm") == "layer_norm"  # others have gates
-               and not getattr(module, "up", False) and not getattr(module, "down", False)  # sizes differ
-               and getattr(module, source or "conv2", None) is not None}
-    return {name: source for name, source in sources.items() if name in layers}
+def streams_of(denoiser: nn.Module, layers: Dict[str, nn.Module]) -> Dict[str, Tuple[nn.Module, Stream]]:
+    """Return the block and the stream of those layers for which RESIDUALS knows it, by the name of the weight."""
+    found = {}
+    for name, block in denoiser.named_modules():
+        for path, row in RESIDUALS.get(type(block).__name__, {}).items():
+            weight = f"{name}.{path}.weight".lstrip(".")
+            if (weight in layers and getattr(block, row.source or "conv2", None) is not None
+                    and getattr(block, "norm_type", "layer_norm") == "layer_norm"  # others have gates within
+                    and not getattr(block, "up", False) and not getattr(block, "down", False)):  # sizes differ
+                found[weight] = (block, row)
+    return found
 
 
 # ---- calls as one batch

@@ -28,6 +28,7 @@ from pruning.methods.moments import Moments, as_rows
 from pruning.methods.surgery import Group, Plan
 from pruning.progress import tqdm
 
+ALL = ("heads", "neurons", "channels")
 HEADROOM = 0.3  # a group loses at most rate + HEADROOM · (1 − rate): one call says too little of an emptied attention
 HALF_ROUND_TO = 8  # 16 bytes of half precision: kernels of GPUs take up to twice as long at other widths
 CALLS, LATENTS = 16, 384  # recorded calls, and latents in them at most, that the re-fit in order sends through
@@ -87,9 +88,10 @@ def prune(method: str, denoiser: nn.Module, rate: float, units: Sequence[str],
     round_to = rounding(denoiser, round_to)
     kept: Plan = {}
     found, gathered = None, None
+    helping = helping_layers(denoiser) if refit else {}
     if rate:
         if criterion == "loss" or refit:
-            gathered = moments.gather(denoiser, calibration, layers=column_layers(groups))
+            gathered = moments.gather(denoiser, calibration, layers=learning_layers(denoiser, units, refit))
         if criterion == "loss":
             found = orders(denoiser, groups, gathered, calibration, allocation == "guided")
         if allocation == "uniform":
@@ -100,8 +102,8 @@ def prune(method: str, denoiser: nn.Module, rate: float, units: Sequence[str],
     reached, inexact = surgery.reached(denoiser, groups), surgery.inexact(groups)
     gone = {group.name: group.units - len(kept.get(group.name, range(group.units))) for group in groups}
     if refit and kept:
-        aims = aims_of(denoiser, [group for group in groups if group.name in kept], calibration)
-        take_out_and_refit(denoiser, groups, kept, mask_only, aims, gathered, calibration)
+        aims = aims_of(denoiser, [group for group in groups if group.name in kept], calibration, helping)
+        take_out_and_refit(denoiser, groups, kept, mask_only, aims, gathered, calibration, helping)
     else:
         surgery.carry_out(denoiser, groups, kept, mask_only)
     layers = {group.name: LayerPruned(gone[group.name] / group.units,
@@ -192,33 +194,56 @@ def kept_columns(groups: List[Group], plan: Plan) -> Dict[str, Tensor]:
             for name, channels in stays.items()}
 
 
-def aims_of(denoiser: nn.Module, groups: List[Group], calibration: Calibration) -> sequential.Aims:
-    """Return what the layers behind these units and the norms over them give in the dense denoiser."""
+def learning_layers(denoiser: nn.Module, units: Sequence[str], refit: bool) -> Dict[str, nn.Module]:
+    """Return the layers whose moments are gathered: those behind these units and, for a re-fit, those that help."""
+    own = column_layers(surgery.find_groups(denoiser, units)[0])
+    return {**own, **helping_layers(denoiser)} if refit else own
+
+
+def helping_layers(denoiser: nn.Module) -> Dict[str, nn.Module]:
+    """Return the gated layers behind units of any kind, by the name of the weight."""
+    return gated_layers(denoiser, column_layers(surgery.find_groups(denoiser, ALL)[0]))
+
+
+def gated_layers(denoiser: nn.Module, layers: Dict[str, nn.Module]) -> Dict[str, nn.Module]:
+    """Return those of some layers whose output goes to a residual stream through a known gate.
+
+    These can make up for units that are gone elsewhere. Without gates, as in UNets, such layers gain nothing.
+    """
+    return {name: layers[name] for name, (_, row) in sequential.streams_of(denoiser, layers).items() if row.gate}
+
+
+def aims_of(denoiser: nn.Module, groups: List[Group], calibration: Calibration,
+            helping: Dict[str, nn.Module]) -> sequential.Aims:
+    """Return what the dense denoiser gives: the layers behind these units, helping layers, and norms over the units."""
     norms = {name: norm for group in groups for name, norm in _norms(group).items()}
-    return sequential.dense_outputs(denoiser, column_layers(groups), calibration, norms, residual=True, calls=CALLS,
+    layers = {**helping, **column_layers(groups)}
+    return sequential.dense_outputs(denoiser, layers, calibration, norms, residual=True, calls=CALLS,
                                     latents=LATENTS)
 
 
 def take_out_and_refit(denoiser: nn.Module, groups: List[Group], plan: Plan, mask_only: bool, aims: sequential.Aims,
-                       gathered: Moments, calibration: Calibration) -> None:
-    """Carry out a plan, and re-fit the layers behind the units in the order in which they run (sequential).
+                       gathered: Moments, calibration: Calibration, helping: Dict[str, nn.Module]) -> None:
+    """Carry out a plan, and re-fit the layers behind the units, and helping ones, in the order in which they run.
 
     Each is re-fitted to its dense outputs y from its present inputs x' and, as these are of few calls, from the inputs
     that the dense denoiser has where nothing else is gone; ρ weighs the latter:
 
         E|w x' + b − y|² + ρ E|w x_K + b − w0 x|² + λ |w − w0_K|²   over w and b, with K the inputs that stay
 
-    aims: of the dense denoiser. Where a stream is known, y makes up for what the stream has lost. Norms between the
-    units and these layers are re-fitted first. All of these numbers are the same whether units are removed or zeroed.
+    aims: of the dense denoiser. Where a stream is known, y makes up for what the stream has lost, and its gate counts;
+    see sequential. helping: of gated_layers; some may be behind the units. Norms between the units and the layers
+    behind are re-fitted first. All of these numbers are the same whether units are removed or zeroed.
     """
     planned = [group for group in groups if group.name in plan]
-    layers = column_layers(planned)
+    layers = {**helping, **column_layers(planned)}
     norms = {name: (group, norm) for group in planned for name, norm in _norms(group).items()}
     dense = {name: moments.wide(as_rows(layer).detach()[0].clone()) for name, layer in layers.items()}
     # An attention without heads is still there when its output bias is re-fitted.
     emptied = {name: keep for name, keep in plan.items() if not keep}
     first = {name: keep for name, keep in plan.items() if keep}
-    kept = kept_columns(groups, plan)
+    kept = {**{name: torch.arange(layer.weight[0].numel()) for name, layer in helping.items()},
+            **kept_columns(groups, plan)}
     there = {} if mask_only else kept_columns(groups, first)  # the inputs that the layers have while they are re-fitted
     surgery.carry_out(denoiser, groups, first, mask_only)
     surgery.carry_out(denoiser, groups, emptied, mask_only=True)
@@ -226,13 +251,14 @@ def take_out_and_refit(denoiser: nn.Module, groups: List[Group], plan: Plan, mas
         aims = aims._replace(outputs={**aims.outputs, **{name: aims.outputs[name][..., plan[group.name]]
                                                          for name, (group, _) in norms.items()}})
 
-    def solve(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
+    def solve(name: str, layer: nn.Module, x: Tensor, y: Tensor, gate: Optional[Tensor]) -> None:
         keep = kept[name].to(x.device)
         places = torch.searchsorted(there[name].to(x.device), keep) if name in there else keep
         x = x[0][:, places]  # zeroed inputs are left out
         matrix, mean = gathered.of(name, x.device)
         weight, bias = refitting.refit_columns(dense[name].to(x.device), keep, x, y[0], matrix[0], mean[0],
-                                               layer.bias is not None, sequential.PRIOR)
+                                               layer.bias is not None, sequential.PRIOR,
+                                               None if gate is None else gate[0])
         whole = weight.new_zeros(len(weight), layer.weight[0].numel()).index_copy_(1, places, weight)
         layer.weight.copy_(whole.reshape(layer.weight.shape))
         if layer.bias is not None:
