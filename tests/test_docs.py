@@ -16,6 +16,7 @@ from commands import COMMANDS
 from benchmarks import tables
 from pruning import check_model, generate_synthetic_graph, merge_results, methods, prefetch, sweep, visualize_results
 from pruning.methods import METHODS
+from pruning.records.findings import removes
 from pruning.records.record import protocol_differences, read_record
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,12 +117,13 @@ def test_the_tables_of_the_pages_are_those_of_the_records(name):
     assert tables.with_table(text, name, make()) == text, "python benchmarks/tables.py --write"
 
 
-def test_all_shipped_records_were_measured_alike_by_one_commit():
+def test_shipped_records_of_a_model_were_measured_alike_and_those_of_each_sort_by_one_commit():
     for model in tables.MODELS:
         records = [read_record(path) for path in sorted((ROOT / "results/bundled" / model).rglob("*.json"))]
         assert {len(record.samples) for record in records} == {128}
-        assert len({tuple(record.notes.code) for record in records}) == 1
         assert not any(protocol_differences(records[0], record) for record in records)
+        for sort in (True, False):
+            assert len({tuple(record.notes.code) for record in records if removes(record) == sort}) == 1
 
 
 # ---------------------------------------------------------------- links

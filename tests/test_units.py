@@ -154,7 +154,7 @@ def test_the_refit_of_columns_equals_an_exact_solve_for_each_row(gated, with_bia
 # ---- on the bundled models, on calls that no method has seen
 
 def learning(model):
-    """A bundled denoiser, calls to calibrate on, and other calls."""
+    """A bundled denoiser, a calibration, and calls that are not in it."""
     pipeline = pipelines.load_pipeline(model)
     pipeline.set_progress_bar_config(disable=True)
     captions = data.training_captions("shapes", 24, 0)
@@ -167,12 +167,15 @@ def learning(model):
 
 @pytest.fixture(scope="module")
 def unet():
+    """The bundled UNet and such calls."""
     return learning("shapes-unet")
 
 
 @pytest.fixture(scope="module")
 def mmdit():
-    return learning("shapes-mmdit")
+    """The bundled transformer and such calls, and the error on the others with half of its heads gone."""
+    dense, known, fresh = learning("shapes-mmdit")
+    return dense, known, fresh, error_on(pruned(dense, "attention_heads", 0.5, known), fresh)
 
 
 FAULTS = {
@@ -205,7 +208,6 @@ GATED_FAULTS = {
 
 @pytest.mark.parametrize("fault", GATED_FAULTS)
 def test_gated_streams_and_layers_that_help_lower_the_error(mmdit, monkeypatch, fault):
-    dense, known, fresh = mmdit
-    whole = error_on(pruned(dense, "attention_heads", 0.5, known), fresh)
+    dense, known, fresh, whole = mmdit
     GATED_FAULTS[fault](monkeypatch)
     assert whole < 0.97 * error_on(pruned(dense, "attention_heads", 0.5, known), fresh)

@@ -107,9 +107,9 @@ def refit(denoiser: nn.Module, blocks: Dict[str, bypass.Streams], aims: sequenti
 
     Each learns to give its dense outputs y from its present inputs x', and stays near its weight w0:
 
-        E|w x' + b − y|² + ρ E|(w − w0) x' + b|² + λ |w − w0|²   over w and b
+        E|g (w x' + b) − y|² / E[g²] + ρ E|(w − w0) x' + b|² + λ |w − w0|²   over w and b
 
-    Gates and streams as in sequential.
+    g: the gate between layer and stream, 1 if there is none (sequential).
     """
     def solve(_name: str, layer: nn.Module, x: Tensor, y: Tensor, gate: Optional[Tensor]) -> None:
         x, weight = x[0], moments.wide(as_rows(layer).detach()[0])

@@ -229,11 +229,12 @@ def take_out_and_refit(denoiser: nn.Module, groups: List[Group], plan: Plan, mas
     Each is re-fitted to its dense outputs y from its present inputs x' and, as these are of few calls, from the inputs
     that the dense denoiser has where nothing else is gone; ρ weighs the latter:
 
-        E|w x' + b − y|² + ρ E|w x_K + b − w0 x|² + λ |w − w0_K|²   over w and b, with K the inputs that stay
+        E|g (w x' + b) − y|² / E[g²] + ρ E|w x_K + b − w0 x|² + λ |w − w0_K|²
 
-    aims: of the dense denoiser. Where a stream is known, y makes up for what the stream has lost, and its gate counts;
-    see sequential. helping: of gated_layers; some may be behind the units. Norms between the units and the layers
-    behind are re-fitted first. All of these numbers are the same whether units are removed or zeroed.
+    over w and b, with K the inputs that stay. g is the gate between layer and stream, 1 if there is none, and where a
+    stream is known, y makes up for what it has lost (sequential). aims: of the dense denoiser. helping: of
+    gated_layers; some may be behind the units. Norms between the units and the layers behind are re-fitted first. All
+    of these numbers are the same whether units are removed or zeroed.
     """
     planned = [group for group in groups if group.name in plan]
     layers = {**helping, **column_layers(planned)}
