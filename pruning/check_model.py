@@ -18,7 +18,7 @@ from typing import Dict, List
 from pruning import cli, methods
 from pruning.data import DATASETS
 from pruning.methods import unreached_by_reason
-from pruning.models import pipelines
+from pruning.models import pipelines, signature
 from pruning.records.tables import Table, wrapped
 from pruning.records.words import duration, gigabytes
 
@@ -65,7 +65,8 @@ def time_text(found, settings: dict, images: int, device: str, dtype: str) -> st
     """Return about how long the denoiser works for an image and for a sweep, by a matrix product on this device."""
     from pruning.models import skeleton
     macs, speed = skeleton.count_macs(found, settings["image_size"]), skeleton.macs_a_second(device, dtype)
-    calls = settings["steps"] * (2 if settings["guidance_scale"] > 1 and skeleton.guides_twice(found) else 1)
+    twice = signature.guides_twice(found.pipeline, found.parts[found.denoiser], settings["guidance_scale"])
+    calls = settings["steps"] * (2 if twice else 1)
     seconds = calls * macs / speed
     return (f"An image of {settings['image_size']} x {settings['image_size']} pixels in {settings['steps']} steps at "
             f"guidance {settings['guidance_scale']:g} takes the denoiser about {_macs(calls * macs)}. On {device} a "
@@ -94,7 +95,8 @@ def main(argv=None) -> None:
     denoiser = found.parts[found.denoiser]
     settings = skeleton.sampling(found, {name: getattr(args, name) for name in (
         "steps", "guidance_scale", "image_size")}, args.model)
-    print("\n\n".join([f"{args.model}: a {found.pipeline.__name__}, of which a {type(denoiser).__name__} is pruned",
+    kind = type(found.pipeline).__name__
+    print("\n\n".join([f"{args.model}: a {kind}, of which a {type(denoiser).__name__} is pruned",
                        str(reach_table(denoiser)), wrapped(baselines_text(found, settings["guidance_scale"])),
                        wrapped(memory_text(found, dtype)),
                        wrapped(time_text(found, settings, args.num_images, device, dtype))]))

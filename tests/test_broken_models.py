@@ -214,7 +214,7 @@ class Plain(StableDiffusionPipeline):
 def test_a_pipeline_that_makes_no_images_is_one_line():
     pipeline = pipelines.load_pipeline("shapes-unet")
     pipeline.__class__ = Films
-    with pytest.raises(UserError, match="gives FilmOutput, which holds no images"):
+    with pytest.raises(UserError, match="gives FilmOutput, which holds no RGB images"):
         generation.check_makes_images(pipeline, data.load_samples("shapes", 1)[0][0], **SETTINGS)
 
 

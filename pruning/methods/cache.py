@@ -22,7 +22,7 @@ from torch import nn
 
 from pruning import UserError
 from pruning.methods import METHODS, Pruned
-from pruning.models import skeleton
+from pruning.models import signature, skeleton
 from pruning.models.hub import first_line
 
 RETENTION = 0.2  # share of the calls, the first, that are never skipped; diffusers' default
@@ -64,12 +64,13 @@ def skipped(magnitudes: Sequence[float], threshold: float, in_a_row: int) -> int
 
 def why_not(found: skeleton.Skeleton, guidance_scale: float) -> str:
     """Return why diffusers cannot skip the blocks of a model in drawings with this guidance scale, "" if it can."""
-    why, call = why_no_blocks(found.parts[found.denoiser]), inspect.unwrap(found.pipeline.__call__)
-    if why or not (guidance_scale > 1 and skeleton.guides_twice(found)):
+    denoiser, kind = found.parts[found.denoiser], type(found.pipeline)
+    why, call = why_no_blocks(denoiser), inspect.unwrap(kind.__call__)
+    if why or not signature.guides_twice(found.pipeline, denoiser, guidance_scale):
         return why
     # Pipelines that guide within one call split its output into chunks.
     apart = inspect.getsource(call).count(f"self.{found.denoiser}(") > 1 and "chunk" not in call.__code__.co_names
-    return why_untold(found.pipeline) if apart else ""
+    return why_untold(kind) if apart else ""
 
 
 def why_no_blocks(denoiser: nn.Module) -> str:

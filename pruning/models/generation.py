@@ -12,15 +12,14 @@ import numpy as np
 
 from pruning import UserError
 from pruning.metrics.costs import sample_of, synchronize
+from pruning.models import signature
 from pruning.models.hub import first_line
-from pruning.models.pipelines import denoiser_name, guidance_options
+from pruning.models.pipelines import denoiser_name
 from pruning.progress import tqdm
 
 GPU_BATCHES = (32, 16, 8, 4, 2, 1)
 CPU_BATCH, CPU_PIXELS = 16, 2 ** 21  # at most, of all images of a batch: a CPU gains nothing from larger batches
 PROMPT_BYTES = 2 ** 29  # of encoded prompts that are kept
-# Arguments of pipelines that edit or follow an image, or make a film.
-MORE_THAN_A_CAPTION = ("image", "mask_image", "control_image", "image_embeds", "video", "num_frames")
 
 
 class Images(NamedTuple):
@@ -74,22 +73,14 @@ def final_latents(pipeline, samples, *, seed: int, steps: int, guidance_scale: f
 
 def _call(pipeline, batch, seed: int, steps: int, guidance_scale: float, image_size: int, output_type: str = "np"):
     """Return the images of a batch in [0, 1], float (n, height, width, 3), or its latents."""
-    # Resolution binning would sample another size than the one asked for. Not every pipeline has these arguments.
-    takes = inspect.signature(type(pipeline).__call__).parameters
-    options = {"use_resolution_binning": False} if "use_resolution_binning" in takes else {}
+    arguments = signature.arguments(
+        type(pipeline), [sample.caption for sample in batch], [noise_generator(sample, seed) for sample in batch],
+        steps=steps, guidance_scale=guidance_scale, image_size=image_size, output_type=output_type)
     try:
-        made = pipeline(
-            prompt=[sample.caption for sample in batch], num_inference_steps=steps, height=image_size,
-            width=image_size, output_type=output_type, generator=[noise_generator(sample, seed) for sample in batch],
-            **options, **guidance_options(type(pipeline), guidance_scale, len(batch)))
+        made = pipeline(**arguments)
     except ValueError as error:  # pipelines refuse their arguments so, above all an image size
         raise UserError(f"{type(pipeline).__name__} cannot make these images: {first_line(error)}") from error
-    if hasattr(made, "image"):  # Kandinsky 5
-        return made.image
-    if not hasattr(made, "images"):
-        raise UserError(f"{type(pipeline).__name__} gives {type(made).__name__}, which holds no images; this program "
-                        "measures pipelines that make images of captions")
-    return made.images
+    return signature.images(type(pipeline), made, output_type)
 
 
 def _call_by_halves(pipeline, batch, *settings) -> np.ndarray:
@@ -162,10 +153,10 @@ def computing_once(pipeline):
     """
     denoiser = getattr(pipeline, denoiser_name(pipeline))
     forward, hooked = denoiser.forward, "forward" in vars(denoiser)
-    signature, outputs, calls = inspect.signature(forward), {}, []
+    takes, outputs, calls = inspect.signature(forward), {}, []
 
     def once(*args, **kwargs):
-        given = signature.bind(*args, **kwargs).arguments
+        given = takes.bind(*args, **kwargs).arguments
         shapes = _shapes(list(given.values()))
         if shapes not in outputs:
             calls.append({name: value for name, value in given.items() if value is not None and name != "return_dict"})
@@ -201,7 +192,7 @@ def first_call(pipeline, samples, **settings) -> dict:
 
 def check_makes_images(pipeline, sample, **settings) -> None:
     """Raise UserError if the pipeline cannot make an image of a caption alone with these settings of `generate`."""
-    takes = [name for name in MORE_THAN_A_CAPTION if name in inspect.signature(type(pipeline).__call__).parameters]
+    takes = signature.more_than_a_caption(type(pipeline))
     hint = f"; its call takes {', '.join(takes)} too, and here it gets a caption alone" if takes else ""
     try:
         first_call(pipeline, [sample], **settings)
@@ -228,11 +219,10 @@ def record_calls(pipeline, samples, keep: Callable = lambda value: value, **sett
     needs code of its own.
     """
     denoiser = getattr(pipeline, denoiser_name(pipeline))
-    signature = inspect.signature(denoiser.forward)
-    calls = []
+    takes, calls = inspect.signature(denoiser.forward), []
 
     def note(_module, args, kwargs, output):
-        given = signature.bind(*args, **kwargs).arguments
+        given = takes.bind(*args, **kwargs).arguments
         arguments = {name: value for name, value in given.items() if value is not None and name != "return_dict"}
         calls.append((keep(arguments), keep(sample_of(output).detach())))
 

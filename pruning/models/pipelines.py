@@ -5,7 +5,6 @@ Only diffusers decides how a model is loaded: a bundled model, a folder and a hu
 from __future__ import annotations
 
 import copy
-import inspect
 import re
 from contextlib import contextmanager
 from logging import CRITICAL
@@ -14,7 +13,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from pruning import UserError, check_name
 from pruning.data.faults import Faults, note, tell
-from pruning.models import hub, portable, saving, weights_files
+from pruning.models import hub, portable, saving, signature, weights_files
 from pruning.models.hub import first_line
 from pruning.models.provenance import release
 
@@ -35,10 +34,6 @@ MODELS = {
 
 # How modules wait on the CPU when the GPU has too little memory: each as a whole, or layer by layer, which is slow.
 OFFLOADS = ("model", "sequential")
-# What a text-to-image pipeline is called with, beside guidance, which not every pipeline takes.
-ARGUMENTS = ("prompt", "num_inference_steps", "height", "width", "generator", "output_type")
-# What pipelines call their guidance scale. Qwen-Image has two of these, and the first does nothing.
-GUIDANCE = ("guidance_scale", "true_cfg_scale", "distilled_guidance_scale")
 DENOISER = "the denoiser beside the rest of the pipeline"  # what the device has no memory for
 # diffusers' keyword for the dtype: "dtype" is unknown before 0.40, "torch_dtype" is deprecated since then.
 DTYPE = "dtype" if release("diffusers") >= (0, 40) else "torch_dtype"
@@ -62,7 +57,7 @@ def load_pipeline(model: str, device: str = "cpu", dtype: str = "float32", fault
     transformers_logging.disable_progress_bar()
     folder, config = model_files(model)
     check_release(config)
-    check_class(config)
+    signature.pipeline_class(config)
     manifest = saving.read_manifest(folder)
     pruned = {manifest["component"]: saving.load_denoiser(folder, manifest, dtype)} if manifest else {}
     weights_files.check_files(folder, config, {*hub.left_out(config), *pruned})
@@ -132,20 +127,6 @@ def reading(what: str):
         if "ignore_mismatched_sizes" in why:  # transformers points to a table that it has printed
             why = "tensors in the weights file of a component have other shapes than its config.json says"
         raise UserError(f"cannot load {what}: {why}") from error
-
-
-def check_class(config: Dict[str, Any]) -> None:
-    """Raise UserError if the pipeline class that a config names does not take what a text-to-image pipeline takes."""
-    import diffusers
-
-    name = config.get("_class_name")
-    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if not isinstance(kind, type):
-        raise UserError(f"this release of diffusers, {diffusers.__version__}, has no pipeline class {name}")
-    lacking = [argument for argument in ARGUMENTS if argument not in inspect.signature(kind.__call__).parameters]
-    if lacking:
-        raise UserError(f"{name} is no text-to-image pipeline, whose call takes a prompt, a number of steps and an "
-                        f"image size: it does not take {', '.join(lacking)}")
 
 
 def check_release(config: dict) -> None:
@@ -262,62 +243,25 @@ def lent_to(module, device: str):
             tensor.data = data
 
 
-def guidance_argument(kind: type) -> Optional[str]:
-    """Return what the call of a pipeline class names its guidance scale: the first that guides by default.
+def said_settings(pipeline, model: str, given: Optional[dict] = None) -> dict:
+    """Return image_size (pixels a side), steps and guidance_scale: as given, else as the model is meant to be used.
 
-    If none does, the first it has; None if it has none.
+    What nothing says is None. Raises UserError if a guidance scale is given and the pipeline takes none.
     """
-    takes = inspect.signature(kind.__call__).parameters
-    defaults = {name: takes[name].default for name in GUIDANCE if name in takes}
-    guiding = [name for name, default in defaults.items() if isinstance(default, (int, float)) and default > 1]
-    return next(iter([*guiding, *defaults]), None)
-
-
-def guidance_options(kind: type, scale: float, images: int) -> Dict[str, Any]:
-    """Return the arguments by which the call of a pipeline class guides some images; {} if it takes no guidance."""
-    name = guidance_argument(kind)
-    # Pipelines that name their guidance scale so do not guide without a negative prompt.
-    negative = {"negative_prompt": [" "] * images} if name == "true_cfg_scale" and scale > 1 else {}
-    return {name: scale, **negative} if name else {}
-
-
-def own_settings(kind: type, model: str) -> dict:
-    """Return the steps and guidance_scale that a model is meant for; steps are None if its pipeline class says none.
-
-    A saved pruned model also says its image_size.
-    """
-    manifest = saving.read_manifest(Path(model)) if model not in MODELS and Path(model).is_dir() else None
-    if manifest:
-        return manifest["sampling"]
+    given = {name: value for name, value in (given or {}).items() if value is not None}
+    if "guidance_scale" in given and signature.guidance_argument(type(pipeline)) is None:
+        raise UserError(f"{type(pipeline).__name__} takes no guidance scale; leave --guidance_scale out")
+    own = {}
     if model in MODELS:
-        return {"steps": MODELS[model].steps, "guidance_scale": MODELS[model].guidance_scale}
-    takes, argument = inspect.signature(kind.__call__).parameters, guidance_argument(kind)
-    steps, guidance = takes["num_inference_steps"].default, takes[argument].default if argument else None
-    return {"steps": steps if isinstance(steps, int) else None, "guidance_scale": float(guidance or 1)}
-
-
-def default_size(kind: type) -> Optional[int]:
-    """Return how many pixels a side a pipeline class draws unless told otherwise; None if it does not say."""
-    takes = inspect.signature(kind.__call__).parameters
-    height, width = (takes[name].default if name in takes else None for name in ("height", "width"))
-    return height if isinstance(height, int) and height == width else None
+        own = {"steps": MODELS[model].steps, "guidance_scale": MODELS[model].guidance_scale}
+    elif Path(model).is_dir():
+        own = (saving.read_manifest(Path(model)) or {}).get("sampling", {})
+    return {**signature.settings(pipeline, getattr(pipeline, denoiser_name(pipeline))), **own, **given}
 
 
 def sampling_settings(pipeline, model: str, given: Optional[dict] = None) -> dict:
-    """Return steps, guidance_scale and image_size (pixels a side): as given, else as the model is meant to be used.
-
-    Raises UserError if a guidance scale is given and the pipeline takes none, or if the image size or the number of
-    steps is not known.
-    """
-    given = {name: value for name, value in (given or {}).items() if value is not None}
-    if "guidance_scale" in given and guidance_argument(type(pipeline)) is None:
-        raise UserError(f"{type(pipeline).__name__} takes no guidance scale; leave --guidance_scale out")
-    sizes = (getattr(pipeline, "default_sample_size", None),
-             getattr(getattr(pipeline, denoiser_name(pipeline)).config, "sample_size", None))
-    size = next((each for each in sizes if isinstance(each, int)), None)
-    scale = getattr(pipeline, "vae_scale_factor", None)
-    settings = {"image_size": size * scale if size and scale else default_size(type(pipeline)),
-                **own_settings(type(pipeline), model), **given}
+    """Return what said_settings does. Raises UserError as it does, and if the image size or the steps are not known."""
+    settings = said_settings(pipeline, model, given)
     for name, words in (("image_size", "what size its images have"), ("steps", "in how many steps it draws")):
         if settings[name] is None:
             raise UserError(f"{type(pipeline).__name__} does not say {words}; give --{name}")

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Dict, NamedTuple, Optional
 
 from pruning import UserError
-from pruning.models import hub, pipelines, saving
+from pruning.models import hub, pipelines, saving, signature
 
-UNSAID, STEPS = 1024, 50  # pixels a side and steps, if nothing says them
+UNSAID = {"image_size": 1024, "steps": 50}  # if nothing says them
+SCALE = 8  # pixels a side for a place of a latent, likewise: as of most VAEs
 CLIP_TOKENS = 77  # of a caption
 OF_TEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "_context", "txt_")  # in names of layers for text
 
@@ -19,7 +20,7 @@ OF_TEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "_context", "
 class Skeleton(NamedTuple):
     """What a pipeline's configs say."""
 
-    pipeline: type
+    pipeline: Any  # of these parts, and without tokenizers and schedulers
     denoiser: str  # the component that is pruned
     parts: Dict[str, Any]  # component -> module on the meta device
     configs: Dict[str, Dict[str, Any]]  # component -> its config
@@ -41,7 +42,7 @@ def load(model: str) -> Skeleton:
     manifest = saving.read_manifest(Path(source)) if folder else None
     with pipelines.reading(f"model {model!r}") if folder else hub.asking(f"cannot read model {model!r}", model):
         index = dict(diffusers.DiffusionPipeline.load_config(source))
-    pipelines.check_class(index)
+    kind = signature.pipeline_class(index)
     name = next((name for name in saving.DENOISERS if (index.get(name) or [None])[0]), None)
     if name is None:
         raise UserError(f"{index['_class_name']} has neither a unet nor a transformer to prune")
@@ -59,7 +60,21 @@ def load(model: str) -> Skeleton:
             parts[part], configs[part] = made, dict(getattr(made.config, "to_dict", lambda c=made.config: c)())
     if name in unknown:
         raise UserError(f"the {name} of model {model!r} cannot be made of its config: {unknown[name]}")
-    return Skeleton(getattr(diffusers, index["_class_name"]), name, parts, configs, unknown)
+    return Skeleton(_pipeline(kind, index, parts), name, parts, configs, unknown)
+
+
+def _pipeline(kind: type, index: Dict[str, Any], parts: Dict[str, Any]) -> Any:
+    """Return a pipeline of some parts, which says what a whole one says of its images."""
+    takes = inspect.signature(kind.__init__).parameters
+    absent = {part: None for part, value in index.items() if isinstance(value, (list, tuple))}
+    given = {name: value for name, value in {**index, **absent, **parts, **hub.left_out(index)}.items()
+             if name in takes}
+    try:
+        return kind(**given)
+    except Exception:  # some classes ask their tokenizer at once; such a pipeline says what its class says
+        pipeline = kind.__new__(kind)
+        pipeline.register_modules(**parts)
+        return pipeline
 
 
 def _component(source: str, part: str, library: str, kind: str) -> Optional[Any]:
@@ -80,24 +95,12 @@ def _component(source: str, part: str, library: str, kind: str) -> Optional[Any]
 
 
 def sampling(found: Skeleton, given: Dict[str, Any], model: str) -> Dict[str, Any]:
-    """Return steps, guidance_scale and image_size, as given or as the pipeline's class and configs say."""
-    size = found.configs[found.denoiser].get("sample_size")
-    said = size * shrinks(found) if isinstance(size, int) else pipelines.default_size(found.pipeline)
-    own = {"image_size": said or UNSAID, **pipelines.own_settings(found.pipeline, model)}
-    own["steps"] = own["steps"] or STEPS
-    return {**own, **{name: value for name, value in given.items() if value is not None}}
+    """Return image_size, steps and guidance_scale, as given or as the pipeline's class and configs say.
 
-
-def guides_twice(found: Skeleton) -> bool:
-    """Return whether the denoiser is called for caption and no caption, and does not read the guidance scale itself."""
-    return not found.configs[found.denoiser].get("guidance_embeds")
-
-
-def shrinks(found: Skeleton) -> int:
-    """Return how many pixels a side a latent stands for."""
-    vae = found.configs.get("vae", {})
-    widths = vae.get("block_out_channels") or vae.get("encoder_block_out_channels") or [0] * 4
-    return 2 ** (len(widths) - 1)
+    Raises UserError if a guidance scale is given and the pipeline takes none.
+    """
+    said = pipelines.said_settings(found.pipeline, model, given)
+    return {name: UNSAID[name] if value is None else value for name, value in said.items()}
 
 
 def count_macs(found: Skeleton, image_size: int) -> float:
@@ -108,20 +111,15 @@ def count_macs(found: Skeleton, image_size: int) -> float:
     from pruning.metrics import costs
 
     denoiser, config = found.parts[found.denoiser], found.configs[found.denoiser]
-    side = image_size // shrinks(found)
+    side = image_size // (signature.latent_scale(found.pipeline) or SCALE)
     if type(denoiser).__name__ == "UNet2DConditionModel":
         return costs.count_macs(denoiser, _unet_call(config, side))
     patch = config.get("patch_size") or 1
     patch = patch[-1] if isinstance(patch, (list, tuple)) else patch
     if config.get("in_channels") == 4 * found.configs.get("vae", {}).get("latent_channels", math.nan):
         patch *= 2  # the pipeline packs 2 x 2 latents in a token
-    return transformer_macs(denoiser, (side // patch) ** 2, prompt_tokens(found))
-
-
-def prompt_tokens(found: Skeleton) -> int:
-    """Return how many tokens of a caption the pipeline passes at most."""
-    longest = inspect.signature(found.pipeline.__call__).parameters.get("max_sequence_length")
-    return longest.default if longest and isinstance(longest.default, int) else CLIP_TOKENS
+    tokens = signature.caption_tokens(type(found.pipeline)) or CLIP_TOKENS
+    return transformer_macs(denoiser, (side // patch) ** 2, tokens)
 
 
 def transformer_macs(denoiser, image: int, text: int) -> float:
