@@ -18,7 +18,7 @@ from pruning.data import DATASETS
 from pruning.experiment import Experiment, checkpoint_file, prepare, release_dense
 from pruning.methods import variant_name
 from pruning.metrics import costs
-from pruning.models import pipelines, saving
+from pruning.models import pipelines, saving, signature
 from pruning.progress import tqdm
 from pruning.records import card, report, store
 from pruning.records.findings import all_points, named
@@ -68,7 +68,9 @@ def sweep(args, run_pruning_experiment: Callable[..., Optional[Point]]) -> Tuple
                 report.remake_report(path, record, args.tolerance)
             for rate, folder in saved_folders(args).items() if record else ():
                 if folder.is_dir() and rate in [point.rate for point in all_points(record)]:
-                    card.write(record, rate, folder, experiment.images_folder, args.tolerance)
+                    card.write(record, rate, folder, experiment.images_folder, signature.as_code(
+                        type(experiment.pipeline), record.samples[0]["caption"], record.settings["steps"],
+                        record.settings["guidance_scale"]), args.tolerance)
             if args.discard_images:
                 for point in [record.dense, *record.points] if record else ():
                     discard_images(experiment, point.rate, shown_images(record, args.tolerance))

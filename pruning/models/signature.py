@@ -58,14 +58,28 @@ def arguments(kind: type, captions: List[str], generators: list, *, steps: int, 
     """Return what a class is called with to make an image of each caption. output_type: "np" or "latent"."""
     given = {"prompt": captions, "num_inference_steps": steps, "height": image_size, "width": image_size,
              "generator": generators, "output_type": output_type}
-    name = guidance_argument(kind)
-    if name:
-        given[name] = guidance_scale
-    if name == "true_cfg_scale" and guidance_scale > 1:
-        given["negative_prompt"] = [" "] * len(captions)  # without one, these pipelines do not guide
+    guidance = _guidance(kind, guidance_scale)
+    if "negative_prompt" in guidance:
+        guidance["negative_prompt"] = [guidance["negative_prompt"]] * len(captions)
+    given.update(guidance)
     if "use_resolution_binning" in _defaults(kind):
         given["use_resolution_binning"] = False  # it would sample another size than the one asked for
     return given
+
+
+def as_code(kind: type, caption: str, steps: int, guidance_scale: float) -> str:
+    """Return the arguments of a call that makes an image of a caption as Python code; guidance of 1 is left out."""
+    guidance = _guidance(kind, guidance_scale) if guidance_scale != 1 else {}
+    given = {"num_inference_steps": steps, **guidance}
+    return ", ".join([repr(caption), *(f"{name}={value!r}" for name, value in given.items())])
+
+
+def _guidance(kind: type, scale: float) -> Dict[str, Any]:
+    """Return by which arguments a class's call guides an image by this scale."""
+    name = guidance_argument(kind)
+    # Without a negative prompt, pipelines that call their scale so do not guide.
+    negative = {"negative_prompt": " "} if name == "true_cfg_scale" and scale > 1 else {}
+    return {name: scale, **negative} if name else {}
 
 
 def guidance_argument(kind: type) -> Optional[str]:

@@ -22,13 +22,15 @@ STRIP = "images.webp"
 LOADING = """from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("{folder}"{consent}{absent})
-image = pipeline({prompt!r}, num_inference_steps={steps}{guidance}).images[0]"""
+image = pipeline({call})[0][0]  # the first of the images"""
 
 
-def write(record: Record, rate: float, folder: Path, images_folder: Path, tolerance: float = TOLERANCE) -> None:
+def write(record: Record, rate: float, folder: Path, images_folder: Path, call: str, tolerance: float = TOLERANCE
+          ) -> None:
     """Write README.md and, if the images of the first samples are kept, a strip of these into a saved folder.
 
-    record: holds dense and the rate. Raises UserError if the disk refuses.
+    record: holds dense and the rate. call: the arguments by which the pipeline draws the first caption, as code.
+    Raises UserError if the disk refuses.
     """
     one = replace(record, points=[point for point in record.points if point.rate == rate])
     shown = strip(one, images_folder) if one.points else None
@@ -36,11 +38,11 @@ def write(record: Record, rate: float, folder: Path, images_folder: Path, tolera
         with whole_file(folder / STRIP) as part:
             shown.save(part, format="WEBP", quality=85)
     with whole_file(folder / "README.md") as part:
-        part.write_text(text(one, folder, shown is not None, tolerance), encoding="utf-8")
+        part.write_text(text(one, folder, shown is not None, call, tolerance), encoding="utf-8")
 
 
-def text(record: Record, folder: Path, with_strip: bool, tolerance: float = TOLERANCE) -> str:
-    """Return the card of a saved folder. record: dense, and the rate if it is not 0."""
+def text(record: Record, folder: Path, with_strip: bool, call: str, tolerance: float = TOLERANCE) -> str:
+    """Return the card of a saved folder. record: dense, and the rate if it is not 0. call: see write."""
     dense, point = record.dense, [*record.points, record.dense][0]
     python = any(folder.rglob("*.py"))
     settings, manifest = record.settings, folder / "pruning.json"
@@ -51,10 +53,8 @@ def text(record: Record, folder: Path, with_strip: bool, tolerance: float = TOLE
         captions = "; ".join("`{}`".format(sample["caption"].replace("`", "'")) for sample in record.samples[:SHOWN])
         parts.append(f"![{what}]({STRIP})\n\n{what}. Captions: {captions}.")
     loading = LOADING.format(
-        folder=folder.name, consent=", trust_remote_code=True" if python else "", steps=settings["steps"],
-        absent="".join(f", {name}=None" for name in absent),
-        prompt=record.samples[0]["caption"],
-        guidance=f", guidance_scale={settings['guidance_scale']:g}" if settings["guidance_scale"] != 1 else "")
+        folder=folder.name, consent=", trust_remote_code=True" if python else "", call=call,
+        absent="".join(f", {name}=None" for name in absent))
     parts.append(f"## Load\n\n```python\n{loading}\n```")
     if python:
         parts.append("The Python file beside the weights rebuilds the shapes that pruning left. "
