@@ -59,6 +59,7 @@ UNITS = {
     "`modulation`": ("modulation", (0.75, 0.875, 0.95)),
     "`blocks`": ("blocks", (0.11, 0.17, 0.22, 0.33, 0.34)),
     "`structured`": ("structured", (0.3, 0.5, 0.7, 0.8)),
+    "`structured --allocation guided`": ("structured+allocation=guided", (0.3, 0.5, 0.7, 0.8)),
     "`structured --criterion norm --refit off`": (f"structured{NORM}", (0.3, 0.5, 0.7)),
     "`attention_heads`": ("attention_heads", (0.3, 0.4, 0.5, 0.6)),
     "`attention_heads --criterion norm --refit off`": (f"attention_heads{NORM}", (0.3, 0.5)),
