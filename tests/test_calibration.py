@@ -151,6 +151,13 @@ def test_equal_tensors_are_kept_once_whatever_they_are_in():
     assert [each.dtype for each in others] == [torch.float32, torch.float64, torch.int32, torch.float32]
 
 
+def test_a_number_that_was_expanded_to_one_row_is_kept():
+    keep, expanded = keep_once(), torch.tensor(3.0).expand(1)  # the time of a call for one image, in some pipelines
+    assert expanded.stride() == (0,)
+    assert torch.equal(keep(expanded), torch.tensor([3.0]))
+    assert keep(torch.tensor([3.0])) is keep(expanded)
+
+
 def test_half_precision_tensors_are_kept_bit_for_bit_and_matched_to_a_denoiser():
     keep, x = keep_once(), torch.randn(3, 5).bfloat16()
     assert keep(x) is keep(x.clone())

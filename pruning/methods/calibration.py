@@ -209,7 +209,8 @@ def keep_once() -> Callable[[Any], Any]:
     known: Dict[tuple, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        tensor = tensor.detach().to("cpu").contiguous()
+        # A number that was expanded to one row passes for contiguous and cannot be viewed as bytes; a clone can.
+        tensor = tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
         content = hashlib.sha1(tensor.reshape(-1).view(torch.uint8).numpy()).digest()
         return known.setdefault((content, tensor.dtype, tensor.shape), tensor)
 
