@@ -17,8 +17,8 @@ from pruning.models import generation, pipelines, weights_files
 from pruning.records import store
 from pruning.records.record import read_record
 
-# Tiny models hold little that units could save, and one of the two heads of Kandinsky 5 saves nearly half. Some have one
-# block alone.
+# Tiny models hold little that units could save, and one of the two heads of Kandinsky 5 saves nearly half. Some have
+# one block alone.
 RATE = {"joint": 0.2, ("kandinsky5", "joint"): 0.45, ("sana_sprint", "joint"): 0.45, ("auraflow", "modulation"): 0.9,
         **{(family, "blocks"): 0.6 for family in ("qwen_image", "sana_sprint", "omnigen")}}
 UNFELT = {("qwen_image", "joint"), ("qwen_image", "modulation")}  # the images of the tiny model stay as they are
