@@ -71,7 +71,7 @@ def measure(name: str, device: str, calls: int, memory: float) -> list:
     pruning = stepping * steps * work / (layer.weight.numel() * moments.as_rows(layer).shape[-1])
 
     # One matrix of moments stands for those of any layer as wide: how long its order takes does not depend on values.
-    behind = [(each, width_of(each)) for each in surgery.survey(denoiser, "heads", "neurons", "channels")[0]]
+    behind = [(each, width_of(each)) for each in surgery.survey(denoiser, *surgery.UNITS)[0]]
     behind.sort(key=lambda each: each[1])
     ordered, width = behind[-1]
     rows = torch.randn(width // 4, width, device=device)

@@ -101,7 +101,7 @@ def random_denoiser(model: Model, settings: dict, device: str) -> Tuple[Any, dic
         for key, tensor in [*denoiser.named_parameters(), *denoiser.named_buffers()]:
             bound = (3 / tensor[0].numel()) ** 0.5
             tensor.uniform_(-bound, bound) if tensor.dim() > 1 else tensor.fill_(float(key.endswith("weight")))
-        for group in surgery.survey(denoiser, "heads", "neurons", "channels")[0]:
+        for group in surgery.survey(denoiser, *surgery.UNITS)[0]:
             scale = torch.exp2(2 * torch.rand(group.units) - 1)
             for part in group.parts(scored=True):
                 own = group.by_unit(part.layer.weight, part)

@@ -38,20 +38,6 @@ def of_families(*names):
     return pytest.mark.parametrize("family", [pytest.param(name, marks=marks(name)) for name in names])
 
 
-@pytest.fixture(scope="module")
-def folder_of(tmp_path_factory):
-    """A function that returns the folder of a family's pipeline, which is made once."""
-    made = {}
-
-    def make(family):
-        if family not in made:
-            torch.manual_seed(0)
-            made[family] = tmp_path_factory.mktemp("models") / family
-            FAMILIES[family]().save_pretrained(made[family], safe_serialization=True)
-        return made[family]
-    return make
-
-
 @pytest.fixture(scope="module", params=[
     pytest.param((family, method), id=f"{family}-{method}",
                  marks=marks(family) + ([] if (family, method) == QUICK else [pytest.mark.slow]))
@@ -170,7 +156,7 @@ def test_noise_depends_on_the_sample_and_the_seed_alone(family, folder_of):
     apart = generation.generate(pipeline, samples[::-1], **settings(family, batch_size=1)).pixels.astype(int)[::-1]
     other = generation.generate(pipeline, samples, **settings(family, batch_size=3, seed=1)).pixels.astype(int)
     assert abs(together - apart).max() <= 1  # rounding depends on the batch size
-    assert abs(together - other).max() > 10
+    assert abs(together - other).max() > (18 if family == "qwen_image" else 20)
 
 
 @pytest.mark.slow

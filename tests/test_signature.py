@@ -46,20 +46,6 @@ def kinds():
     return found
 
 
-@pytest.fixture(scope="module")
-def folder_of(tmp_path_factory):
-    """A function that returns the folder of a family's pipeline, which is made once."""
-    made = {}
-
-    def make(family):
-        if family not in made:
-            torch.manual_seed(0)
-            made[family] = tmp_path_factory.mktemp("models") / family
-            FAMILIES[family]().save_pretrained(made[family], safe_serialization=True)
-        return str(made[family])
-    return make
-
-
 def output(**values):
     """An output as diffusers makes them, of these names and values."""
     kind = dataclasses.make_dataclass("MadeOutput", [(name, Any, None) for name in values], bases=(BaseOutput,))
@@ -148,12 +134,13 @@ def test_a_bundled_model_and_its_configs_say_the_same_settings(model):
 
 @EACH
 def test_a_pipeline_and_its_configs_say_the_same_settings(family, folder_of):
-    agree(folder_of(family))
+    agree(str(folder_of(family)))
 
 
 @EACH
 def test_the_denoiser_runs_as_often_as_is_said(family, folder_of):
-    pipeline, found = pipelines.load_pipeline(folder_of(family)), skeleton.load(folder_of(family))
+    folder = str(folder_of(family))
+    pipeline, found = pipelines.load_pipeline(folder), skeleton.load(folder)
     runs = []
     denoiser = getattr(pipeline, pipelines.denoiser_name(pipeline))
     denoiser.register_forward_hook(lambda _module, _args, made: runs.append(len(made[0])))

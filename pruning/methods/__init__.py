@@ -284,9 +284,10 @@ def gathered_layers(method: str, denoiser, options: Dict[str, Any]):
 
     These are the layers behind the units that the method removes, with those that help them, or all prunable ones.
     """
-    from pruning.methods import moments, units  # here, because this table loads without torch
+    from pruning.methods import moments, surgery, units  # here, because this table loads without torch
     if METHODS[method].removes:
-        return units.learning_layers(denoiser, file_of(method).UNITS, options.get("refit", True))
+        own = units.column_layers(surgery.find_groups(denoiser, file_of(method).UNITS)[0])
+        return {**units.helping_layers(denoiser), **own} if options.get("refit", True) else own
     return moments.prunable_layers(denoiser)
 
 

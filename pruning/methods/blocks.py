@@ -19,7 +19,7 @@ from pruning.methods.calibration import Calibration, answer
 from pruning.methods.moments import as_rows
 from pruning.progress import tqdm
 
-UNITS = ("heads", "neurons", "channels")  # the layers behind these write into the residual stream
+UNITS = surgery.UNITS
 FEW = 4  # captions whose final latents decide
 LOST = 1.0  # error from which nothing of the dense latents is left, and the order of what remains does not matter
 

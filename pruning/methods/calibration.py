@@ -209,8 +209,8 @@ def keep_once() -> Callable[[Any], Any]:
     known: Dict[tuple, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        # A number that was expanded to one row passes for contiguous and cannot be viewed as bytes; a clone can.
-        tensor = tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
+        # A number that was expanded to one row passes for contiguous and cannot be viewed as bytes; a copy can.
+        tensor = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
         content = hashlib.sha1(tensor.reshape(-1).view(torch.uint8).numpy()).digest()
         return known.setdefault((content, tensor.dtype, tensor.shape), tensor)
 

@@ -48,7 +48,7 @@ from pruning.methods.options import BUDGETS
 from pruning.methods.surgery import Group
 from pruning.progress import tqdm
 
-UNITS = units.ALL
+UNITS = surgery.UNITS
 MANY = 12  # captions whose final latents judge a plan
 POWERS = (1.0, 2.0, 4.0, 8.0)
 BYPASSED = (0.1, 0.2)  # of the blocks

@@ -117,7 +117,7 @@ def by_units(denoiser: nn.Module) -> Tuple[Dict[str, int], Dict[str, Unreached]]
 
     Works on the meta device.
     """
-    groups, skipped = surgery.survey(denoiser, "heads", "neurons", "channels")
+    groups, skipped = surgery.survey(denoiser, *surgery.UNITS)
     reached = {**surgery.reached(denoiser, groups), **modulation.reached(ranks.modulation_layers(denoiser))}
     return reached, unreached(parameters(denoiser, removes=True), reached, skipped)
 

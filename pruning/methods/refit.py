@@ -54,11 +54,14 @@ def refit_columns(dense: Tensor, keep: Tensor, x: Tensor, y: Tensor, moments: Te
     dtype = torch.float64 if len(keep) <= DOUBLE else torch.float32
     dense, x, y, moments, mean = (each.to(dtype) for each in (dense, x, y, moments, mean))
     start, gone = dense[:, keep], dense.index_fill(1, keep, 0)
-    squares, lacking = None, y - x @ start.T  # of the change of the weight, whose rounding errors are smaller
-    if gate is not None:
+    outputs, squares = x @ start.T, None
+    # What is solved for is the change of the weight, whose rounding errors are smaller.
+    if gate is None:
+        lacking = y - outputs
+    else:
         gate = gate.to(dtype)
         size = gate.square().mean(0).sqrt().clamp_min(torch.finfo(dtype).tiny ** 0.25)
-        squares, lacking = (gate / size).square(), (y - gate * (x @ start.T)) * gate / size ** 2
+        squares, lacking = (gate / size).square(), (y - gate * outputs) * gate / size ** 2
     matrix, behind = prior * moments[keep][:, keep], prior * gone @ moments[:, keep]  # what ρ and λ ask for
     matrix.diagonal().add_(add_damping(x.T @ x / len(x) + matrix).flatten())
     if with_bias:  # the weight of a constant input 1, which is not damped

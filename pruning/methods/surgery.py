@@ -17,6 +17,7 @@ from pruning import UserError, distributed
 from pruning.methods import bypass, feedforwards, kinds, ranks
 
 Plan = Dict[str, List[int]]  # {group name: indices of the units kept, ascending}
+UNITS = ("heads", "neurons", "channels")  # the layers behind these write into the residual stream
 
 
 class Part(NamedTuple):

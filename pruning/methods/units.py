@@ -28,7 +28,6 @@ from pruning.methods.moments import Moments, as_rows
 from pruning.methods.surgery import Group, Plan
 from pruning.progress import tqdm
 
-ALL = ("heads", "neurons", "channels")
 HEADROOM = 0.3  # a group loses at most rate + HEADROOM · (1 − rate): one call says too little of an emptied attention
 HALF_ROUND_TO = 8  # 16 bytes of half precision: kernels of GPUs take up to twice as long at other widths
 CALLS, LATENTS = 16, 384  # recorded calls, and latents in them at most, that the re-fit in order sends through
@@ -88,10 +87,10 @@ def prune(method: str, denoiser: nn.Module, rate: float, units: Sequence[str],
     round_to = rounding(denoiser, round_to)
     kept: Plan = {}
     found, gathered = None, None
-    helping = helping_layers(denoiser) if refit else {}
+    helping = helping_layers(denoiser) if refit and rate else {}
     if rate:
         if criterion == "loss" or refit:
-            gathered = moments.gather(denoiser, calibration, layers=learning_layers(denoiser, units, refit))
+            gathered = moments.gather(denoiser, calibration, layers={**helping, **column_layers(groups)})
         if criterion == "loss":
             found = orders(denoiser, groups, gathered, calibration, allocation == "guided")
         if allocation == "uniform":
@@ -194,15 +193,9 @@ def kept_columns(groups: List[Group], plan: Plan) -> Dict[str, Tensor]:
             for name, channels in stays.items()}
 
 
-def learning_layers(denoiser: nn.Module, units: Sequence[str], refit: bool) -> Dict[str, nn.Module]:
-    """Return the layers whose moments are gathered: those behind these units and, for a re-fit, those that help."""
-    own = column_layers(surgery.find_groups(denoiser, units)[0])
-    return {**own, **helping_layers(denoiser)} if refit else own
-
-
 def helping_layers(denoiser: nn.Module) -> Dict[str, nn.Module]:
     """Return the gated layers behind units of any kind, by the name of the weight."""
-    return gated_layers(denoiser, column_layers(surgery.find_groups(denoiser, ALL)[0]))
+    return gated_layers(denoiser, column_layers(surgery.find_groups(denoiser, surgery.UNITS)[0]))
 
 
 def gated_layers(denoiser: nn.Module, layers: Dict[str, nn.Module]) -> Dict[str, nn.Module]:
