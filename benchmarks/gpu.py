@@ -1,4 +1,6 @@
-"""What pruning gives on a GPU: checks of every CUDA path, call times at published sizes, and what calibration takes.
+"""What pruning gives on a GPU: checks of every CUDA path, call times at published sizes, and what the rest takes.
+
+The rest is calibration, recovery, and a sweep of Stable Diffusion 1.5's sizes beside plain generation.
 
 The large models have random weights, as time depends on shapes alone. Rows are measured in the order of what matters
 most until the time is up; the rest is named. The JSON file is written after each row.
@@ -28,15 +30,17 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
 import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from benchmarks import denoisers
 from benchmarks.denoisers import MODELS
-from pruning import cli, methods
-from pruning.methods import moments
+from pruning import cli, data, methods, pruning_analysis
+from pruning.methods import bypass, moments, recovery
 from pruning.methods.calibration import GIB, Calibration, answer
 from pruning.metrics import costs
-from pruning.models import pipelines, provenance
+from pruning.models import generation, pipelines, provenance
 from pruning.records.record import read_record, write_json
 
 ROUNDS = 9  # of dense and pruned calls in alternation
@@ -55,7 +59,7 @@ class Check(NamedTuple):
 
 QUICK = ["--num_images", "8", "--steps", "10"]
 PRUNED = ["--rates", "0.3"]
-FLOAT32 = ["--dtype", "float32"]
+FLOAT32, BRIEF = ["--dtype", "float32"], ["--calibration_images", "8"]
 # The GPU has as much memory as these processes leave: a share that is too small for the batch.
 LITTLE_MEMORY = ("import sys, torch; torch.cuda.set_per_process_memory_fraction({share}); sys.argv[0] = '{script}'; "
                  "from pruning import cli, pruning_analysis; cli.run(pruning_analysis.main)")
@@ -65,6 +69,16 @@ CHECKS: Dict[str, Check] = {
                                       ["--method", method, "--dtype", dtype, *PRUNED]], 0.05)
        for method in ("magnitude", "structured", "attention_heads", "reconstruct")
        for dtype in ("bfloat16", "float16")},
+    **{f"{method} of shapes-mmdit in {dtype}": Check(
+        [["--model", "shapes-mmdit", "--method", method, *FLOAT32, *PRUNED, *more],
+         ["--model", "shapes-mmdit", "--method", method, "--dtype", dtype, *PRUNED, *more]], 0.05)
+       for method, dtype, more in (("structured", "bfloat16", []), ("attention_heads", "float16", []),
+                                   ("magnitude", "float16", []), ("modulation", "bfloat16", []),
+                                   ("joint", "bfloat16", BRIEF))},
+    "joint in float16": Check([["--method", "joint", *FLOAT32, *PRUNED, *BRIEF],
+                               ["--method", "joint", "--dtype", "float16", *PRUNED, *BRIEF]], 0.05),
+    "blocks": Check([["--method", "blocks", *PRUNED, *BRIEF, "--device", "cpu"],
+                     ["--method", "blocks", *PRUNED, *BRIEF]], 0.05),
     "iterative": Check([["--method", "iterative", "--recovery_steps", "5", "--rates", "0.2"]]),
     "shapes-mmdit": Check([["--model", "shapes-mmdit", "--method", "structured", *PRUNED],
                            ["--model", "shapes-mmdit", "--method", "structured", *PRUNED, "--device", "cpu"]], 0.05),
@@ -126,7 +140,7 @@ def check(name: str) -> dict:
     return found
 
 
-# ---- sizes: the time of a call
+# ---- sizes: the time of a call and its memory
 
 class Size(NamedTuple):
     """A call to time."""
@@ -137,21 +151,34 @@ class Size(NamedTuple):
     latents: int  # in the call: 2 with guidance
 
 
-SIZES = [Size("sd15", 512, 64, 8), Size("sdxl", 1024, 128, 2), Size("sd3", 1024, 128, 2), Size("flux", 1024, 64, 1),
-         Size("sd35", 1024, 128, 2), Size("sd15", 512, 64, 2), Size("sd3", 512, 64, 2), Size("flux", 512, 32, 1)]
+# The quick ones first: the time that they leave goes to the others.
+SIZES = [Size("sd15", 512, 64, 8), Size("sd3", 512, 64, 2), Size("flux", 512, 32, 1), Size("sd3", 1024, 128, 2),
+         Size("sdxl", 1024, 128, 2), Size("flux", 1024, 64, 1), Size("sd35", 1024, 128, 2), Size("sd15", 512, 64, 2)]
 
 
 def structured(rate: float, round_to: int = 0) -> Callable:
     """Return a function that removes neurons and channels."""
-    return lambda denoiser: methods.prune("structured", denoiser, rate, round_to=round_to, **BY_NORM)
+    return lambda denoiser, _: methods.prune("structured", denoiser, rate, round_to=round_to, **BY_NORM)
 
 
 def heads(rate: float) -> Callable:
     """Return a function that removes heads, the same share of every attention."""
-    return lambda denoiser: methods.prune("attention_heads", denoiser, rate, allocation="uniform", **BY_NORM)
+    return lambda denoiser, _: methods.prune("attention_heads", denoiser, rate, allocation="uniform", **BY_NORM)
 
 
-def semi_structured(denoiser) -> str:
+def units(denoiser, call: dict) -> None:
+    """Remove half of the neurons or channels, and half of the heads, as a budget of `joint` may."""
+    structured(0.5)(denoiser, call)
+    heads(0.5)(denoiser, call)
+
+
+def blocks(denoiser, call: dict) -> None:
+    """Bypass the second of every four blocks."""
+    found = bypass.find(denoiser, call)
+    bypass.take_out(denoiser, {name: found[name] for name in list(found)[1::4]})
+
+
+def semi_structured(denoiser, _: dict) -> str:
     """Zero two of every four weights and store the Linear layers of blocks in torch's 2:4 format. Returns how many."""
     methods.prune("magnitude", denoiser, 0.5, pattern="2:4")
     done = whole = 0
@@ -167,12 +194,13 @@ def semi_structured(denoiser) -> str:
 
 
 VARIANTS: Dict[str, Callable] = {
-    "structured 0.5": structured(0.5), "attention_heads 0.5": heads(0.5), "structured 0.3": structured(0.3),
+    "structured 0.5": structured(0.5), "attention_heads 0.5": heads(0.5), "structured and attention_heads 0.5": units,
+    "structured 0.3": structured(0.3), "structured 0.7": structured(0.7), "blocks 0.25": blocks,
+    "attention_heads 0.3": heads(0.3),
     **{f"structured 0.3, round_to {n}": structured(0.3, n) for n in (1, 16, 64)},
-    "structured 0.7": structured(0.7), "structured 0.7, round_to 1": structured(0.7, 1),
-    "attention_heads 0.3": heads(0.3), "2:4": semi_structured,
+    "structured 0.7, round_to 1": structured(0.7, 1), "2:4": semi_structured,
 }
-COMPILED = ("structured 0.5", "attention_heads 0.5")
+COMPILED = ("structured and attention_heads 0.5", "structured 0.5", "attention_heads 0.5")
 
 
 def repeated(value, latents: int):
@@ -198,7 +226,7 @@ def compile_denoiser(denoiser) -> None:
 def timed(dense, call: dict, name: str, compiled: bool) -> dict:
     """Return the costs of a variant beside dense. compiled: the dense denoiser is compiled already."""
     pruned, started = copy.deepcopy(dense), time.perf_counter()
-    note = VARIANTS[name](pruned)
+    note = VARIANTS[name](pruned, call)
     costs.synchronize(pruned.device)
     seconds = time.perf_counter() - started
     sparse = name == "2:4"
@@ -290,10 +318,91 @@ def calibrated(model: str, method: str, device: str, folder: Path, memory: float
             "prune_peak_bytes": peak, "units": done.total, "taken": done.taken}
 
 
+# ---- recovery: what training takes
+
+def recovered(device: str, steps: int = 3) -> dict:
+    """Train a denoiser of Stable Diffusion 1.5's sizes for some steps; return the seconds of a step and the memory.
+
+    From a call at a time of two latents, in mixed precision. Memory: what is said before, and the most that was used.
+    """
+    size = SIZES[-1]
+    dense, call = built(size, device, "bfloat16")
+    calls = [(call, torch.randn(call["sample"].shape, dtype=torch.bfloat16)) for _ in range(recovery.CALLS_PER_STEP)]
+    row = {"model": size.model, "pixels": size.pixels, "latents": size.latents, "calls_per_step": len(calls)}
+    with recovery.training(dense, {}, Calibration(lambda: calls, 0)) as memory:
+        recovery.recover(dense, {}, calls, 1, "0")
+        costs.synchronize(dense.device)
+        torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        recovery.recover(dense, {}, calls, steps, "0")
+        costs.synchronize(dense.device)
+        row["seconds_a_step"] = (time.perf_counter() - started) / steps
+    return {**row, "reckoned": memory, "peak_bytes": torch.cuda.max_memory_allocated()}
+
+
+# ---- sweep: beside plain generation
+
+SWEEP_RATES = (0.3, 0.6)
+
+
+def random_pipeline(folder: Path, device: str) -> None:
+    """Save a pipeline of Stable Diffusion 1.5's sizes and random weights, with the bundled model's tokenizer."""
+    bundled = pipelines.load_pipeline("shapes-unet")
+    denoiser, _ = denoisers.random_denoiser(MODELS["sd15"], {"latent": 64, "dtype": "bfloat16"}, device)
+    with torch.device(device):
+        vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512,
+                            down_block_types=4 * ("DownEncoderBlock2D",), up_block_types=4 * ("UpDecoderBlock2D",))
+        text = CLIPTextModel(CLIPTextConfig(**{**bundled.text_encoder.config.to_dict(), "hidden_size": 768,
+                                               "intermediate_size": 3072, "num_hidden_layers": 12,
+                                               "num_attention_heads": 12}))
+    StableDiffusionPipeline(vae.bfloat16(), text.bfloat16(), bundled.tokenizer, denoiser.cpu(), bundled.scheduler, None,
+                            None, requires_safety_checker=False).save_pretrained(folder)
+
+
+def swept(device: str, images: int = 48, steps: int = 20, batch: int = 8) -> dict:
+    """Time a sweep of magnitude at 512 pixels and plain generation of its images, each after imports."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, results = Path(temporary) / "model", Path(temporary) / "results"
+        random_pipeline(folder, device)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+        def sweep(count: int) -> float:
+            started = time.perf_counter()
+            pruning_analysis.main([
+                "--model", str(folder), "--num_images", str(count), "--steps", str(steps), "--guidance_scale", "7.5",
+                "--image_size", "512", "--batch_size", str(batch), "--metric_backbones", "bundled", "--device", device,
+                "--dtype", "bfloat16", "--results_dir", str(results / str(count)),
+                "--rates", *map(str, SWEEP_RATES)])
+            return time.perf_counter() - started
+
+        def plain() -> float:
+            started = time.perf_counter()
+            pipeline = pipelines.load_pipeline(str(folder), device, "bfloat16")
+            samples, _ = data.load_samples("shapes", images)
+            for _ in range(1 + len(SWEEP_RATES)):
+                for start in range(0, images, batch):
+                    some = samples[start:start + batch]
+                    pipeline([sample.caption for sample in some], num_inference_steps=steps, guidance_scale=7.5,
+                             generator=[generation.noise_generator(sample, 0) for sample in some], output_type="np")
+            return time.perf_counter() - started
+
+        sweep(batch)  # imports and chooses kernels
+        bare, own = plain(), sweep(images)
+        path, = (results / str(images)).glob("*/shapes/*.json")
+        record = read_record(path)
+    stages = {name: round(sum(point.seconds[name] for point in (record.dense, *record.points)), 2)
+              for name in record.dense.seconds}
+    return {"model": "sd15", "pixels": 512, "images": images, "steps": steps, "batch": batch,
+            "points": 1 + len(SWEEP_RATES), "plain_seconds": bare, "sweep_seconds": own, "ratio": own / bare,
+            "seconds_by_stage": stages}
+
+
 # Part -> its steps, each with the share of the time after which it starts no further row.
-PARTS = ("checks", "sizes", "calibration")
-STEPS = (("checks", 0.3), ("sizes, eager", 0.5), ("calibration of units", 0.7), ("sizes, compiled", 0.85),
-         ("calibration of weights", 1.0))
+PARTS = ("checks", "sizes", "calibration", "recovery", "sweep")
+ONE_ROW = {"recovery": recovered, "sweep": swept}
+STEPS = (("checks", 0.3), ("sizes, eager", 0.62), ("recovery", 0.64), ("sweep", 0.66), ("calibration of units", 0.8),
+         ("sizes, compiled", 0.95), ("calibration of weights", 1.0))
 
 
 def main(argv: Optional[list] = None) -> None:
@@ -309,14 +418,14 @@ def main(argv: Optional[list] = None) -> None:
     header = {"machine": provenance.machine(device), "versions": provenance.package_versions()}
     label = re.sub(r"[^a-z0-9]+", "-", header["machine"]["device"].lower()).strip("-")
     path = args.output_dir / f"gpu_{label}.json"
-    data: Dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    data.update(header, **{part: [] for part in args.parts})
-    unmeasured: Dict[str, List[str]] = data.setdefault("unmeasured", {})
+    found: Dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    found.update(header, **{part: [] for part in args.parts})
+    unmeasured: Dict[str, List[str]] = found.setdefault("unmeasured", {})
     unmeasured.update({part: [] for part in args.parts})
 
     def keep(part: str, row: dict) -> None:
-        data[part].append(row)
-        write_json(data, path)
+        found[part].append(row)
+        write_json(found, path)
         print(json.dumps({name: round(value, 4) if isinstance(value, float) else value
                           for name, value in row.items() if name != "stderr"}), flush=True)
 
@@ -331,9 +440,19 @@ def main(argv: Optional[list] = None) -> None:
                 for done in as_completed(running):
                     keep(part, done.result())
         elif part == "sizes":
-            for size in SIZES:
-                unmeasured[part] += sizes(size, device, step.endswith("compiled"), until,
-                                          functools.partial(keep, part))
+            for place, size in enumerate(SIZES):
+                now = time.monotonic()
+                own = now + (until - now) / (len(SIZES) - place)
+                unmeasured[part] += sizes(size, device, step.endswith("compiled"), own, functools.partial(keep, part))
+                gc.collect()
+                torch.cuda.empty_cache()
+        elif part in ONE_ROW:
+            if time.monotonic() > until:
+                unmeasured[part].append(part)
+                continue
+            keep(part, ONE_ROW[part](device))
+            gc.collect()
+            torch.cuda.empty_cache()
         else:
             for model, method in UNITS if step.endswith("units") else WEIGHTS:
                 if time.monotonic() > until:
@@ -343,7 +462,7 @@ def main(argv: Optional[list] = None) -> None:
                     keep(part, calibrated(model, method, device, Path(folder), args.memory))
                 gc.collect()
                 torch.cuda.empty_cache()
-    write_json(data, path)
+    write_json(found, path)
     print("not measured:", unmeasured)
     print(path)
 
