@@ -43,7 +43,7 @@ from pruning.metrics import costs
 from pruning.models import generation, pipelines, provenance
 from pruning.records.record import read_record, write_json
 
-ROUNDS = 9  # of dense and pruned calls in alternation
+ROUNDS = 7  # of dense and pruned calls in alternation
 BY_NORM = {"criterion": "norm", "refit": False}  # what is removed decides the time, and norms need no calibration
 
 
@@ -151,9 +151,8 @@ class Size(NamedTuple):
     latents: int  # in the call: 2 with guidance
 
 
-# The quick ones first: the time that they leave goes to the others.
-SIZES = [Size("sd15", 512, 64, 8), Size("sd3", 512, 64, 2), Size("flux", 512, 32, 1), Size("sd3", 1024, 128, 2),
-         Size("sdxl", 1024, 128, 2), Size("flux", 1024, 64, 1), Size("sd35", 1024, 128, 2), Size("sd15", 512, 64, 2)]
+SIZES = [Size("sd15", 512, 64, 8), Size("sd3", 1024, 128, 2), Size("flux", 1024, 64, 1), Size("sdxl", 1024, 128, 2),
+         Size("sd35", 1024, 128, 2), Size("sd15", 512, 64, 2), Size("sd3", 512, 64, 2), Size("flux", 512, 32, 1)]
 
 
 def structured(rate: float, round_to: int = 0) -> Callable:
@@ -200,7 +199,8 @@ VARIANTS: Dict[str, Callable] = {
     **{f"structured 0.3, round_to {n}": structured(0.3, n) for n in (1, 16, 64)},
     "structured 0.7, round_to 1": structured(0.7, 1), "2:4": semi_structured,
 }
-COMPILED = ("structured and attention_heads 0.5", "structured 0.5", "attention_heads 0.5")
+# Step -> its variants
+MEASURED = {"eager": list(VARIANTS)[:6], "compiled": list(VARIANTS)[:3], "more": list(VARIANTS)[6:]}
 
 
 def repeated(value, latents: int):
@@ -248,10 +248,11 @@ def timed(dense, call: dict, name: str, compiled: bool) -> dict:
     return row
 
 
-def sizes(size: Size, device: str, compiled: bool, until: float, keep: Callable[[dict], None]) -> List[str]:
-    """Measure the variants of a size, pass each row to `keep`, and return those for which there was no time."""
+def sizes(size: Size, device: str, step: str, until: float, keep: Callable[[dict], None]) -> List[str]:
+    """Measure a step's variants of a size, pass each row to `keep`, and return those for which there was no time."""
+    left, compiled = list(MEASURED[step]), step == "compiled"
     if time.monotonic() > until:
-        return [f"{size}, {'compiled' if compiled else 'eager'}"]
+        return [f"{size.model} {size.pixels}, {step}"]
     dense, call = built(size, device, "bfloat16")
     own = {**size._asdict(), "dtype": "bfloat16", "variant": "dense", "compiled": compiled,
            "macs": costs.count_macs(dense, call), **costs.count_parameters(dense),
@@ -265,7 +266,6 @@ def sizes(size: Size, device: str, compiled: bool, until: float, keep: Callable[
     costs.denoiser_seconds([dense], call, 3)
     own["seconds"], = costs.denoiser_seconds([dense], call, ROUNDS)
     keep(own)
-    left = list(COMPILED if compiled else VARIANTS)
     while left and time.monotonic() < until:
         name = left.pop(0)
         try:
@@ -276,12 +276,12 @@ def sizes(size: Size, device: str, compiled: bool, until: float, keep: Callable[
         gc.collect()
         torch.cuda.empty_cache()
     torch._dynamo.reset()
-    return [f"{size.model} {size.pixels}: {name}" for name in left]
+    return [f"{size.model} {size.pixels}, {step}: {name}" for name in left]
 
 
 # ---- calibration: what pruning itself takes
 
-UNITS = [("sd15", "structured"), ("sd3", "structured"), ("sd15", "attention_heads"), ("sd3", "attention_heads")]
+UNITS = [("sd3", "structured"), ("sd3", "attention_heads"), ("sd15", "attention_heads"), ("sd15", "structured")]
 WEIGHTS = [("sd15", "reconstruct"), ("sd15", "sparsegpt"), ("sd3", "reconstruct")]
 CALLS = 8  # of two latents; the time of gathering is in proportion to their number
 
@@ -342,7 +342,7 @@ def recovered(device: str, steps: int = 3) -> dict:
 
 # ---- sweep: beside plain generation
 
-SWEEP_RATES = (0.3, 0.6)
+SWEEP_RATES = (0.5,)
 
 
 def random_pipeline(folder: Path, device: str) -> None:
@@ -359,7 +359,7 @@ def random_pipeline(folder: Path, device: str) -> None:
                             None, requires_safety_checker=False).save_pretrained(folder)
 
 
-def swept(device: str, images: int = 48, steps: int = 20, batch: int = 8) -> dict:
+def swept(device: str, images: int = 32, steps: int = 20, batch: int = 8) -> dict:
     """Time a sweep of magnitude at 512 pixels and plain generation of its images, each after imports."""
     with tempfile.TemporaryDirectory() as temporary:
         folder, results = Path(temporary) / "model", Path(temporary) / "results"
@@ -401,8 +401,8 @@ def swept(device: str, images: int = 48, steps: int = 20, batch: int = 8) -> dic
 # Part -> its steps, each with the share of the time after which it starts no further row.
 PARTS = ("checks", "sizes", "calibration", "recovery", "sweep")
 ONE_ROW = {"recovery": recovered, "sweep": swept}
-STEPS = (("checks", 0.3), ("sizes, eager", 0.62), ("recovery", 0.64), ("sweep", 0.66), ("calibration of units", 0.8),
-         ("sizes, compiled", 0.95), ("calibration of weights", 1.0))
+STEPS = (("checks", 0.3), ("sizes, eager", 0.6), ("sweep", 0.65), ("recovery", 0.8), ("calibration of units", 0.85),
+         ("sizes, compiled", 0.95), ("calibration of weights", 0.97), ("sizes, more", 1.0))
 
 
 def main(argv: Optional[list] = None) -> None:
@@ -410,16 +410,20 @@ def main(argv: Optional[list] = None) -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("--parts", nargs="+", type=cli.one_of("part", PARTS), default=list(PARTS), help="what to run")
     parser.add_argument("--seconds", type=cli.positive, default=460, help="start no row later than this")
+    parser.add_argument("--checks", nargs="+", type=cli.one_of("check", CHECKS), default=[],
+                        help="which checks (default: all)")
     parser.add_argument("--jobs", type=cli.positive, default=4, help="checks at once")
     parser.add_argument("--memory", type=float, default=24.0, help="GiB of moments on the GPU in one pass")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "benchmarks", help="where the JSON file goes")
     args = parser.parse_args(argv)
     started, device = time.monotonic(), pipelines.pick_device("cuda")
+    checks = args.checks or list(CHECKS)
     header = {"machine": provenance.machine(device), "versions": provenance.package_versions()}
     label = re.sub(r"[^a-z0-9]+", "-", header["machine"]["device"].lower()).strip("-")
     path = args.output_dir / f"gpu_{label}.json"
     found: Dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    found.update(header, **{part: [] for part in args.parts})
+    found.update(header, **{part: [row for row in found.get(part, []) if row.get("check", checks[0])
+                                   not in checks] for part in args.parts})
     unmeasured: Dict[str, List[str]] = found.setdefault("unmeasured", {})
     unmeasured.update({part: [] for part in args.parts})
 
@@ -436,14 +440,12 @@ def main(argv: Optional[list] = None) -> None:
         if part == "checks":
             with ThreadPoolExecutor(args.jobs) as pool:
                 running = [pool.submit(lambda name, until=until: check(name) if time.monotonic() < until
-                                       else {"check": name, "failed": "no time"}, name) for name in CHECKS]
+                                       else {"check": name, "failed": "no time"}, name) for name in checks]
                 for done in as_completed(running):
                     keep(part, done.result())
         elif part == "sizes":
-            for place, size in enumerate(SIZES):
-                now = time.monotonic()
-                own = now + (until - now) / (len(SIZES) - place)
-                unmeasured[part] += sizes(size, device, step.endswith("compiled"), own, functools.partial(keep, part))
+            for size in SIZES:
+                unmeasured[part] += sizes(size, device, step.split()[-1], until, functools.partial(keep, part))
                 gc.collect()
                 torch.cuda.empty_cache()
         elif part in ONE_ROW:
