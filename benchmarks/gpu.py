@@ -410,7 +410,7 @@ def main(argv: Optional[list] = None) -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("--parts", nargs="+", type=cli.one_of("part", PARTS), default=list(PARTS), help="what to run")
     parser.add_argument("--seconds", type=cli.positive, default=460, help="start no row later than this")
-    parser.add_argument("--checks", nargs="+", type=cli.one_of("check", CHECKS), default=[],
+    parser.add_argument("--checks", nargs="+", type=cli.one_of("check", CHECKS),
                         help="which checks (default: all)")
     parser.add_argument("--jobs", type=cli.positive, default=4, help="checks at once")
     parser.add_argument("--memory", type=float, default=24.0, help="GiB of moments on the GPU in one pass")
