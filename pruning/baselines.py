@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from typing import Any, ContextManager, Dict, List, Optional
 
 from pruning import distributed, methods
-from pruning.experiment import Experiment, release_dense
+from pruning.experiment import Experiment, release
 from pruning.methods import Pruned, calibration
 from pruning.models import generation, pipelines
 
@@ -43,7 +43,7 @@ def magnitudes(experiment: Experiment) -> Optional[List[float]]:
         denoiser = own.twin(experiment.dense)
         pipelines.set_denoiser(pipeline, denoiser, experiment.device, experiment.offload)
         found = own.magnitudes(pipeline, denoiser, draws)
-        release_dense(pipeline, experiment.dense, experiment.offload)
+        release(pipeline, experiment.dense, experiment.offload)
         return {"ratios": torch.tensor(found, dtype=torch.float64)}
 
     return distributed.broadcast(experiment.calibration.keep("magnitudes", measure)["ratios"].tolist())

@@ -186,7 +186,7 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
                                          steps=min(SAMPLED_STEPS, sampling["steps"]), **settings)
                 for start in range(0, min(count, len(drawn)), sampling["batch_size"])]
         if args.offload:
-            release_dense(pipeline, denoiser, args.offload)
+            release(pipeline, denoiser, args.offload)
         return torch.cat(made)
 
     def record_calls() -> list:
@@ -205,7 +205,7 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
                     yield path, [(keep(generation.first_call(pipeline, images, **sampling)), None)]
                 else:
                     yield path, generation.record_calls(pipeline, batches[path], keep, **sampling)
-            release_dense(pipeline, dense, args.offload)
+            release(pipeline, dense, args.offload)
         return calibration.recorded([*batches, other_call], record)[:-1]
 
     return Experiment(
@@ -290,7 +290,7 @@ def rehearse(pipeline, dense, sample: Sample, device: str, offload: Optional[str
                             f"({first_line(error)})") from error
     pipelines.set_denoiser(pipeline, dense, device, offload)
     generation.check_makes_images(pipeline, sample, **sampling, batch_size=1)
-    release_dense(pipeline, dense, offload)
+    release(pipeline, dense, offload)
 
 
 def choose_batch_size(pipeline, dense, sample: Sample, device: str, offload: Optional[str], sampling: dict) -> int:
@@ -298,12 +298,12 @@ def choose_batch_size(pipeline, dense, sample: Sample, device: str, offload: Opt
     pipelines.set_denoiser(pipeline, dense, device, offload)
     size = generation.fitting_batch_size(pipeline, sample, device, **{
         name: sampling[name] for name in ("steps", "guidance_scale", "image_size")})
-    release_dense(pipeline, dense, offload)
+    release(pipeline, dense, offload)
     return distributed.broadcast(size)
 
 
-def release_dense(pipeline, dense, offload: Optional[str]) -> None:
-    """Bring the dense denoiser back to the CPU after the pipeline has used it."""
+def release(pipeline, denoiser, offload: Optional[str]) -> None:
+    """Bring a denoiser back to the CPU, with its values, after the pipeline has used it."""
     if offload:
         pipeline.remove_all_hooks()
-    dense.to("cpu")
+    denoiser.to("cpu")

@@ -13,7 +13,7 @@ import numpy as np
 
 from pruning import UserError, distributed, methods
 from pruning.baselines import baseline_plan, drawing
-from pruning.experiment import Experiment, release_dense
+from pruning.experiment import Experiment, release
 from pruning.metrics import METRICS, backbones, costs
 from pruning.models import compiling, generation, pipelines, provenance, saving
 from pruning.originals import BLOCK
@@ -45,7 +45,7 @@ def prune_copy(experiment: Experiment, rate: float):
     """
     method, options = experiment.record.method, experiment.record.options
     baseline = baseline_plan(experiment, rate) if method in methods.BASELINES else None
-    release_dense(experiment.pipeline, experiment.dense, experiment.offload)
+    release(experiment.pipeline, experiment.dense, experiment.offload)
     pipelines.set_denoiser(experiment.pipeline, experiment.dense)  # lets go of the copy of the last rate
     denoiser = pipelines.copy_to(experiment.dense, "cpu" if experiment.offload else experiment.device)
     if baseline:
@@ -65,9 +65,21 @@ def count_costs(experiment: Experiment, denoiser, rate: float) -> Dict[str, Any]
     """
     _ = experiment.batch_call
     shapes = tuple(tensor.shape for tensor in denoiser.state_dict().values())
+    called = experiment.call_costs(shapes)
     shares = costs.layer_shares(denoiser, experiment.single_call) if rate == 0 else {}
-    return {**costs.count_parameters(denoiser), "file_bytes": saving.file_bytes(denoiser),
-            **experiment.call_costs(shapes), **shares}
+    with holding_values(experiment, denoiser):
+        return {**costs.count_parameters(denoiser), "file_bytes": saving.file_bytes(denoiser), **called, **shares}
+
+
+@contextmanager
+def holding_values(experiment: Experiment, denoiser):
+    """Have the tensors of the denoiser in the pipeline hold their values, which are apart in sequential offloading."""
+    apart = experiment.offload == "sequential"
+    if apart:
+        release(experiment.pipeline, denoiser, experiment.offload)
+    yield
+    if apart:
+        pipelines.set_denoiser(experiment.pipeline, denoiser, experiment.device, experiment.offload)
 
 
 def compile_denoisers(experiment: Experiment, denoiser) -> Optional[compiling.CompiledCalls]:
@@ -291,7 +303,7 @@ def time_beside_dense(experiment: Experiment, denoiser, others: List[Any], share
     ratio = functools.partial(costs.time_ratio, dense, others, experiment.batch_call, shares=shares)
     if offload == "sequential":
         found = ratio(lambda each: pipelines.set_denoiser(pipeline, each, device, offload))
-        release_dense(pipeline, dense, offload)
+        release(pipeline, dense, offload)
     else:
         if offload:
             pipeline.remove_all_hooks()
@@ -316,6 +328,8 @@ def time_beside_dense(experiment: Experiment, denoiser, others: List[Any], share
 def save_pruned(experiment: Experiment, denoiser, folder: Path, point: Point) -> None:
     """Save the pipeline with the pruned denoiser as a folder, with what was measured. Raises UserError if it cannot."""
     pipelines.set_denoiser(experiment.pipeline, denoiser, experiment.device, experiment.offload)
+    if experiment.offload:
+        release(experiment.pipeline, denoiser, experiment.offload)  # hooks would be in the way
     sampling = {name: experiment.sampling[name] for name in ("steps", "guidance_scale", "image_size")}
     measured = {name: value for name, value in asdict(point).items() if name not in ("per_image", "seconds")}
     saving.save(experiment.pipeline, pipelines.denoiser_name(experiment.pipeline), folder, sampling,

@@ -15,7 +15,7 @@ from typing import Callable, Dict, List, Optional, Tuple
 from pruning import UserError, cli, distributed, methods, whole_file
 from pruning.baselines import baseline_plan
 from pruning.data import DATASETS
-from pruning.experiment import Experiment, checkpoint_file, prepare, release_dense
+from pruning.experiment import Experiment, checkpoint_file, prepare, release
 from pruning.methods import variant_name
 from pruning.metrics import costs
 from pruning.models import pipelines, saving, signature
@@ -160,7 +160,7 @@ def largest_rate(experiment: Experiment) -> float:
     pipelines.set_denoiser(experiment.pipeline, experiment.dense, experiment.device, experiment.offload)
     limit = methods.largest_rate(experiment.record.method, experiment.dense, experiment.single_call,
                                  **experiment.record.options)
-    release_dense(experiment.pipeline, experiment.dense, experiment.offload)
+    release(experiment.pipeline, experiment.dense, experiment.offload)
     return limit
 
 

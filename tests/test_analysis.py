@@ -140,18 +140,26 @@ def prepare(folder, *flags, earlier=None, count=2):
     return experiment.prepare(args, sweep.own_path(args), earlier)
 
 
-def test_offloading_changes_no_image_and_no_count(tmp_path):
-    """The command refuses --offload on the CPU, but diffusers' hooks that move whole models work there too."""
+@pytest.mark.parametrize("method", ["structured", "blocks"])
+def test_offloading_changes_no_image_and_no_count(tmp_path, monkeypatch, method):
+    """The command refuses --offload on the CPU, but the hooks of accelerate and diffusers work there too."""
+    align = accelerate.hooks.AlignDevicesHook.__init__
+
+    def on_cpu(self, *args, **options):  # diffusers says cpu:0, and to torch that is another device than a tensor's
+        align(self, *args, **{**options, "execution_device": torch.device("cpu")})
+
+    monkeypatch.setattr(accelerate.hooks.AlignDevicesHook, "__init__", on_cpu)
     seen = {}
-    for choice in (None, "model"):
-        made = prepare(tmp_path / str(choice), "--method", "structured", "--metrics", "lpips_dense")
+    for choice in (None, "model", "sequential"):
+        made = prepare(tmp_path / str(choice), "--method", method, "--metrics", "lpips_dense",
+                       "--calibration_images", "4")
         made = dataclasses.replace(made, offload=choice)
         dense = pruning_analysis.run_pruning_experiment(made, 0.0)
         folder = tmp_path / f"{choice}-pruned"
         point = pruning_analysis.run_pruning_experiment(made, 0.5, dense, save_to=folder)
         seen[choice] = (point.metrics["lpips_dense"], point.macs, point.parameters)
         assert pipelines.load_pipeline(str(folder)).unet.num_parameters() == point.parameters
-    assert seen[None] == seen["model"]
+    assert seen[None] == seen["model"] == seen["sequential"]
 
 
 def test_a_larger_batch_leaves_methods_the_same_calls_to_calibrate_on(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ def sampling(dense, change=lambda denoiser: 1.0):
     """A calibration whose final latents are an answer of the denoiser, times what `change` says of it."""
     @torch.no_grad()
     def sample(denoiser, _):
-        return answer(denoiser, call_of(dense, seed=99)) * change(denoiser)
+        return answer(denoiser, call_of(dense, seed=99)).cpu() * change(denoiser)  # a calibration serves both devices
     return calibration(dense, sample=sample)
 
 
