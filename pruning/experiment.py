@@ -180,6 +180,7 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
     def sample(denoiser, count: int):
         """Return the final latents that a denoiser draws of `count` training captions, in few steps."""
         import torch  # here, because the commands import this file before they need torch
+        place = denoiser.device
         pipelines.set_denoiser(pipeline, denoiser, device, args.offload)
         settings = {name: sampling[name] for name in ("seed", "guidance_scale", "image_size")}
         made = [generation.final_latents(pipeline, drawn[start:min(start + sampling["batch_size"], count)],
@@ -187,6 +188,7 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
                 for start in range(0, min(count, len(drawn)), sampling["batch_size"])]
         if args.offload:
             release(pipeline, denoiser, args.offload)
+            denoiser.to(place)
         return torch.cat(made)
 
     def record_calls() -> list:

@@ -47,11 +47,12 @@ def prune_copy(experiment: Experiment, rate: float):
     baseline = baseline_plan(experiment, rate) if method in methods.BASELINES else None
     release(experiment.pipeline, experiment.dense, experiment.offload)
     pipelines.set_denoiser(experiment.pipeline, experiment.dense)  # lets go of the copy of the last rate
-    denoiser = pipelines.copy_to(experiment.dense, "cpu" if experiment.offload else experiment.device)
+    calibrates = bool(rate and not baseline and methods.needs(method, options))
+    denoiser = copy_to_prune(experiment, calibrates)
     if baseline:
         pipelines.set_denoiser(experiment.pipeline, denoiser, experiment.device, experiment.offload)
         return denoiser, baseline
-    if rate and methods.needs(method, options):
+    if calibrates:
         methods.calibrate(method, denoiser, experiment.calibration, **options)
     pruned = methods.prune(method, denoiser, rate, calibration=experiment.calibration, **options)
     pipelines.set_denoiser(experiment.pipeline, denoiser, experiment.device, experiment.offload)
@@ -69,6 +70,17 @@ def count_costs(experiment: Experiment, denoiser, rate: float) -> Dict[str, Any]
     shares = costs.layer_shares(denoiser, experiment.single_call) if rate == 0 else {}
     with holding_values(experiment, denoiser):
         return {**costs.count_parameters(denoiser), "file_bytes": saving.file_bytes(denoiser), **called, **shares}
+
+
+def copy_to_prune(experiment: Experiment, calibrates: bool):
+    """Return a copy of the dense denoiser where methods work on it.
+
+    That is the device, which even with whole models offloaded has room for the denoiser, or with sequential offloading
+    the CPU. calibrates: the dense denoiser's calls are recorded first, so that the device need not hold both.
+    """
+    if calibrates:
+        _ = experiment.calibration.calls
+    return pipelines.copy_to(experiment.dense, "cpu" if experiment.offload == "sequential" else experiment.device)
 
 
 @contextmanager

@@ -26,7 +26,15 @@ from pruning.records.grids import shown_images
 from pruning.records.record import BrokenRecordError, Point, Record, read_record, record_path, write_record
 from pruning.records.summaries import reach, setup
 from pruning.records.words import counted, duration, rate_list
-from pruning.steps import image_file, image_provenance, load_images, prune_copy, pruned_origin, save_pruned
+from pruning.steps import (
+    copy_to_prune,
+    image_file,
+    image_provenance,
+    load_images,
+    prune_copy,
+    pruned_origin,
+    save_pruned,
+)
 
 
 def sweep(args, run_pruning_experiment: Callable[..., Optional[Point]]) -> Tuple[Path, Optional[Record]]:
@@ -271,7 +279,7 @@ def measure_sensitivity(args) -> Tuple[Path, dict]:
                         "out --pattern")
     args.metrics, path = [], own_path(args)
     experiment = prepare(args, path, None)
-    denoiser = pipelines.copy_to(experiment.dense, "cpu" if experiment.offload else experiment.device)
+    denoiser = copy_to_prune(experiment, calibrates=True)
     options = experiment.record.options
     rates, survey = methods.survey(args.method, denoiser, experiment.calibration, **options)
     pipelines.set_denoiser(experiment.pipeline, denoiser, experiment.device, experiment.offload)

@@ -20,7 +20,7 @@ from pruning.records.record import read_record
 # Tiny models hold little that units could save, and one of the two heads of Kandinsky 5 saves nearly half. Some have
 # one block alone.
 RATE = {"joint": 0.2, ("kandinsky5", "joint"): 0.45, ("sana_sprint", "joint"): 0.45, ("auraflow", "modulation"): 0.9,
-        **{(family, "blocks"): 0.6 for family in ("qwen_image", "sana_sprint", "omnigen")}}
+        **{(family, "blocks"): 0.6 for family in ("qwen_image", "sana_sprint", "omnigen", "cogview4")}}
 UNFELT = {("qwen_image", "joint"), ("qwen_image", "modulation")}  # the images of the tiny model stay as they are
 WITHOUT = {(family, "modulation") for family in ("sd15", "sdxl", "chroma", "sana_sprint")}  # they have no AdaLN layers
 QUICK = ("sd3", "structured")  # the only pair of a family and a method that is not slow

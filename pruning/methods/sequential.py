@@ -88,7 +88,8 @@ def dense_outputs(denoiser: nn.Module, layers: Dict[str, nn.Module], calibration
             return aims
         except torch.cuda.OutOfMemoryError:
             if count == 1:
-                raise UserError("the device has no memory for a denoiser call of one latent; use --offload") from None
+                raise UserError("the device has no memory for a denoiser call of one latent; use --offload "
+                                "sequential") from None
             latents = count // 2
 
 
