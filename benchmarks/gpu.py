@@ -104,7 +104,7 @@ def command(name: str, number: int, flags: List[str], folder: Path) -> List[str]
             port = found.getsockname()[1]
         launcher += ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
     if name == "out of memory" and number:
-        launcher += ["-c", LITTLE_MEMORY.format(share=0.03, script=script)]
+        launcher += ["-c", LITTLE_MEMORY.format(share=0.01, script=script)]
     else:
         launcher += [str(script)]
     return [*launcher, *QUICK, "--results_dir", str(folder), *flags]
@@ -121,8 +121,8 @@ def check(name: str) -> dict:
             said = done.stderr
             if done.returncode:
                 lines = [line for line in said.splitlines() if line.strip()]
-                return {"check": name, "failed": f"{' '.join(flags)}: {lines[-1] if lines else done.returncode}",
-                        "stderr": said[-3000:]}
+                print(said[-3000:], file=sys.stderr)
+                return {"check": name, "failed": f"{' '.join(flags)}: {lines[-1] if lines else done.returncode}"}
             path, = folder.glob("*/shapes/*.json")
             records.append(read_record(path))
     first, last = records[0].points[-1], records[-1].points[-1]
@@ -418,7 +418,8 @@ def main(argv: Optional[list] = None) -> None:
     args = parser.parse_args(argv)
     started, device = time.monotonic(), pipelines.pick_device("cuda")
     checks = args.checks or list(CHECKS)
-    header = {"machine": provenance.machine(device), "versions": provenance.package_versions()}
+    header = {"machine": provenance.machine(device), "versions": provenance.package_versions(),
+              "code": provenance.code_version()}
     label = re.sub(r"[^a-z0-9]+", "-", header["machine"]["device"].lower()).strip("-")
     path = args.output_dir / f"gpu_{label}.json"
     found: Dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -431,7 +432,7 @@ def main(argv: Optional[list] = None) -> None:
         found[part].append(row)
         write_json(found, path)
         print(json.dumps({name: round(value, 4) if isinstance(value, float) else value
-                          for name, value in row.items() if name != "stderr"}), flush=True)
+                          for name, value in row.items()}), flush=True)
 
     for step, share in STEPS:
         part, until = step.split(",")[0].split()[0], started + share * args.seconds
