@@ -59,7 +59,8 @@ class Check(NamedTuple):
 
 QUICK = ["--num_images", "8", "--steps", "10"]
 PRUNED = ["--rates", "0.3"]
-FLOAT32, BRIEF = ["--dtype", "float32"], ["--calibration_images", "8"]
+FLOAT32, BFLOAT16 = ["--dtype", "float32"], ["--dtype", "bfloat16"]
+BRIEF = ["--calibration_images", "8"]
 # The GPU has as much memory as these processes leave: a share that is too small for the batch.
 LITTLE_MEMORY = ("import sys, torch; torch.cuda.set_per_process_memory_fraction({share}); sys.argv[0] = '{script}'; "
                  "from pruning import cli, pruning_analysis; cli.run(pruning_analysis.main)")
@@ -77,8 +78,8 @@ CHECKS: Dict[str, Check] = {
                                    ("joint", "bfloat16", BRIEF))},
     "joint in float16": Check([["--method", "joint", *FLOAT32, *PRUNED, *BRIEF],
                                ["--method", "joint", "--dtype", "float16", *PRUNED, *BRIEF]], 0.05),
-    "blocks": Check([["--method", "blocks", *PRUNED, *BRIEF, "--device", "cpu"],
-                     ["--method", "blocks", *PRUNED, *BRIEF]], 0.05),
+    "blocks": Check([["--method", "blocks", *BFLOAT16, *PRUNED, *BRIEF, "--device", "cpu"],
+                     ["--method", "blocks", *BFLOAT16, *PRUNED, *BRIEF]], 0.05),
     "iterative": Check([["--method", "iterative", "--recovery_steps", "5", "--rates", "0.2"]]),
     "shapes-mmdit": Check([["--model", "shapes-mmdit", "--method", "structured", *PRUNED],
                            ["--model", "shapes-mmdit", "--method", "structured", *PRUNED, "--device", "cpu"]], 0.05),
@@ -130,6 +131,8 @@ def check(name: str) -> dict:
     found = {"check": name, "seconds": round(time.perf_counter() - started, 1), "difference": off,
              "clip_score": [record.points[-1].metrics["clip_score"] for record in records],
              "dense": records[-1].dense.metrics["clip_score"], "compiled": last.compiled,
+             "layers_gone": [[name for name, rate in record.points[-1].layer_rates.items() if rate == 1]
+                             for record in records],
              "seconds_by_stage": last.seconds}
     if off > wanted.alike:
         found["failed"] = f"clip_score differs by {off:.2g}, more than {wanted.alike:g}"
