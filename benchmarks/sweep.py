@@ -34,7 +34,7 @@ from pruning.metrics import backbones, scores
 from pruning.models import generation, pipelines
 from pruning.records.record import read_record
 
-MODEL, METHOD = "shapes-unet", "magnitude"
+MODEL, METHOD, BATCH = "shapes-unet", "magnitude", 16  # a sweep's own batch on a CPU
 
 
 def median_seconds(call, times: int = 1) -> float:
@@ -49,7 +49,7 @@ def median_seconds(call, times: int = 1) -> float:
 
 def flags(count: int, folder) -> list:
     """Return the flags of a sweep of `count` images a rate that writes to `folder`."""
-    return ["--method", METHOD, "--num_images", str(count), "--results_dir", str(folder)]
+    return ["--method", METHOD, "--num_images", str(count), "--batch_size", str(BATCH), "--results_dir", str(folder)]
 
 
 def our_sweep(count: int, folder: Path) -> None:
@@ -64,8 +64,8 @@ def bare_loop(count: int) -> None:
     pipeline = pipelines.load_pipeline(MODEL)
     own = pipelines.MODELS[MODEL]
     for _ in range(1 + len(pruning_analysis.RATES)):
-        for start in range(0, count, 8):
-            batch = samples[start:start + 8]
+        for start in range(0, count, BATCH):
+            batch = samples[start:start + BATCH]
             pipeline(prompt=[sample.caption for sample in batch], num_inference_steps=own.steps,
                      guidance_scale=own.guidance_scale, output_type="np",
                      generator=[generation.noise_generator(sample, 0) for sample in batch])

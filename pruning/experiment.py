@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -45,6 +45,7 @@ class Experiment:
     floor_features: Dict[str, np.ndarray]  # family -> features of as many other real images, {} if there are none
     calibration: Optional[Calibration]  # if the method asks for one
     training: List[Sample]  # captions that are never measured, which it draws to calibrate on
+    timed: Dict[tuple, tuple] = field(default_factory=dict)  # shapes of a denoiser's tensors -> steps.time_beside_dense
 
     @property
     def batches(self) -> List[range]:

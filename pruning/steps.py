@@ -287,12 +287,17 @@ def time_calls(experiment: Experiment, denoiser, rate: float, images: Images) ->
         seconds, = costs.denoiser_seconds([denoiser], experiment.batch_call)
         return {"denoiser_seconds": seconds, "dense_denoiser_seconds": seconds, "image_seconds": image,
                 "dense_image_seconds": image, "ratio_intervals": {}}
-    calls, others, shares = images.calls, [denoiser], [1.0]
+    calls = images.calls
     if experiment.record.method in methods.BASELINES:
         calls = load_image(experiment, 0.0, 0).calls  # of dense; a baseline may make fewer
-        others, shares = methods.file_of(experiment.record.method).timed(
-            denoiser, baseline_plan(experiment, rate), images.calls / calls)
-    dense_seconds, ratio, ends = time_beside_dense(experiment, denoiser, others, shares)
+        dense_seconds, ratio, ends = time_beside_dense(experiment, denoiser, *methods.file_of(
+            experiment.record.method).timed(denoiser, baseline_plan(experiment, rate), images.calls / calls))
+    else:
+        # Zeros are multiplied like other weights: denoisers of equal shapes do equal work, and the first is timed.
+        shapes = tuple(tensor.shape for tensor in denoiser.state_dict().values())
+        if shapes not in experiment.timed:
+            experiment.timed[shapes] = time_beside_dense(experiment, denoiser, [denoiser], [1.0])
+        dense_seconds, ratio, ends = experiment.timed[shapes]
     in_calls = min(1.0, calls * dense_seconds * ratio / len(experiment.batches[0]) / image)  # share of the time
 
     def image_ratio(call_ratio: float) -> float:

@@ -24,7 +24,7 @@ from test_data import flickr8k_folder
 from pruning import UserError, cli, data, experiment, originals, pruning_analysis, steps, sweep, test_single_rate
 from pruning.data.faults import sentences
 from pruning.methods import METHODS, PRUNING, default_options, needs, probes, reconstruct, sequential, units
-from pruning.metrics import DEFAULT, METRICS, backbones, scores
+from pruning.metrics import DEFAULT, METRICS, backbones, costs, scores
 from pruning.models import generation, pipelines
 from pruning.records import drawing, plots, store, summaries
 from pruning.records.record import read_record, write_record
@@ -211,6 +211,18 @@ def test_denoisers_that_do_not_fit_together_are_timed_in_turns(tmp_path, offload
     assert all(seconds > 0 for seconds in (times["denoiser_seconds"], times["dense_denoiser_seconds"]))
     assert made.pipeline.unet is denoiser
     assert all(torch.equal(tensor, before[name]) for name, tensor in made.dense.state_dict().items())
+
+
+@pytest.mark.parametrize(("method", "timings"), [("magnitude", 1), ("structured", 2)])
+def test_rates_that_do_the_same_work_are_timed_once(tmp_path, monkeypatch, method, timings):
+    made = prepare(tmp_path, "--method", method, "--metrics", "lpips_dense", "--calibration_images", "2")
+    seen, ratio = [], costs.time_ratio
+    monkeypatch.setattr(costs, "time_ratio", lambda *args, **options: seen.append(args) or ratio(*args, **options))
+    for rate in (0.3, 0.6):
+        denoiser, _ = steps.prune_copy(made, rate)
+        times = steps.time_calls(made, denoiser, rate, steps.Images(np.ones(2, bool), 1.0, 2))
+        assert 0 < times["ratio_intervals"]["denoiser_seconds"][0] <= times["ratio_intervals"]["denoiser_seconds"][1]
+    assert len(seen) == timings
 
 
 def test_an_experiment_is_not_assigned_to_after_it_was_made(tmp_path):
