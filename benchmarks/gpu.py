@@ -36,15 +36,22 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from benchmarks import denoisers
 from benchmarks.denoisers import MODELS
-from pruning import cli, data, methods, pruning_analysis
+from benchmarks.sweep import plain_generation
+from pruning import cli, methods, pruning_analysis
 from pruning.methods import bypass, moments, recovery
 from pruning.methods.calibration import GIB, Calibration, answer
 from pruning.metrics import costs
-from pruning.models import generation, pipelines, provenance
+from pruning.models import pipelines, provenance
 from pruning.records.record import read_record, write_json
 
 ROUNDS = 7  # of dense and pruned calls in alternation
 BY_NORM = {"criterion": "norm", "refit": False}  # what is removed decides the time, and norms need no calibration
+
+
+def free_memory() -> None:
+    """Let go of what the last row held on the GPU."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 # ---- checks: the commands on CUDA
@@ -276,8 +283,7 @@ def sizes(size: Size, device: str, step: str, until: float, keep: Callable[[dict
         except Exception as error:  # of torch's 2:4 format, say; the other rows matter as much
             keep({**size._asdict(), "variant": name, "compiled": compiled,
                   "error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"})
-        gc.collect()
-        torch.cuda.empty_cache()
+        free_memory()
     torch._dynamo.reset()
     return [f"{size.model} {size.pixels}, {step}: {name}" for name in left]
 
@@ -367,8 +373,7 @@ def swept(device: str, images: int = 32, steps: int = 20, batch: int = 8) -> dic
     with tempfile.TemporaryDirectory() as temporary:
         folder, results = Path(temporary) / "model", Path(temporary) / "results"
         random_pipeline(folder, device)
-        gc.collect()
-        torch.cuda.empty_cache()
+        free_memory()
 
         def sweep(count: int) -> float:
             started = time.perf_counter()
@@ -382,12 +387,7 @@ def swept(device: str, images: int = 32, steps: int = 20, batch: int = 8) -> dic
         def plain() -> float:
             started = time.perf_counter()
             pipeline = pipelines.load_pipeline(str(folder), device, "bfloat16")
-            samples, _ = data.load_samples("shapes", images)
-            for _ in range(1 + len(SWEEP_RATES)):
-                for start in range(0, images, batch):
-                    some = samples[start:start + batch]
-                    pipeline([sample.caption for sample in some], num_inference_steps=steps, guidance_scale=7.5,
-                             generator=[generation.noise_generator(sample, 0) for sample in some], output_type="np")
+            plain_generation(pipeline, images, 1 + len(SWEEP_RATES), batch, steps, 7.5)
             return time.perf_counter() - started
 
         sweep(batch)  # imports and chooses kernels
@@ -450,15 +450,13 @@ def main(argv: Optional[list] = None) -> None:
         elif part == "sizes":
             for size in SIZES:
                 unmeasured[part] += sizes(size, device, step.split()[-1], until, functools.partial(keep, part))
-                gc.collect()
-                torch.cuda.empty_cache()
+                free_memory()
         elif part in ONE_ROW:
             if time.monotonic() > until:
                 unmeasured[part].append(part)
                 continue
             keep(part, ONE_ROW[part](device))
-            gc.collect()
-            torch.cuda.empty_cache()
+            free_memory()
         else:
             for model, method in UNITS if step.endswith("units") else WEIGHTS:
                 if time.monotonic() > until:
@@ -466,8 +464,7 @@ def main(argv: Optional[list] = None) -> None:
                     continue
                 with tempfile.TemporaryDirectory() as folder:
                     keep(part, calibrated(model, method, device, Path(folder), args.memory))
-                gc.collect()
-                torch.cuda.empty_cache()
+                free_memory()
     write_json(found, path)
     print("not measured:", unmeasured)
     print(path)

@@ -58,17 +58,22 @@ def our_sweep(count: int, folder: Path) -> None:
         pruning_analysis.main(flags(count, folder))
 
 
-def bare_loop(count: int) -> None:
+def plain_generation(pipeline, count: int, points: int, batch: int, steps: int, guidance_scale: float) -> None:
     """Make the images of a sweep with the plain pipeline, in the same batches, and do nothing else."""
     samples, _ = data.load_samples("shapes", count)
-    pipeline = pipelines.load_pipeline(MODEL)
+    for _ in range(points):
+        for start in range(0, count, batch):
+            some = samples[start:start + batch]
+            pipeline(prompt=[sample.caption for sample in some], num_inference_steps=steps,
+                     guidance_scale=guidance_scale, output_type="np",
+                     generator=[generation.noise_generator(sample, 0) for sample in some])
+
+
+def bare_loop(count: int) -> None:
+    """Load the bundled model and make the images of a sweep plainly."""
     own = pipelines.MODELS[MODEL]
-    for _ in range(1 + len(pruning_analysis.RATES)):
-        for start in range(0, count, BATCH):
-            batch = samples[start:start + BATCH]
-            pipeline(prompt=[sample.caption for sample in batch], num_inference_steps=own.steps,
-                     guidance_scale=own.guidance_scale, output_type="np",
-                     generator=[generation.noise_generator(sample, 0) for sample in batch])
+    plain_generation(pipelines.load_pipeline(MODEL), count, 1 + len(pruning_analysis.RATES), BATCH, own.steps,
+                     own.guidance_scale)
 
 
 def usual_way(count: int) -> tuple:

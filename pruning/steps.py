@@ -65,11 +65,15 @@ def count_costs(experiment: Experiment, denoiser, rate: float) -> Dict[str, Any]
     For the dense denoiser, also each layer's share. The first calls warm the device up for the timing that follows.
     """
     _ = experiment.batch_call
-    shapes = tuple(tensor.shape for tensor in denoiser.state_dict().values())
-    called = experiment.call_costs(shapes)
+    called = experiment.call_costs(tensor_shapes(denoiser))
     shares = costs.layer_shares(denoiser, experiment.single_call) if rate == 0 else {}
     with holding_values(experiment, denoiser):
         return {**costs.count_parameters(denoiser), "file_bytes": saving.file_bytes(denoiser), **called, **shares}
+
+
+def tensor_shapes(denoiser) -> tuple:
+    """Return the shapes of a denoiser's tensors. Denoisers of equal shapes do equal work."""
+    return tuple(tensor.shape for tensor in denoiser.state_dict().values())
 
 
 def copy_to_prune(experiment: Experiment, calibrates: bool):
@@ -293,8 +297,8 @@ def time_calls(experiment: Experiment, denoiser, rate: float, images: Images) ->
         dense_seconds, ratio, ends = time_beside_dense(experiment, denoiser, *methods.file_of(
             experiment.record.method).timed(denoiser, baseline_plan(experiment, rate), images.calls / calls))
     else:
-        # Zeros are multiplied like other weights: denoisers of equal shapes do equal work, and the first is timed.
-        shapes = tuple(tensor.shape for tensor in denoiser.state_dict().values())
+        # Zeros are multiplied like other weights, so of rates that leave the shapes as they are the first is timed.
+        shapes = tensor_shapes(denoiser)
         if shapes not in experiment.timed:
             experiment.timed[shapes] = time_beside_dense(experiment, denoiser, [denoiser], [1.0])
         dense_seconds, ratio, ends = experiment.timed[shapes]
