@@ -3,10 +3,11 @@
 The rest is calibration, recovery, and a sweep of Stable Diffusion 1.5's sizes beside plain generation.
 
 The large models have random weights, as time depends on shapes alone. Rows are measured in the order of what matters
-most until the time is up; the rest is named. The JSON file is written after each row.
+most until the time is up; the rest is named. The JSON file is written after each row. A row takes the place of an
+earlier run's row of the same thing, so a second run can measure what the first had no time for.
 
 example:
-  python benchmarks/gpu.py --parts sizes calibration --seconds 400
+  python benchmarks/gpu.py --parts sweep compiled --seconds 400
 """
 from __future__ import annotations
 
@@ -209,7 +210,7 @@ VARIANTS: Dict[str, Callable] = {
     **{f"structured 0.3, round_to {n}": structured(0.3, n) for n in (1, 16, 64)},
     "structured 0.7, round_to 1": structured(0.7, 1), "2:4": semi_structured,
 }
-# Step -> its variants
+# Part -> its variants
 MEASURED = {"eager": list(VARIANTS)[:6], "compiled": list(VARIANTS)[:3], "more": list(VARIANTS)[6:]}
 
 
@@ -258,11 +259,11 @@ def timed(dense, call: dict, name: str, compiled: bool) -> dict:
     return row
 
 
-def sizes(size: Size, device: str, step: str, until: float, keep: Callable[[dict], None]) -> List[str]:
-    """Measure a step's variants of a size, pass each row to `keep`, and return those for which there was no time."""
-    left, compiled = list(MEASURED[step]), step == "compiled"
+def sizes(size: Size, device: str, part: str, until: float, keep: Callable[[dict], None]) -> List[str]:
+    """Measure a part's variants of a size, pass each row to `keep`, and return those for which there was no time."""
+    left, compiled = list(MEASURED[part]), part == "compiled"
     if time.monotonic() > until:
-        return [f"{size.model} {size.pixels}, {step}"]
+        return [f"{size.model} {size.pixels}, {part}"]
     dense, call = built(size, device, "bfloat16")
     own = {**size._asdict(), "dtype": "bfloat16", "variant": "dense", "compiled": compiled,
            "macs": costs.count_macs(dense, call), **costs.count_parameters(dense),
@@ -285,7 +286,7 @@ def sizes(size: Size, device: str, step: str, until: float, keep: Callable[[dict
                   "error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"})
         free_memory()
     torch._dynamo.reset()
-    return [f"{size.model} {size.pixels}, {step}: {name}" for name in left]
+    return [f"{size.model} {size.pixels}, {part}: {name}" for name in left]
 
 
 # ---- calibration: what pruning itself takes
@@ -401,11 +402,18 @@ def swept(device: str, images: int = 32, steps: int = 20, batch: int = 8) -> dic
             "seconds_by_stage": stages}
 
 
-# Part -> its steps, each with the share of the time after which it starts no further row.
-PARTS = ("checks", "sizes", "calibration", "recovery", "sweep")
 ONE_ROW = {"recovery": recovered, "sweep": swept}
-STEPS = (("checks", 0.3), ("sizes, eager", 0.6), ("sweep", 0.65), ("recovery", 0.8), ("calibration of units", 0.85),
-         ("sizes, compiled", 0.95), ("calibration of weights", 0.97), ("sizes, more", 1.0))
+# Part -> the share of the time after which it starts no further row, in the order in which parts are measured.
+PARTS = {"checks": 0.3, "eager": 0.6, "sweep": 0.65, "recovery": 0.8, "units": 0.85, "compiled": 0.95, "weights": 0.97,
+         "more": 1.0}
+# Part -> the list in the JSON file that its rows go to, if it has another name.
+LISTS = {**dict.fromkeys(MEASURED, "sizes"), "units": "calibration", "weights": "calibration"}
+WHAT = ("check", "model", "pixels", "latents", "variant", "compiled", "method")  # what a row is of
+
+
+def what(row: dict) -> list:
+    """Return what a row is of, with None for what says nothing of it."""
+    return [row.get(name) for name in WHAT]
 
 
 def main(argv: Optional[list] = None) -> None:
@@ -413,59 +421,55 @@ def main(argv: Optional[list] = None) -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("--parts", nargs="+", type=cli.one_of("part", PARTS), default=list(PARTS), help="what to run")
     parser.add_argument("--seconds", type=cli.positive, default=460, help="start no row later than this")
-    parser.add_argument("--checks", nargs="+", type=cli.one_of("check", CHECKS),
-                        help="which checks (default: all)")
+    parser.add_argument("--checks", nargs="+", type=cli.one_of("check", CHECKS), default=list(CHECKS),
+                        help="which checks")
     parser.add_argument("--jobs", type=cli.positive, default=4, help="checks at once")
     parser.add_argument("--memory", type=float, default=24.0, help="GiB of moments on the GPU in one pass")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "benchmarks", help="where the JSON file goes")
     args = parser.parse_args(argv)
     started, device = time.monotonic(), pipelines.pick_device("cuda")
-    checks = args.checks or list(CHECKS)
-    header = {"machine": provenance.machine(device), "versions": provenance.package_versions(),
-              "code": provenance.code_version()}
-    label = re.sub(r"[^a-z0-9]+", "-", header["machine"]["device"].lower()).strip("-")
+    machine, origin = provenance.machine(device), {"code": provenance.code_version()}
+    label = re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
     path = args.output_dir / f"gpu_{label}.json"
     found: Dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    found.update(header, **{part: [row for row in found.get(part, []) if row.get("check", checks[0])
-                                   not in checks] for part in args.parts})
-    unmeasured: Dict[str, List[str]] = found.setdefault("unmeasured", {})
-    unmeasured.update({part: [] for part in args.parts})
+    found.update(machine=machine, versions=provenance.package_versions())
+    unmeasured: Dict[str, List[str]] = {}
 
     def keep(part: str, row: dict) -> None:
-        found[part].append(row)
+        rows = found.setdefault(LISTS.get(part, part), [])
+        rows[:] = [*(other for other in rows if what(other) != what(row)), {**row, **origin}]
         write_json(found, path)
         print(json.dumps({name: round(value, 4) if isinstance(value, float) else value
                           for name, value in row.items()}), flush=True)
 
-    for step, share in STEPS:
-        part, until = step.split(",")[0].split()[0], started + share * args.seconds
+    for part, share in PARTS.items():
         if part not in args.parts:
             continue
+        until, left = started + share * args.seconds, unmeasured.setdefault(part, [])
         if part == "checks":
             with ThreadPoolExecutor(args.jobs) as pool:
-                running = [pool.submit(lambda name, until=until: check(name) if time.monotonic() < until
-                                       else {"check": name, "failed": "no time"}, name) for name in checks]
+                running = [pool.submit(lambda name, until=until, left=left: check(name) if time.monotonic() < until
+                                       else left.append(name), name) for name in args.checks]
                 for done in as_completed(running):
-                    keep(part, done.result())
-        elif part == "sizes":
+                    if done.result():
+                        keep(part, done.result())
+        elif part in MEASURED:
             for size in SIZES:
-                unmeasured[part] += sizes(size, device, step.split()[-1], until, functools.partial(keep, part))
+                left += sizes(size, device, part, until, functools.partial(keep, part))
                 free_memory()
+        elif time.monotonic() > until:
+            left.append(part)
         elif part in ONE_ROW:
-            if time.monotonic() > until:
-                unmeasured[part].append(part)
-                continue
             keep(part, ONE_ROW[part](device))
             free_memory()
         else:
-            for model, method in UNITS if step.endswith("units") else WEIGHTS:
+            for model, method in {"units": UNITS, "weights": WEIGHTS}[part]:
                 if time.monotonic() > until:
-                    unmeasured[part].append(f"{method} of {model}")
+                    left.append(f"{method} of {model}")
                     continue
                 with tempfile.TemporaryDirectory() as folder:
                     keep(part, calibrated(model, method, device, Path(folder), args.memory))
                 free_memory()
-    write_json(found, path)
     print("not measured:", unmeasured)
     print(path)
 

@@ -16,6 +16,8 @@ from pruning import cli, data
 from pruning.metrics import backbones, scores
 from pruning.models import generation, pipelines
 
+BATCH = 16
+
 
 def settings_of(own: dict, seed: int) -> dict:
     """Return name -> settings: the model's own, and one thing changed at a time."""
@@ -40,7 +42,7 @@ def main(argv=None) -> None:
     own = pipelines.sampling_settings(loaded[args.dense], args.dense)
     print("| setting | clip_score dense | pruned | share | lpips_dense |\n|---|---|---|---|---|")
     for name, changed in settings_of(own, args.seed).items():
-        sampling = {**own, "seed": args.seed, "batch_size": generation.CPU_BATCH, **changed}
+        sampling = {**own, "seed": args.seed, "batch_size": BATCH, **changed}
         images = [generation.generate(pipeline, samples, **sampling).pixels for pipeline in loaded.values()]
         dense, pruned = (scores.clip_score(backbones.describe("clip", clip, each), captions).mean() for each in images)
         distance = scores.lpips(perceptual, images[1], images[0]).mean()

@@ -34,7 +34,7 @@ from pruning.metrics import backbones, scores
 from pruning.models import generation, pipelines
 from pruning.records.record import read_record
 
-MODEL, METHOD, BATCH = "shapes-unet", "magnitude", 16  # a sweep's own batch on a CPU
+MODEL, METHOD = "shapes-unet", "magnitude"
 
 
 def median_seconds(call, times: int = 1) -> float:
@@ -49,7 +49,12 @@ def median_seconds(call, times: int = 1) -> float:
 
 def flags(count: int, folder) -> list:
     """Return the flags of a sweep of `count` images a rate that writes to `folder`."""
-    return ["--method", METHOD, "--num_images", str(count), "--batch_size", str(BATCH), "--results_dir", str(folder)]
+    return ["--method", METHOD, "--num_images", str(count), "--results_dir", str(folder)]
+
+
+def own_record(folder: Path):
+    """Return the record of a sweep that wrote to `folder`."""
+    return read_record(folder / MODEL / "shapes" / f"{METHOD}.json")
 
 
 def our_sweep(count: int, folder: Path) -> None:
@@ -69,10 +74,10 @@ def plain_generation(pipeline, count: int, points: int, batch: int, steps: int, 
                      generator=[generation.noise_generator(sample, 0) for sample in some])
 
 
-def bare_loop(count: int) -> None:
+def bare_loop(count: int, batch: int) -> None:
     """Load the bundled model and make the images of a sweep plainly."""
     own = pipelines.MODELS[MODEL]
-    plain_generation(pipelines.load_pipeline(MODEL), count, 1 + len(pruning_analysis.RATES), BATCH, own.steps,
+    plain_generation(pipelines.load_pipeline(MODEL), count, 1 + len(pruning_analysis.RATES), batch, own.steps,
                      own.guidance_scale)
 
 
@@ -121,16 +126,17 @@ def sweep_rows(count: int, rounds: int, with_usual: bool) -> list:
         our_sweep(1, folder / "warm-up")  # imports what a sweep needs
         os.environ["PRUNING_CACHE"] = str(folder / "cache")
         first = median_seconds(lambda: our_sweep(count, folder / "first"))  # no features of real images in the cache
+        batch = own_record(folder / "first").settings["batch_size"]  # that it found fastest
         bare, own, process = [], [], []
         for turn in range(rounds):  # alternating, as the speed of a machine drifts
-            bare.append(median_seconds(lambda: bare_loop(count)))
+            bare.append(median_seconds(lambda: bare_loop(count, batch)))
             own.append(median_seconds(lambda: our_sweep(count, folder / f"own {turn}")))  # noqa: B023
             process.append(median_seconds(lambda: subprocess.run(
                 [sys.executable, str(ROOT / "pruning" / "pruning_analysis.py"),
                  *flags(count, folder / f"process {turn}")], check=True, capture_output=True)))  # noqa: B023
-        record = read_record(folder / f"own {rounds - 1}" / MODEL / "shapes" / f"{METHOD}.json")
+        record = own_record(folder / f"own {rounds - 1}")
         sweep = float(np.median(own))
-        rows = [("plain generation", float(np.median(bare)), "")]
+        rows = [("plain generation", float(np.median(bare)), f"in batches of {batch}")]
         for name, taken in (("the sweep, after imports", own), ("the sweep, whole process", process)):
             ratios = np.array(taken) / np.array(bare)
             rows.append((name, float(np.median(taken)), f"{np.median(ratios):.2f} x plain generation; "

@@ -122,7 +122,7 @@ def add_sampling_flags(parser: Parser) -> None:
     parser.add_argument("--image_size", type=pixels, help="pixels a side (default: the model's own)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is a GPU)")
     parser.add_argument("--dtype", type=one_of("dtype", ("float32", "float16", "bfloat16")),
-                        help="dtype of the model (default: float32 on the CPU, else bfloat16)")
+                        help="dtype of the model (default: float32 on the CPU, else bfloat16; see docs/long-runs.md)")
 
 
 def add_measuring_flags(parser: Parser) -> None:
@@ -142,8 +142,8 @@ def add_measuring_flags(parser: Parser) -> None:
                         help="noise seeds: each sample is drawn once for each, and dense is compared with itself")
     add_sampling_flags(parser)
     parser.add_argument("--batch_size", type=positive,
-                        help="images made together (default: as many as fit in GPU memory; on a CPU 16, of large "
-                             "images fewer)")
+                        help="images made together (default: as many as fit in GPU memory; on a CPU what a short trial "
+                             "finds fastest)")
     parser.add_argument("--offload", type=one_of("offload", OFFLOADS),
                         help="keep waiting parts of the model on the CPU: model (whole modules) or sequential (layers)")
     parser.add_argument("--compile", action="store_true", help="compile the denoiser with torch.compile before timing")

@@ -128,7 +128,8 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
         name: getattr(args, name) for name in ("steps", "guidance_scale", "image_size")})}
     rehearse(pipeline, dense, samples[0], device, args.offload, sampling, networks, chosen)
     sampling["batch_size"] = (args.batch_size or (earlier and earlier.settings.get("batch_size"))
-                              or choose_batch_size(pipeline, dense, samples[0], device, args.offload, sampling))
+                              or choose_batch_size(pipeline, dense, samples[0], args.seeds * len(samples), device,
+                                                   args.offload, sampling))
 
     hashed = originals.content_hash(samples if DATASETS[args.dataset].originals else [], sampling["image_size"])
     weights = {family: provenance.fingerprint(network.model if isinstance(network, backbones.Clip) else network)
@@ -296,10 +297,11 @@ def rehearse(pipeline, dense, sample: Sample, device: str, offload: Optional[str
     release(pipeline, dense, offload)
 
 
-def choose_batch_size(pipeline, dense, sample: Sample, device: str, offload: Optional[str], sampling: dict) -> int:
-    """Return the batch size that fits the device, the same in all processes."""
+def choose_batch_size(pipeline, dense, sample: Sample, count: int, device: str, offload: Optional[str],
+                      sampling: dict) -> int:
+    """Return the batch size that suits the device and `count` images, the same in all processes."""
     pipelines.set_denoiser(pipeline, dense, device, offload)
-    size = generation.fitting_batch_size(pipeline, sample, device, **{
+    size = generation.fitting_batch_size(pipeline, sample, count, device, **{
         name: sampling[name] for name in ("steps", "guidance_scale", "image_size")})
     release(pipeline, dense, offload)
     return distributed.broadcast(size)

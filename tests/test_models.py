@@ -1,6 +1,9 @@
 """Images come out of a pipeline with prompts encoded once, by halves if the GPU is full, and compiled if asked for."""
 from __future__ import annotations
 
+import functools
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -50,12 +53,27 @@ def test_one_image_too_large_for_the_gpu_is_an_error_with_remedies(crowded):
 
 def test_the_largest_batch_that_fits_is_found(crowded, monkeypatch):
     sample, one = data.load_samples("shapes", 1)[0][0], {"steps": 2, "guidance_scale": 4.0, "image_size": 64}
-    assert generation.fitting_batch_size(crowded, sample, "cpu", **one) == 16
-    assert generation.fitting_batch_size(crowded, sample, "cpu", **{**one, "image_size": 1024}) == 2
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     for room, size in ((40, 32), (5, 4), (0, 1)):
         crowded.room = room
-        assert generation.fitting_batch_size(crowded, sample, "cuda", **one) == size
+        assert generation.fitting_batch_size(crowded, sample, 50, "cuda", **one) == size
+
+
+@pytest.mark.parametrize("fastest", [8, 16, 32])
+def test_on_a_cpu_the_batch_is_the_fastest_of_those_that_the_images_and_their_size_allow(fastest):
+    pipeline, sample = pipelines.load_pipeline("shapes-unet"), data.load_samples("shapes", 1)[0][0]
+    denoise = pipeline.unet.forward
+
+    def slow_when_larger(sample, *args, **kwargs):
+        time.sleep(0.05 if len(sample) <= 2 * fastest else 0.01 * len(sample))  # guidance takes two latents an image
+        return denoise(sample, *args, **kwargs)
+
+    pipeline.unet.forward = functools.wraps(denoise)(slow_when_larger)
+    one = {"steps": 2, "guidance_scale": 4.0, "image_size": 64}
+    assert generation.fitting_batch_size(pipeline, sample, 50, "cpu", **one) == fastest
+    assert generation.fitting_batch_size(pipeline, sample, 9, "cpu", **one) == min(fastest, 16)
+    assert generation.fitting_batch_size(pipeline, sample, 8, "cpu", **one) == 8
+    assert generation.fitting_batch_size(pipeline, sample, 50, "cpu", **{**one, "image_size": 1024}) == 2
 
 
 @pytest.mark.parametrize("model", list(pipelines.MODELS))
