@@ -74,9 +74,10 @@ def measure_recovery(name: str, steps: int) -> str:
     shapes = {key: (LATENTS, *shape[1:]) for key, shape in denoisers.MODELS[name].inputs(SIDE).items()}
     calls = [(denoisers.random_inputs(shapes, denoiser), torch.randn(shapes["sample"]).to(denoiser.dtype))
              for _ in range(recovery.CALLS_PER_STEP)]
-    with recovery.training(denoiser, {}, Calibration(lambda: calls, 0, recompute=True)) as memory:
+    calibration = Calibration(lambda: calls, 0, recompute=True)
+    with recovery.training(denoiser, {}, calibration) as memory:
         started = time.process_time()  # of all cores, so that other processes do not count
-        recovery.recover(denoiser, {}, calls, steps, "0")
+        recovery.recover(denoiser, {}, calibration, steps, "0")
     seconds, peak = (time.process_time() - started) / steps, peak_resident_bytes() - before
     parameters, reckoned = sum(parameter.numel() for parameter in denoiser.parameters()), memory.split(";")[0]
     return (f"| {name}, {parameters / 1e6:,.0f} M, {str(denoiser.dtype)[6:]} | {seconds:.0f} "

@@ -339,12 +339,13 @@ def recovered(device: str, steps: int = 3) -> dict:
     dense, call = built(size, device, "bfloat16")
     calls = [(call, torch.randn(call["sample"].shape, dtype=torch.bfloat16)) for _ in range(recovery.CALLS_PER_STEP)]
     row = {"model": size.model, "pixels": size.pixels, "latents": size.latents, "calls_per_step": len(calls)}
-    with recovery.training(dense, {}, Calibration(lambda: calls, 0)) as memory:
-        recovery.recover(dense, {}, calls, 1, "0")
+    calibration = Calibration(lambda: calls, 0)
+    with recovery.training(dense, {}, calibration) as memory:
+        recovery.recover(dense, {}, calibration, 1, "0")
         costs.synchronize(dense.device)
         torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
-        recovery.recover(dense, {}, calls, steps, "0")
+        recovery.recover(dense, {}, calibration, steps, "0")
         costs.synchronize(dense.device)
         row["seconds_a_step"] = (time.perf_counter() - started) / steps
     return {**row, "reckoned": memory, "peak_bytes": torch.cuda.max_memory_allocated()}

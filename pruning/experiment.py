@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -21,6 +22,7 @@ from pruning.progress import status, tqdm
 from pruning.records.record import Notes, Record, protocol_differences
 from pruning.records.words import listed
 
+VISITED = 32  # captions that a denoiser draws at once to recover on
 SAMPLED_STEPS = 6  # by which methods that ask for final latents judge
 
 
@@ -212,6 +214,37 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
             release(pipeline, dense, args.offload)
         return calibration.recorded([*batches, other_call], record)[:-1]
 
+    @contextmanager
+    def visit(denoiser, number: int):
+        """Yield the calls of a copy of a denoiser while it draws VISITED training captions, with dense's samples.
+
+        The calls are in files that are removed after the block.
+        """
+        import torch  # here, because the commands import this file before they need torch
+        name = distributed.broadcast(f"visit-{number}-{provenance.fingerprint(denoiser).split()[-1]}")
+        some = [drawn[(number * VISITED + place) % len(drawn)] for place in range(min(VISITED, len(drawn)))]
+        batches = {folder / f"{name}-{start}.pt": some[start:start + few] for start in range(0, len(some), few)}
+
+        def record(paths):
+            place, drawer = denoiser.device, pipelines.copy_to(denoiser, denoiser.device).to(dense.dtype)
+            for path in tqdm(paths, desc="images to recover on", unit="batch", leave=False,
+                             disable=not distributed.is_main):
+                pipelines.set_denoiser(pipeline, drawer, device, args.offload)
+                calls = generation.record_calls(pipeline, batches[path], calibration.keep_once(),
+                                                **{**sampling, "seed": sampling["seed"] + number})
+                release(pipeline, drawer, args.offload)
+                with pipelines.lent_to(dense, place), torch.no_grad():
+                    yield path, [(arguments, calibration.answer(dense, arguments).cpu()) for arguments, _ in calls]
+            pipelines.set_denoiser(pipeline, dense)  # lets go of the copy
+
+        try:
+            yield calibration.recorded(list(batches), record)
+            distributed.barrier()  # until no process reads them
+        finally:
+            for path in batches if distributed.is_main else ():
+                with suppress(OSError):
+                    path.unlink()
+
     return Experiment(
         record=replace(record, notes=notes), images_folder=path.parent / "images", pipeline=pipeline, dense=dense,
         device=device, offload=args.offload, sampling=sampling, samples=repeated,
@@ -220,7 +253,7 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
         training=drawn, calibration=calibration.Calibration(
             record_calls, args.seed, checkpoint=checkpoint_file(path), guidance_scale=sampling["guidance_scale"],
             first_batch=few, memory=int(args.calibration_memory * GIB), folder=folder,
-            sample=sample, recompute=args.gradient_checkpointing,
+            sample=sample, visit=visit, recompute=args.gradient_checkpointing,
             other=lambda: calibration.read_calls(other_call)[0][0]) if captions else None)
 
 

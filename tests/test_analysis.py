@@ -1,5 +1,6 @@
 """The commands end to end on the bundled model, with few images and steps."""
 import contextlib
+import copy
 import dataclasses
 import io
 import json
@@ -23,7 +24,19 @@ from test_data import flickr8k_folder
 
 from pruning import UserError, cli, data, experiment, originals, pruning_analysis, steps, sweep, test_single_rate
 from pruning.data.faults import sentences
-from pruning.methods import METHODS, PRUNING, default_options, needs, probes, reconstruct, sequential, units
+from pruning.methods import (
+    METHODS,
+    PRUNING,
+    calibration,
+    default_options,
+    needs,
+    probes,
+    prune,
+    reconstruct,
+    recovery,
+    sequential,
+    units,
+)
 from pruning.metrics import DEFAULT, METRICS, backbones, costs, scores
 from pruning.models import generation, pipelines
 from pruning.records import drawing, plots, store, summaries
@@ -172,6 +185,32 @@ def test_a_larger_batch_leaves_methods_the_same_calls_to_calibrate_on(tmp_path, 
     assert [len(output) for _, output in many.calls] == [16, 16, 2, 2]  # 8 images and 1, in 2 steps, guided
     assert all(bool((a == b).all()) for (_, a), (_, b) in zip(few.calls, many.calls))
     assert few.guidance == many.guidance != 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_recovery_learns_from_what_the_pruned_denoiser_draws_and_what_dense_says_to_it(tmp_path, monkeypatch, dtype):
+    monkeypatch.setenv("PRUNING_CACHE", str(tmp_path))
+    made = prepare(tmp_path, "--method", "structured", "--recovery_steps", "1", *FEW_CALLS, "--metrics", "lpips_dense",
+                   "--dtype", dtype)
+    denoiser, known = copy.deepcopy(made.dense), made.calibration
+    prune("magnitude", denoiser, 0.7)
+    before = copy.deepcopy(denoiser)
+    pipelines.set_denoiser(made.pipeline, before)
+    drawn = generation.record_calls(made.pipeline, made.training, **made.sampling)
+    with recovery.full_precision(denoiser, {}):
+        with known.visited(denoiser, 0) as calls:
+            assert list(known.folder.glob("visit-*.pt"))
+            for (arguments, target), (own, answered), (of_dense, _) in zip(calls, drawn, known.calls):
+                assert torch.equal(arguments["sample"], own["sample"])
+                assert torch.equal(target, calibration.answer(made.dense, arguments))
+                assert not torch.equal(target, answered)
+                noise = int(arguments["timestep"]) == int(calls[0][0]["timestep"])
+                assert torch.equal(arguments["sample"], of_dense["sample"]) is noise  # of the same captions and noise
+            assert len(calls) == len(drawn) == 4
+        with known.visited(denoiser, 1) as others:
+            assert not torch.equal(others[0][0]["sample"], calls[0][0]["sample"])
+    assert not list(known.folder.glob("visit-*.pt"))
+    assert all(torch.equal(*pair) for pair in zip(denoiser.state_dict().values(), before.state_dict().values()))
 
 
 def test_an_offloaded_denoiser_stays_on_the_device_from_batch_to_batch(tmp_path, monkeypatch):

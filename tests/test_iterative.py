@@ -249,7 +249,7 @@ def test_a_denoiser_with_units_removed_can_recover(dense, calls, monkeypatch):
     denoiser = copy.deepcopy(dense).half()
     prune("structured", denoiser, 0.5, criterion="norm", refit=False)
     before, shapes = loss(denoiser.float(), calls), [p.shape for p in denoiser.parameters()]
-    recovery.recover(denoiser.half(), {}, calls, 4, "0")
+    recovery.recover(denoiser.half(), {}, calibrated(calls), 4, "0")
     assert [p.shape for p in denoiser.parameters()] == shapes
     assert {p.dtype for p in denoiser.parameters()} == {torch.float16}
     assert loss(denoiser.float(), calls) < 0.8 * before
@@ -260,7 +260,7 @@ def test_recovery_holds_the_zeros_of_the_given_weights_and_trains_the_others(den
     held, free = denoiser.conv_in.weight, denoiser.conv_out.weight
     for weight in (held, free):
         weight.data[0] = 0
-    recovery.recover(denoiser, {"conv_in.weight": held}, calls, STEPS, "0")
+    recovery.recover(denoiser, {"conv_in.weight": held}, calibrated(calls), STEPS, "0")
     assert (held[0] == 0).all()
     assert (held[1:] != 0).all()
     assert (free[0] != 0).any()
@@ -270,7 +270,7 @@ def test_the_seed_of_a_recovery_decides_its_result(dense, calls):
     def weights(seed):
         denoiser = copy.deepcopy(dense)
         prune("magnitude", denoiser, 0.5)
-        recovery.recover(denoiser, zeroing.prunable_weights(denoiser), calls, STEPS, seed)
+        recovery.recover(denoiser, zeroing.prunable_weights(denoiser), calibrated(calls), STEPS, seed)
         return denoiser.conv_in.weight
     assert torch.equal(weights("1"), weights("1"))
     assert not torch.equal(weights("1"), weights("2"))

@@ -16,7 +16,7 @@ from test_iterative import STEPS, calibrated, equal, unet, zeros
 
 from pruning import UserError
 from pruning.methods import METHODS, prune, reckoning, recovery, zeroing
-from pruning.methods.calibration import read_calls, write_calls
+from pruning.methods.calibration import Calibration, read_calls, write_calls
 from pruning.metrics.costs import most_allocated
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,7 +106,7 @@ def test_masks_and_shapes_hold_after_each_step_and_weights_are_float32_while_the
         assert [parameter.shape for parameter in denoiser.parameters()] == shapes
         assert all(torch.equal(weight == 0, gone[name]) for name, weight in weights.items())
 
-    recovery.recover(denoiser, weights, calls, STEPS, "0", EachStep(look))
+    recovery.recover(denoiser, weights, calibrated(calls), STEPS, "0", EachStep(look))
     assert len(steps) == STEPS
     assert any(not torch.equal(one, other) for one, other in zip(*steps[:2]))
     assert {parameter.dtype for parameter in denoiser.parameters()} == {dtype}
@@ -125,6 +125,27 @@ def test_calls_recorded_in_half_precision_are_computed_in_bfloat16(dtype):
     assert seen == [(torch.float32, torch.float32 if dtype == torch.float32 else torch.bfloat16)]
     assert loss.dtype == torch.float32
     assert loss < 1e-3
+
+
+def test_recovery_draws_anew_every_few_steps_and_learns_from_the_last_drawing_alone(monkeypatch):
+    monkeypatch.setattr(recovery, "VISIT_STEPS", 2)
+    denoiser, calls = dense_and_calls()
+    weight, seen, events = denoiser.conv_in.weight, [], []
+    weight.data.zero_()  # so that there is something to learn
+
+    @contextmanager
+    def visit(visiting, number):
+        events.append(f"drawing {number}")
+        seen.append(visiting.conv_in.weight.detach().clone())
+        yield [calls[number]]
+        events.append("over")
+
+    loss = recovery.distillation_loss
+    monkeypatch.setattr(recovery, "distillation_loss", lambda model, arguments, target: events.append(
+        f"call {[torch.equal(target, known) for _, known in calls].index(True)}") or loss(model, arguments, target))
+    recovery.recover(denoiser, {}, Calibration(lambda: calls, 0, visit=visit), 5, "0")
+    assert events == [*("drawing 0", "call 0", "call 0", "call 0", "over"), *("drawing 1", "call 1", "call 1", "over")]
+    assert not torch.equal(*seen)
 
 
 # ---- calls on disk
@@ -185,7 +206,7 @@ def test_what_is_reckoned_is_what_training_allocates(recompute):
     with recovery.training(denoiser, {}, known):
         need = reckoning.without_activations(denoiser)
         need = need._replace(activations=recovery.call_activations(denoiser, calls[0], 0))
-        allocated = most_allocated(lambda: recovery.recover(denoiser, {}, calls, 2, "0"), torch.device("cpu"))
+        allocated = most_allocated(lambda: recovery.recover(denoiser, {}, known, 2, "0"), torch.device("cpu"))
     assert need.total - need.weights == pytest.approx(allocated, rel=0.15)
     assert need.activations > need.gradients
 
@@ -220,7 +241,7 @@ def test_gradient_checkpointing_comes_on_if_memory_is_short_and_changes_no_bit(m
     for model, free in zip(models, (2 ** 34, short)):
         with free_memory(monkeypatch, free), recovery.training(model, {}, calibrated(calls)):
             assert model.is_gradient_checkpointing is (free == short)
-            recovery.recover(model, {}, calls, STEPS, "0")
+            recovery.recover(model, {}, calibrated(calls), STEPS, "0")
         assert not model.is_gradient_checkpointing
     assert equal(*models)
     assert not equal(models[0], dense)

@@ -4,9 +4,10 @@ from __future__ import annotations
 import hashlib
 import pickle
 import tempfile
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, Optional, Set, Tuple
+from typing import TYPE_CHECKING, Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Optional, Set, Tuple
 
 from pruning import UserError, distributed, whole_file
 from pruning.metrics.costs import sample_of
@@ -24,19 +25,21 @@ class Calibration:
     """Recorded calls of the dense denoiser, a seed, and folders for what methods compute from the calls.
 
     The calls come from images that the dense pipeline makes of captions that are never measured; `record` makes these
-    images and returns the calls, and `sample`, for methods that ask for latents, draws some of them with another
-    denoiser. `record` is called when a method first asks for `calls`, as recording takes minutes and a
-    method may need no calls at all. Of several processes, all must ask for calls at the same time. `other` returns,
-    once there are calls, the arguments of a call for another number of images.
+    images and returns the calls. With another denoiser, `sample` draws some of them, for methods that ask for latents,
+    and `visit` records calls, for recovery. `record` is called when a method first asks for `calls`, as recording
+    takes minutes and a method may need no calls at all. Of several processes, all must ask for calls at the same time.
+    `other` returns, once there are calls, the arguments of a call for another number of images.
     """
 
     def __init__(self, record: Callable[[], List[Call]], seed: int, *, checkpoint: Optional[Path] = None,
                  guidance_scale: float = 1.0, first_batch: int = 0, folder: Optional[Path] = None,
                  memory: int = MEMORY, sample: Optional[Callable[[nn.Module, int], Tensor]] = None,
-                 recompute: bool = False, other: Optional[Callable[[], Dict[str, Any]]] = None):
+                 recompute: bool = False, other: Optional[Callable[[], Dict[str, Any]]] = None,
+                 visit: Optional[Callable[[nn.Module, int], ContextManager[List[Call]]]] = None):
         self._record = record
         self._sample = sample
         self._other = other
+        self._visit = visit
         self._kept: Dict[str, Dict[str, Tensor]] = {}
         self._dense_latents: Dict[int, Tensor] = {}
         self._scratch = None if folder else tempfile.TemporaryDirectory()  # removed with this object
@@ -63,6 +66,25 @@ class Calibration:
             raise UserError("the dense denoiser gives NaN or infinity on the calibration captions; use --dtype float32 "
                             "or check the weights of the model")
         return calls
+
+    @property
+    def visits(self) -> bool:
+        """Whether visited() can draw."""
+        return self._visit is not None
+
+    @contextmanager
+    def visited(self, denoiser: nn.Module, number: int) -> Iterator[List[Call]]:
+        """Yield the calls of this denoiser while it draws training captions, with the samples of dense for them.
+
+        Without a way to draw, these are the dense denoiser's own calls. The denoiser stays as it is. number: of the
+        drawing; others have other noise and captions. The calls are on disk during the block. All processes call this
+        together, with equal denoisers.
+        """
+        if self.visits:
+            with self._visit(denoiser, number) as calls:
+                yield calls
+        else:
+            yield self.calls
 
     @property
     def guidance(self) -> Optional[float]:

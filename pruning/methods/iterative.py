@@ -38,8 +38,8 @@ def prune(denoiser: nn.Module, rate: float, *, scope: str, recovery_steps: int,
 def prune_gradually(denoiser: nn.Module, weights: Dict[str, Tensor], rates: List[float], scope: str,
                     recovery_steps: int, calibration: Calibration) -> None:
     """At each of the ascending rates above the checkpoint's, zero, recover, and keep a rate of RATES as checkpoint."""
-    calls, seed, checkpoint = calibration.calls, calibration.seed, calibration.checkpoint
-    provenance = recovery.provenance_hash(denoiser, calls, scope, recovery_steps, seed, RATES)
+    checkpoint = calibration.checkpoint
+    provenance = recovery.provenance_hash(denoiser, calibration, scope, recovery_steps, RATES)
     with recovery.training(denoiser, weights, calibration) as memory:
         status(memory)
         reached = recovery.load_checkpoint(denoiser, checkpoint, provenance, rates[-1])
@@ -48,7 +48,7 @@ def prune_gradually(denoiser: nn.Module, weights: Dict[str, Tensor], rates: List
             for rate in rates:
                 bar.set_description(f"recovery at {rate:.4g}")
                 zeroing.zero_lowest(weights, rate, magnitude.score, scope)
-                recovery.recover(denoiser, weights, calls, recovery_steps, f"{seed} {rate!r}", bar)
+                recovery.recover(denoiser, weights, calibration, recovery_steps, f"{calibration.seed} {rate!r}", bar)
                 if rate in RATES:
                     recovery.save_checkpoint(denoiser, checkpoint, provenance, rate)
 

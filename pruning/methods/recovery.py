@@ -1,10 +1,14 @@
-"""Recovery: the weights that are left learn to answer as the dense denoiser did. A step that any method can use."""
+"""Recovery: the weights that are left learn to answer as the dense denoiser does. A step that any method can use.
+
+They learn on latents that the pruned denoiser itself comes to while it draws. On those of the dense denoiser it would
+not learn to find back once it has gone astray, as it does over the steps of a drawing (Ross et al., 2011).
+"""
 from __future__ import annotations
 
 import hashlib
 import math
 import random
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any, Dict, Iterator, Optional, Sequence, Set
@@ -24,6 +28,7 @@ from pruning.progress import status, tqdm
 from pruning.records.words import gigabytes
 
 CALLS_PER_STEP = 4
+VISIT_STEPS = 50  # after about so many, the denoiser draws anew
 LEARNING_RATE = 3e-4
 WARMUP_STEPS = 10
 GRADIENT_NORM = 1.0
@@ -42,7 +47,7 @@ def rehearse(denoiser: nn.Module, removes: bool, calibration: Calibration) -> No
 
 
 def recover_at(rate: float, denoiser: nn.Module, removed: bool, calibration: Calibration, steps: int) -> None:
-    """Recover after pruning to a rate: on the calibration's calls, with the seed of the rate and a progress bar.
+    """Recover after pruning to a rate: on calls of the pruned denoiser, with the seed of the rate and a progress bar.
 
     removed: whether units were removed; else zeros of prunable weights are held. All processes call this together, with
     equal denoisers. Raises UserError if the device's memory does not suffice, and as `recover` does.
@@ -51,12 +56,14 @@ def recover_at(rate: float, denoiser: nn.Module, removed: bool, calibration: Cal
     with training(denoiser, weights, calibration) as memory, \
             tqdm(total=steps, desc="recovery", unit="step", leave=False, disable=not distributed.is_main) as bar:
         status(memory)
-        recover(denoiser, weights, calibration.calls, steps, f"{calibration.seed} {rate!r}", bar)
+        recover(denoiser, weights, calibration, steps, f"{calibration.seed} {rate!r}", bar)
 
 
-def recover(denoiser: nn.Module, weights: Dict[str, Tensor], calls: Sequence[Call], steps: int, seed: str,
+def recover(denoiser: nn.Module, weights: Dict[str, Tensor], calibration: Calibration, steps: int, seed: str,
             bar: Optional[tqdm] = None) -> None:
-    """Train the denoiser for some steps, in place, to answer `calls` as the dense denoiser did (mean squared error).
+    """Train the denoiser for some steps to give the dense denoiser's samples, in place.
+
+    About every VISIT_STEPS steps it draws anew, and learns from the calls of that drawing (Calibration.visited).
 
     weights: parameters by name whose zeros stay zero; {} if units were removed and no zeros stand for them. All
     other parameters are trained, in float32, by AdamW with warm-up and cosine decay. Afterwards the dtypes are as
@@ -67,13 +74,18 @@ def recover(denoiser: nn.Module, weights: Dict[str, Tensor], calls: Sequence[Cal
     Raises UserError if the loss is not finite, or if the device has no memory left.
     """
     generator = random.Random(seed)
-    with full_precision(denoiser, weights), torch.enable_grad():
+    with full_precision(denoiser, weights), torch.enable_grad(), ExitStack() as drawn:
         masks = {name: weight == 0 for name, weight in weights.items()}
         parameters = list(denoiser.parameters())
         optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0, foreach=False)  # in little memory
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1, (step + 1) / WARMUP_STEPS) * (1 + math.cos(math.pi * step / steps)) / 2)
-        for _ in range(steps):
+        visits, visit = max(1, round(steps / VISIT_STEPS)), -1
+        for step in range(steps):
+            if step * visits // steps > visit:
+                visit += 1
+                drawn.close()  # lets go of the calls before
+                calls = drawn.enter_context(calibration.visited(denoiser, visit))
             chosen = generator.sample(range(len(calls)), min(CALLS_PER_STEP, len(calls)))
             mean = add_gradients(denoiser, calls, chosen)
             if not math.isfinite(mean):
@@ -186,13 +198,15 @@ def full_precision(denoiser: nn.Module, weights: Dict[str, Tensor]) -> Iterator[
         restore_zeros(weights, masks)
 
 
-def provenance_hash(denoiser: nn.Module, calls: Sequence[Call], *settings) -> str:
+def provenance_hash(denoiser: nn.Module, calibration: Calibration, *settings) -> str:
     """Return a hash of all that decides a recovery.
 
     These are the settings of the method and of this file, and of each parameter of the dense denoiser and each
-    target the name, dtype, shape and some values.
+    target of its calls the name, dtype, shape and some values.
     """
-    own = (len(calls), CALLS_PER_STEP, LEARNING_RATE, WARMUP_STEPS, GRADIENT_NORM)
+    calls = calibration.calls
+    own = (len(calls), calibration.seed, calibration.visits, VISIT_STEPS, CALLS_PER_STEP, LEARNING_RATE, WARMUP_STEPS,
+           GRADIENT_NORM)
     digest = hashlib.sha256(repr((settings, own)).encode())
     for name, tensor in chain(denoiser.named_parameters(), (("target", target) for _, target in calls)):
         values = tensor.detach().flatten()
