@@ -127,24 +127,29 @@ def test_calls_recorded_in_half_precision_are_computed_in_bfloat16(dtype):
     assert loss < 1e-3
 
 
-def test_recovery_draws_anew_every_few_steps_and_learns_from_the_last_drawing_alone(monkeypatch):
+def test_recovery_draws_anew_every_few_steps_and_takes_half_of_its_calls_from_the_last_drawing(monkeypatch):
     monkeypatch.setattr(recovery, "VISIT_STEPS", 2)
-    denoiser, calls = dense_and_calls()
-    weight, seen, events = denoiser.conv_in.weight, [], []
-    weight.data.zero_()  # so that there is something to learn
+    denoiser, calls = dense_and_calls(count=6)
+    recorded, own = calls[:4], calls[4:]
+    denoiser.conv_in.weight.data.zero_()  # so that there is something to learn
+    seen, events, steps = [], [], []
 
     @contextmanager
     def visit(visiting, number):
         events.append(f"drawing {number}")
         seen.append(visiting.conv_in.weight.detach().clone())
-        yield [calls[number]]
+        yield [own[number], own[number]]
         events.append("over")
 
-    loss = recovery.distillation_loss
-    monkeypatch.setattr(recovery, "distillation_loss", lambda model, arguments, target: events.append(
-        f"call {[torch.equal(target, known) for _, known in calls].index(True)}") or loss(model, arguments, target))
-    recovery.recover(denoiser, {}, Calibration(lambda: calls, 0, visit=visit), 5, "0")
-    assert events == [*("drawing 0", "call 0", "call 0", "call 0", "over"), *("drawing 1", "call 1", "call 1", "over")]
+    gradients = recovery.add_gradients
+    monkeypatch.setattr(recovery, "add_gradients", lambda model, chosen: steps.append(
+        [[torch.equal(target, known) for _, known in calls].index(True) for _, target in chosen])
+        or events.append("step") or gradients(model, chosen))
+    recovery.recover(denoiser, {}, Calibration(lambda: recorded, 0, visit=visit), 5, "0")
+    assert events == ["drawing 0", *3 * ["step"], "over", "drawing 1", *2 * ["step"], "over"]
+    assert [step[:2] for step in steps] == 3 * [[4, 4]] + 2 * [[5, 5]]
+    assert all(len(set(step[2:])) == 2 and max(step[2:]) < 4 for step in steps)
+    assert len({tuple(step) for step in steps}) > 2
     assert not torch.equal(*seen)
 
 

@@ -76,15 +76,15 @@ class Calibration:
     def visited(self, denoiser: nn.Module, number: int) -> Iterator[List[Call]]:
         """Yield the calls of this denoiser while it draws training captions, with the samples of dense for them.
 
-        Without a way to draw, these are the dense denoiser's own calls. The denoiser stays as it is. number: of the
-        drawing; others have other noise and captions. The calls are on disk during the block. All processes call this
-        together, with equal denoisers.
+        Without a way to draw there are none. The denoiser stays as it is. number: of the drawing; others have other
+        noise and captions. The calls are on disk during the block. All processes call this together, with equal
+        denoisers.
         """
         if self.visits:
             with self._visit(denoiser, number) as calls:
                 yield calls
         else:
-            yield self.calls
+            yield []
 
     @property
     def guidance(self) -> Optional[float]:

@@ -1,7 +1,8 @@
 """Recovery: the weights that are left learn to answer as the dense denoiser does. A step that any method can use.
 
-They learn on latents that the pruned denoiser itself comes to while it draws. On those of the dense denoiser it would
-not learn to find back once it has gone astray, as it does over the steps of a drawing (Ross et al., 2011).
+They learn on latents that the dense denoiser comes to while it draws, and on those that the pruned one itself comes to.
+On the former alone it would not learn to find back once it has gone astray, as it does over the steps of a drawing
+(Ross et al., 2011).
 """
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import random
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Sequence, Set
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Set
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -63,7 +64,8 @@ def recover(denoiser: nn.Module, weights: Dict[str, Tensor], calibration: Calibr
             bar: Optional[tqdm] = None) -> None:
     """Train the denoiser for some steps to give the dense denoiser's samples, in place.
 
-    About every VISIT_STEPS steps it draws anew, and learns from the calls of that drawing (Calibration.visited).
+    Half of the calls of each step are its own, of a drawing about every VISIT_STEPS steps (Calibration.visited), the
+    others are recorded ones of dense, which are of more captions. If the calibration cannot draw, all are recorded.
 
     weights: parameters by name whose zeros stay zero; {} if units were removed and no zeros stand for them. All
     other parameters are trained, in float32, by AdamW with warm-up and cosine decay. Afterwards the dtypes are as
@@ -85,9 +87,9 @@ def recover(denoiser: nn.Module, weights: Dict[str, Tensor], calibration: Calibr
             if step * visits // steps > visit:
                 visit += 1
                 drawn.close()  # lets go of the calls before
-                calls = drawn.enter_context(calibration.visited(denoiser, visit))
-            chosen = generator.sample(range(len(calls)), min(CALLS_PER_STEP, len(calls)))
-            mean = add_gradients(denoiser, calls, chosen)
+                visited = drawn.enter_context(calibration.visited(denoiser, visit))
+            own = some(visited, CALLS_PER_STEP // 2, generator)
+            mean = add_gradients(denoiser, own + some(calibration.calls, CALLS_PER_STEP - len(own), generator))
             if not math.isfinite(mean):
                 raise UserError("the loss of the recovery is not finite; the recorded calls or the denoiser hold NaN "
                                 "or infinity (record in float32, or use recovery_steps=0)")
@@ -101,15 +103,20 @@ def recover(denoiser: nn.Module, weights: Dict[str, Tensor], calibration: Calibr
                 bar.update()
 
 
-def add_gradients(denoiser: nn.Module, calls: Sequence[Call], chosen: Sequence[int]) -> float:
-    """Add the gradients of the mean loss of the chosen calls to the parameters' own, and return that loss.
+def some(calls: Sequence[Call], count: int, generator: random.Random) -> List[Call]:
+    """Return `count` of the calls at random, or all if there are fewer."""
+    return [calls[index] for index in generator.sample(range(len(calls)), min(count, len(calls)))]
+
+
+def add_gradients(denoiser: nn.Module, calls: Sequence[Call]) -> float:
+    """Add the gradients of the mean loss of some calls to the parameters' own, and return that loss.
 
     Each process computes its share of the calls, and all get the sum.
     """
     mean = 0.0
-    for index in chosen[distributed.rank::distributed.world_size]:
+    for call in calls[distributed.rank::distributed.world_size]:
         try:
-            loss = distillation_loss(denoiser, *calls[index]) / len(chosen)
+            loss = distillation_loss(denoiser, *call) / len(calls)
             loss.backward()
         except torch.cuda.OutOfMemoryError as error:
             raise UserError("the GPU ran out of memory in recovery; give --gradient_checkpointing or a smaller "
