@@ -452,7 +452,8 @@ def main(argv: Optional[list] = None) -> None:
     for part, share in PARTS.items():
         if part not in args.parts:
             continue
-        until, left = started + share * args.seconds, unmeasured.setdefault(part, [])
+        until = started + share * args.seconds
+        left = unmeasured[part] = []
         if part == "checks":
             with ThreadPoolExecutor(args.jobs) as pool:
                 running = [pool.submit(lambda name, until=until, left=left: check(name) if time.monotonic() < until

@@ -195,12 +195,16 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
             denoiser.to(place)
         return torch.cat(made)
 
+    def batches(name: str, captions: List[Sample]) -> Dict[Path, List[Sample]]:
+        """Return the files of the calls for these captions, and which captions are in each."""
+        return {folder / f"{name}-{start}.pt": captions[start:start + few] for start in range(0, len(captions), few)}
+
     def record_calls() -> list:
         """Return the dense denoiser's calls while it draws the training captions, a file a batch.
 
         One more file holds a call for another number of images.
         """
-        batches = {folder / f"calls-{start}.pt": drawn[start:start + few] for start in range(0, len(drawn), few)}
+        files = batches("calls", drawn)
 
         def record(paths):
             pipelines.set_denoiser(pipeline, dense, device, args.offload)
@@ -210,9 +214,9 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
                     images = drawn[:1] * (2 if few == 1 else 1)
                     yield path, [(keep(generation.first_call(pipeline, images, **sampling)), None)]
                 else:
-                    yield path, generation.record_calls(pipeline, batches[path], keep, **sampling)
+                    yield path, generation.record_calls(pipeline, files[path], keep, **sampling)
             release(pipeline, dense, args.offload)
-        return calibration.recorded([*batches, other_call], record)[:-1]
+        return calibration.recorded([*files, other_call], record)[:-1]
 
     @contextmanager
     def visit(denoiser, number: int):
@@ -221,27 +225,27 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
         The calls are in files that are removed after the block.
         """
         import torch  # here, because the commands import this file before they need torch
-        name = distributed.broadcast(f"visit-{number}-{provenance.fingerprint(denoiser).split()[-1]}")
-        some = [drawn[(number * VISITED + place) % len(drawn)] for place in range(min(VISITED, len(drawn)))]
-        batches = {folder / f"{name}-{start}.pt": some[start:start + few] for start in range(0, len(some), few)}
+        files = batches(f"visit-{number}-{provenance.fingerprint(denoiser).split()[-1]}", [
+            drawn[(number * VISITED + place) % len(drawn)] for place in range(min(VISITED, len(drawn)))])
 
         def record(paths):
             place, drawer = denoiser.device, pipelines.copy_to(denoiser, denoiser.device).to(dense.dtype)
             for path in tqdm(paths, desc="images to recover on", unit="batch", leave=False,
                              disable=not distributed.is_main):
                 pipelines.set_denoiser(pipeline, drawer, device, args.offload)
-                calls = generation.record_calls(pipeline, batches[path], calibration.keep_once(),
+                calls = generation.record_calls(pipeline, files[path], calibration.keep_once(),
                                                 **{**sampling, "seed": sampling["seed"] + number})
                 release(pipeline, drawer, args.offload)
                 with pipelines.lent_to(dense, place), torch.no_grad():
-                    yield path, [(arguments, calibration.answer(dense, arguments).cpu()) for arguments, _ in calls]
+                    calls = [(arguments, calibration.answer(dense, arguments).cpu()) for arguments, _ in calls]
+                yield path, calls
             pipelines.set_denoiser(pipeline, dense)  # lets go of the copy
 
         try:
-            yield calibration.recorded(list(batches), record)
+            yield calibration.recorded(list(files), record)
             distributed.barrier()  # until no process reads them
         finally:
-            for path in batches if distributed.is_main else ():
+            for path in files if distributed.is_main else ():
                 with suppress(OSError):
                     path.unlink()
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 import hashlib
 import pickle
 import tempfile
-from contextlib import contextmanager
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Optional, Set, Tuple
+from typing import TYPE_CHECKING, Any, Callable, ContextManager, Dict, Iterable, List, Optional, Set, Tuple
 
 from pruning import UserError, distributed, whole_file
 from pruning.metrics.costs import sample_of
@@ -72,19 +72,14 @@ class Calibration:
         """Whether visited() can draw."""
         return self._visit is not None
 
-    @contextmanager
-    def visited(self, denoiser: nn.Module, number: int) -> Iterator[List[Call]]:
-        """Yield the calls of this denoiser while it draws training captions, with the samples of dense for them.
+    def visited(self, denoiser: nn.Module, number: int) -> ContextManager[List[Call]]:
+        """Return a context of the calls of this denoiser while it draws training captions, with dense's samples.
 
         Without a way to draw there are none. The denoiser stays as it is. number: of the drawing; others have other
-        noise and captions. The calls are on disk during the block. All processes call this together, with equal
+        noise and captions. The calls are on disk during the context. All processes call this together, with equal
         denoisers.
         """
-        if self.visits:
-            with self._visit(denoiser, number) as calls:
-                yield calls
-        else:
-            yield []
+        return self._visit(denoiser, number) if self.visits else nullcontext([])
 
     @property
     def guidance(self) -> Optional[float]:

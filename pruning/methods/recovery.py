@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from contextlib import ExitStack, contextmanager
-from itertools import chain
+from contextlib import contextmanager
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Set
 
@@ -48,7 +48,7 @@ def rehearse(denoiser: nn.Module, removes: bool, calibration: Calibration) -> No
 
 
 def recover_at(rate: float, denoiser: nn.Module, removed: bool, calibration: Calibration, steps: int) -> None:
-    """Recover after pruning to a rate: on calls of the pruned denoiser, with the seed of the rate and a progress bar.
+    """Recover after pruning to a rate, as `recover` does, with the seed of the rate and a progress bar.
 
     removed: whether units were removed; else zeros of prunable weights are held. All processes call this together, with
     equal denoisers. Raises UserError if the device's memory does not suffice, and as `recover` does.
@@ -76,31 +76,30 @@ def recover(denoiser: nn.Module, weights: Dict[str, Tensor], calibration: Calibr
     Raises UserError if the loss is not finite, or if the device has no memory left.
     """
     generator = random.Random(seed)
-    with full_precision(denoiser, weights), torch.enable_grad(), ExitStack() as drawn:
+    with full_precision(denoiser, weights), torch.enable_grad():
         masks = {name: weight == 0 for name, weight in weights.items()}
         parameters = list(denoiser.parameters())
         optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0, foreach=False)  # in little memory
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1, (step + 1) / WARMUP_STEPS) * (1 + math.cos(math.pi * step / steps)) / 2)
-        visits, visit = max(1, round(steps / VISIT_STEPS)), -1
-        for step in range(steps):
-            if step * visits // steps > visit:
-                visit += 1
-                drawn.close()  # lets go of the calls before
-                visited = drawn.enter_context(calibration.visited(denoiser, visit))
-            own = some(visited, CALLS_PER_STEP // 2, generator)
-            mean = add_gradients(denoiser, own + some(calibration.calls, CALLS_PER_STEP - len(own), generator))
-            if not math.isfinite(mean):
-                raise UserError("the loss of the recovery is not finite; the recorded calls or the denoiser hold NaN "
-                                "or infinity (record in float32, or use recovery_steps=0)")
-            nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad(set_to_none=True)
-            restore_zeros(weights, masks)
-            if bar is not None:
-                bar.set_postfix(loss=f"{mean:.4g}", refresh=False)
-                bar.update()
+        drawings = max(1, round(steps / VISIT_STEPS))
+        for number, its_steps in groupby(step * drawings // steps for step in range(steps)):
+            with calibration.visited(denoiser, number) as visited:
+                for _ in its_steps:
+                    own = some(visited, CALLS_PER_STEP // 2, generator)
+                    recorded = some(calibration.calls, CALLS_PER_STEP - len(own), generator)
+                    mean = add_gradients(denoiser, own + recorded)
+                    if not math.isfinite(mean):
+                        raise UserError("the loss of the recovery is not finite; the recorded calls or the denoiser "
+                                        "hold NaN or infinity (record in float32, or use recovery_steps=0)")
+                    nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM)
+                    optimizer.step()
+                    scheduler.step()
+                    optimizer.zero_grad(set_to_none=True)
+                    restore_zeros(weights, masks)
+                    if bar is not None:
+                        bar.set_postfix(loss=f"{mean:.4g}", refresh=False)
+                        bar.update()
 
 
 def some(calls: Sequence[Call], count: int, generator: random.Random) -> List[Call]:
