@@ -127,6 +127,23 @@ def test_calls_recorded_in_half_precision_are_computed_in_bfloat16(dtype):
     assert loss < 1e-3
 
 
+@pytest.mark.parametrize(("first_batch", "guidance"), [(1, 4.0), (2, None)])
+def test_the_loss_counts_the_guided_output_too_if_a_call_holds_both_halves_of_it(first_batch, guidance, monkeypatch):
+    denoiser, calls = dense_and_calls()
+    kwargs, target = calls[0]
+    error = torch.randn_like(target)
+    unconditional, conditional = error
+    guided = 4 * conditional - 3 * unconditional if guidance else torch.zeros(1)
+    assert torch.allclose(recovery.distillation_loss(denoiser, kwargs, target - error, guidance),
+                          error.square().mean() + guided.square().mean())
+
+    given, gradients = [], recovery.add_gradients
+    monkeypatch.setattr(recovery, "add_gradients", lambda model, chosen, scale: given.append(scale)
+                        or gradients(model, chosen, scale))
+    recovery.recover(denoiser, {}, Calibration(lambda: calls, 0, guidance_scale=4.0, first_batch=first_batch), 1, "0")
+    assert given == [guidance]
+
+
 def test_recovery_draws_anew_every_few_steps_and_takes_half_of_its_calls_from_the_last_drawing(monkeypatch):
     monkeypatch.setattr(recovery, "VISIT_STEPS", 2)
     denoiser, calls = dense_and_calls(count=6)
@@ -142,9 +159,9 @@ def test_recovery_draws_anew_every_few_steps_and_takes_half_of_its_calls_from_th
         events.append("over")
 
     gradients = recovery.add_gradients
-    monkeypatch.setattr(recovery, "add_gradients", lambda model, chosen: steps.append(
+    monkeypatch.setattr(recovery, "add_gradients", lambda model, chosen, guidance: steps.append(
         [[torch.equal(target, known) for _, known in calls].index(True) for _, target in chosen])
-        or events.append("step") or gradients(model, chosen))
+        or events.append("step") or gradients(model, chosen, guidance))
     recovery.recover(denoiser, {}, Calibration(lambda: recorded, 0, visit=visit), 5, "0")
     assert events == ["drawing 0", *3 * ["step"], "over", "drawing 1", *2 * ["step"], "over"]
     assert [step[:2] for step in steps] == 3 * [[4, 4]] + 2 * [[5, 5]]

@@ -2,7 +2,8 @@
 
 They learn on latents that the dense denoiser comes to while it draws, and on those that the pruned one itself comes to.
 On the former alone it would not learn to find back once it has gone astray, as it does over the steps of a drawing
-(Ross et al., 2011).
+(Ross et al., 2011). If a call holds both halves of the guided output, they learn this output beside the halves, as the
+steps follow it and it magnifies errors in which the halves differ.
 """
 from __future__ import annotations
 
@@ -18,7 +19,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pruning import UserError, distributed, whole_file
 from pruning.methods import probes, reckoning
@@ -88,7 +88,7 @@ def recover(denoiser: nn.Module, weights: Dict[str, Tensor], calibration: Calibr
                 for _ in its_steps:
                     own = some(visited, CALLS_PER_STEP // 2, generator)
                     recorded = some(calibration.calls, CALLS_PER_STEP - len(own), generator)
-                    mean = add_gradients(denoiser, own + recorded)
+                    mean = add_gradients(denoiser, own + recorded, calibration.guidance)
                     if not math.isfinite(mean):
                         raise UserError("the loss of the recovery is not finite; the recorded calls or the denoiser "
                                         "hold NaN or infinity (record in float32, or use recovery_steps=0)")
@@ -107,15 +107,15 @@ def some(calls: Sequence[Call], count: int, generator: random.Random) -> List[Ca
     return [calls[index] for index in generator.sample(range(len(calls)), min(count, len(calls)))]
 
 
-def add_gradients(denoiser: nn.Module, calls: Sequence[Call]) -> float:
+def add_gradients(denoiser: nn.Module, calls: Sequence[Call], guidance: Optional[float] = None) -> float:
     """Add the gradients of the mean loss of some calls to the parameters' own, and return that loss.
 
-    Each process computes its share of the calls, and all get the sum.
+    guidance: as distillation_loss's. Each process computes its share of the calls, and all get the sum.
     """
     mean = 0.0
     for call in calls[distributed.rank::distributed.world_size]:
         try:
-            loss = distillation_loss(denoiser, *call) / len(calls)
+            loss = distillation_loss(denoiser, *call, guidance) / len(calls)
             loss.backward()
         except torch.cuda.OutOfMemoryError as error:
             raise UserError("the GPU ran out of memory in recovery; give --gradient_checkpointing or a smaller "
@@ -129,8 +129,12 @@ def add_gradients(denoiser: nn.Module, calls: Sequence[Call]) -> float:
     return sum(distributed.gather([mean]))
 
 
-def distillation_loss(denoiser: nn.Module, kwargs: Dict[str, Any], target: Tensor) -> Tensor:
+def distillation_loss(denoiser: nn.Module, kwargs: Dict[str, Any], target: Tensor, guidance: Optional[float] = None
+                      ) -> Tensor:
     """Return the mean squared error of denoiser(**kwargs) to the dense denoiser's sample, as a scalar in float32.
+
+    guidance: the scale g if the halves of the call are unconditional, u, and conditional, c. Then the mean squared
+    error of the guided output (1 − g) u + g c is added.
 
     A call that was recorded in half precision is computed in mixed precision: bfloat16, whose gradients need no scale
     as float16's do, from float32 weights. A GPU that cannot computes in float32.
@@ -139,7 +143,9 @@ def distillation_loss(denoiser: nn.Module, kwargs: Dict[str, Any], target: Tenso
     able = device != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     with torch.autocast(device, torch.bfloat16, enabled=able and target.element_size() == 2):
         sample = answer(denoiser, kwargs).float()
-    return F.mse_loss(sample, match(target, sample))
+    error = sample - match(target, sample)
+    loss = error.square().mean()
+    return loss if guidance is None else loss + probes.guided(error, guidance).square().mean()
 
 
 @contextmanager
@@ -211,8 +217,8 @@ def provenance_hash(denoiser: nn.Module, calibration: Calibration, *settings) ->
     target of its calls the name, dtype, shape and some values.
     """
     calls = calibration.calls
-    own = (len(calls), calibration.seed, calibration.visits, VISIT_STEPS, CALLS_PER_STEP, LEARNING_RATE, WARMUP_STEPS,
-           GRADIENT_NORM)
+    own = (len(calls), calibration.seed, calibration.guidance, calibration.visits, VISIT_STEPS, CALLS_PER_STEP,
+           LEARNING_RATE, WARMUP_STEPS, GRADIENT_NORM)
     digest = hashlib.sha256(repr((settings, own)).encode())
     for name, tensor in chain(denoiser.named_parameters(), (("target", target) for _, target in calls)):
         values = tensor.detach().flatten()
