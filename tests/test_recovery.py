@@ -245,6 +245,7 @@ def test_recovery_that_does_not_fit_is_refused_with_the_remedy_before_anything_c
             prune(method, denoiser, 0.5, recovery_steps=STEPS, calibration=known)
         assert equal(denoiser, dense)
         assert not denoiser.is_gradient_checkpointing
+    assert "--offload sequential" in reckoning.instead(torch.device("cuda"))
 
 
 def test_gradient_checkpointing_comes_on_if_memory_is_short_and_changes_no_bit(monkeypatch):

@@ -13,8 +13,6 @@ from pruning.methods.probes import forget
 from pruning.metrics.costs import most_allocated
 from pruning.records.words import gigabytes
 
-INSTEAD = "give a device with more memory, or --recovery_steps 0"
-
 
 class Need(NamedTuple):
     """Bytes that training takes."""
@@ -35,6 +33,12 @@ class Need(NamedTuple):
                  f"activations{' with gradient checkpointing' * self.recomputed}": self.activations}
         return f"{gigabytes(self.total)} (" + ", ".join(
             f"{name} {gigabytes(size)}" for name, size in parts.items() if size) + ")"
+
+
+def instead(device: torch.device) -> str:
+    """Return what to do if training does not fit a device."""
+    on_cpu = "--offload sequential, which trains on the CPU, " if device.type == "cuda" else ""
+    return f"give {on_cpu}a device with more memory, or --recovery_steps 0"
 
 
 def without_activations(denoiser: nn.Module) -> Need:
@@ -65,10 +69,11 @@ def check_weights_fit(denoiser: nn.Module, device, held: int = 0) -> int:
 
     held: what the denoiser takes of the device already. All processes call this together.
     """
-    need, free = without_activations(denoiser), free_bytes(torch.device(device)) + held
+    device = torch.device(device)
+    need, free = without_activations(denoiser), free_bytes(device) + held
     if need.total > free:
         raise UserError(f"recovery needs {need} and activations on {device}, which has {gigabytes(free)} for it: "
-                        f"{INSTEAD}")
+                        f"{instead(device)}")
     return free
 
 

@@ -170,7 +170,7 @@ def training(denoiser: nn.Module, weights: Dict[str, Tensor], calibration: Calib
                     return
         smaller = f"give a --batch_size below {calibration.first_batch}, or " if calibration.first_batch > 1 else ""
         raise UserError(f"recovery needs {need} on {device}, which has {gigabytes(free)} for it: {smaller}"
-                        f"{reckoning.INSTEAD}")
+                        f"{reckoning.instead(device)}")
 
 
 def call_activations(denoiser: nn.Module, call: Call, free: int, rows: Optional[Set[tuple]] = None) -> int:
