@@ -35,11 +35,12 @@ ROOT = Path(__file__).resolve().parents[1]
 MODELS = ("shapes-unet", "shapes-mmdit")
 NONE = "–"
 RECOVERED = "+recovery_steps=200"
+JOINT_RECOVERED = f"joint{RECOVERED}+calibration_images=128"
 NORM = "+criterion=norm+refit=off"
 # What a row is called -> the variant of its record, and in the table of units its rates.
 ANSWERS = {
     "`joint`": "joint",
-    "`joint`, with recovery": f"joint{RECOVERED}+calibration_images=128",
+    "`joint`, with recovery": JOINT_RECOVERED,
     "`joint --budget parameters`": "joint+budget=parameters",
     "`structured`": "structured",
     "`attention_heads`": "attention_heads",
@@ -55,7 +56,7 @@ ZEROING = {f"`{name}`": name for name in ("magnitude", "wanda", "sparsegpt", "it
 ZEROING["`reconstruct --recovery_steps 200`"] = f"reconstruct{RECOVERED}"
 UNITS = {
     "`joint`": ("joint", (0.34, 0.5, 0.6, 0.7)),
-    "`joint --recovery_steps 200 --calibration_images 128`": (f"joint{RECOVERED}+calibration_images=128", (0.5, 0.6, 0.7)),
+    "`joint --recovery_steps 200 --calibration_images 128`": (JOINT_RECOVERED, (0.5, 0.6, 0.7)),
     "`joint --budget parameters`": ("joint+budget=parameters", (0.5, 0.6, 0.7)),
     "`modulation`": ("modulation", (0.75, 0.875, 0.95)),
     "`blocks`": ("blocks", (0.11, 0.17, 0.22, 0.33, 0.34)),
