@@ -107,7 +107,7 @@ def some(calls: Sequence[Call], count: int, generator: random.Random) -> List[Ca
     return [calls[index] for index in generator.sample(range(len(calls)), min(count, len(calls)))]
 
 
-def add_gradients(denoiser: nn.Module, calls: Sequence[Call], guidance: Optional[float] = None) -> float:
+def add_gradients(denoiser: nn.Module, calls: Sequence[Call], guidance: Optional[float]) -> float:
     """Add the gradients of the mean loss of some calls to the parameters' own, and return that loss.
 
     guidance: as distillation_loss's. Each process computes its share of the calls, and all get the sum.
