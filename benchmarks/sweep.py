@@ -15,6 +15,7 @@ if __package__ in (None, ""):
 import contextlib
 import cProfile
 import io
+import multiprocessing
 import os
 import platform
 import pstats
@@ -22,6 +23,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import torch
@@ -35,6 +37,15 @@ from pruning.models import generation, pipelines
 from pruning.records.record import read_record
 
 MODEL, METHOD = "shapes-unet", "magnitude"
+
+
+def in_own_process(function, *arguments):
+    """Return function(*arguments) of this file, called in a new process, so that no part changes the memory of another.
+
+    What the function returns must be small.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def median_seconds(call, times: int = 1) -> float:
@@ -58,7 +69,7 @@ def own_record(folder: Path):
 
 
 def our_sweep(count: int, folder: Path) -> None:
-    """Run the command in this process, in which everything is imported already."""
+    """Run the command in this process."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         pruning_analysis.main(flags(count, folder))
 
@@ -74,11 +85,19 @@ def plain_generation(pipeline, count: int, points: int, batch: int, steps: int, 
                      generator=[generation.noise_generator(sample, 0) for sample in some])
 
 
-def bare_loop(count: int, batch: int) -> None:
-    """Load the bundled model and make the images of a sweep plainly."""
+def own_seconds(count: int, folder: Path, cache: Path) -> float:
+    """Return the wall time of a sweep in a process that has imported all that a sweep needs, with this cache."""
+    our_sweep(1, folder / "warm-up")
+    os.environ["PRUNING_CACHE"] = str(cache)
+    return median_seconds(lambda: our_sweep(count, folder))
+
+
+def bare_seconds(count: int, batch: int) -> float:
+    """Return the wall time of loading the bundled model and making the images of a sweep plainly, after imports."""
     own = pipelines.MODELS[MODEL]
-    plain_generation(pipelines.load_pipeline(MODEL), count, 1 + len(pruning_analysis.RATES), batch, own.steps,
-                     own.guidance_scale)
+    pipelines.load_pipeline(MODEL)
+    return median_seconds(lambda: plain_generation(
+        pipelines.load_pipeline(MODEL), count, 1 + len(pruning_analysis.RATES), batch, own.steps, own.guidance_scale))
 
 
 def usual_way(count: int) -> tuple:
@@ -123,14 +142,13 @@ def sweep_rows(count: int, rounds: int, with_usual: bool) -> list:
     """Time sweeps of `count` images a rate. Returns rows (what was timed, seconds, a comparison), as all parts do."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        our_sweep(1, folder / "warm-up")  # imports what a sweep needs
-        os.environ["PRUNING_CACHE"] = str(folder / "cache")
-        first = median_seconds(lambda: our_sweep(count, folder / "first"))  # no features of real images in the cache
+        cache = folder / "cache"  # without features of real images at first
+        first = in_own_process(own_seconds, count, folder / "first", cache)
         batch = own_record(folder / "first").settings["batch_size"]  # that it found fastest
         bare, own, process = [], [], []
         for turn in range(rounds):  # alternating, as the speed of a machine drifts
-            bare.append(median_seconds(lambda: bare_loop(count, batch)))
-            own.append(median_seconds(lambda: our_sweep(count, folder / f"own {turn}")))  # noqa: B023
+            bare.append(in_own_process(bare_seconds, count, batch))
+            own.append(in_own_process(own_seconds, count, folder / f"own {turn}", cache))
             process.append(median_seconds(lambda: subprocess.run(
                 [sys.executable, str(ROOT / "pruning" / "pruning_analysis.py"),
                  *flags(count, folder / f"process {turn}")], check=True, capture_output=True)))  # noqa: B023
@@ -143,7 +161,7 @@ def sweep_rows(count: int, rounds: int, with_usual: bool) -> list:
                          f"{ratios.min():.2f} to {ratios.max():.2f} over the rounds"))
         rows.append(("the first sweep on a machine, after imports", first, f"{first / sweep:.2f} x later sweeps"))
         if with_usual:
-            found, usual, images = usual_way(count)
+            found, usual, images = in_own_process(usual_way, count)
             points = [record.dense, *record.points]
             differences = [", ".join(f"{name} {max(abs(ours.metrics[name] - other[name]) for ours, other in pairs):.2g}"
                                      for name in found[0])

@@ -102,6 +102,8 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
     device = distributed.own_device(pipelines.pick_device(args.device))
     if args.offload and device == "cpu":
         raise UserError(f"--offload {args.offload} needs a GPU; on the CPU there is nothing to offload")
+    if device == "cpu":
+        generation.keep_freed_memory()
     with distributed.main_first():
         samples, faults = data.load_samples(args.dataset, args.num_images, args.seed, args.data_dir)
     chosen, left_out = choose_metrics(args, earlier)

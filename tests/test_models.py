@@ -2,7 +2,12 @@
 from __future__ import annotations
 
 import functools
+import platform
+import resource
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +17,7 @@ from diffusers import StableDiffusionPipeline
 from pruning import UserError, data
 from pruning.models import compiling, generation, pipelines
 
+ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = dict(seed=0, steps=2, guidance_scale=4.0, image_size=64)
 
 
@@ -32,6 +38,23 @@ def crowded():
     pipeline = pipelines.load_pipeline("shapes-unet")
     pipeline.__class__ = Crowded
     return pipeline
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such setting")
+def test_freed_memory_stays_so_that_the_next_call_need_not_ask_the_system_for_it():
+    program = """
+import resource, torch
+from pruning.models import generation
+generation.keep_freed_memory()
+for _ in range(9):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    outputs = [torch.ones(3 * 2 ** 21) for _ in range(3)]  # blocks of 24 MiB
+    del outputs
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=str(ROOT), check=True)
+    pages = 3 * 3 * 2 ** 23 // resource.getpagesize()
+    assert int(done.stdout) < pages / 100
 
 
 def test_a_batch_too_large_for_the_gpu_is_made_by_halves_with_a_line_that_says_so(crowded, capsys):

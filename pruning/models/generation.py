@@ -1,11 +1,12 @@
 """Images from (caption, seed), and the calls of the denoiser that make them."""
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import inspect
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
@@ -20,6 +21,8 @@ from pruning.progress import tqdm
 GPU_BATCHES = (32, 16, 8, 4, 2, 1)
 CPU_BATCHES, CPU_PIXELS = (8, 16, 32), 2 ** 21  # at most, of all images of a batch: a CPU gains nothing from more
 PROMPT_BYTES = 2 ** 29  # of encoded prompts that are kept
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+FREED_BYTES, FREED_BLOCK = 2 ** 28, 2 ** 25  # that may stay with the process; older glibc take no larger block
 
 
 class Images(NamedTuple):
@@ -29,6 +32,19 @@ class Images(NamedTuple):
     finite: np.ndarray  # bool (n,): False if the pipeline gave NaN or infinity
     seconds_each: float  # synchronised wall time / n
     calls: int  # the scheduler's time steps: more than `steps` if a step takes two calls
+
+
+def keep_freed_memory() -> None:
+    """Have freed memory stay with this process, for images on a CPU.
+
+    glibc gives large blocks back to the system when they are freed. Each layer of each denoiser call takes such blocks
+    for its outputs, and the system first fills each page with zeros: 4 to 9 % of the time of an image. Other C
+    libraries have no such setting.
+    """
+    with suppress(AttributeError, OSError, TypeError):  # no function of this name, or no library without a name
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, FREED_BLOCK)
+        mallopt(M_TRIM_THRESHOLD, FREED_BYTES)
 
 
 def noise_generator(sample, seed: int):
