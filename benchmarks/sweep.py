@@ -110,6 +110,7 @@ def usual_way(count: int) -> tuple:
 
     samples, _ = data.load_samples("shapes", count)
     reference = data.load_originals(data.reference_samples("shapes", samples), 64)
+    pipelines.load_pipeline(MODEL)  # imports what a pipeline needs
     own, found, image_seconds, begun = pipelines.MODELS[MODEL], [], 0.0, time.perf_counter()
     clip, features, perceptual = (backbones.load_backbone("bundled", name) for name in ("clip", "features", "lpips"))
     for rate in (0.0, *pruning_analysis.RATES):
