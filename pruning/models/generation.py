@@ -38,8 +38,8 @@ def keep_freed_memory() -> None:
     """Have freed memory stay with this process, for images on a CPU.
 
     glibc gives large blocks back to the system when they are freed. Each layer of each denoiser call takes such blocks
-    for its outputs, and the system first fills each page with zeros: 4 to 9 % of the time of an image. Other C
-    libraries have no such setting.
+    for its outputs, and the system first fills each page with zeros: up to a fifth of the time of an image
+    (benchmarks/README.md). Other C libraries have no such setting.
     """
     with suppress(AttributeError, OSError, TypeError):  # no function of this name, or no library without a name
         mallopt = ctypes.CDLL(None).mallopt
