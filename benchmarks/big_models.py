@@ -17,6 +17,7 @@ if __package__ in (None, ""):
 
 import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 from diffusers import UNet2DConditionModel, logging
@@ -45,6 +46,15 @@ def build(name: str):
         for parameter in denoiser.parameters():
             parameter.uniform_(-0.05, 0.05)
     return denoiser.eval()
+
+
+def in_own_process(function, *arguments):
+    """Return function(*arguments), called in a new process: a process does not return all the memory that it frees.
+
+    The function is one of a file's own; what it gets and returns must be small.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def peak_resident_bytes() -> int:
@@ -97,14 +107,12 @@ def main(argv=None) -> None:
         raise UserError("peak memory is read from /proc, which only Linux has")
     print("| model | core seconds a step | reckoned before | peak memory |\n|---|---|---|---|" if args.recovery else
           "| model | method | seconds | peak memory ÷ model |\n|---|---|---|---|")
-    # Each case runs in a process of its own, as a process does not return all the memory that it frees.
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        for name in args.models:
-            if args.recovery:
-                print(pool.apply(measure_recovery, (name, args.recovery)), flush=True)
-                continue
-            for method, options in CASES:
-                print(pool.apply(measure, (name, method, options, args.rate)), flush=True)
+    for name in args.models:
+        if args.recovery:
+            print(in_own_process(measure_recovery, name, args.recovery), flush=True)
+            continue
+        for method, options in CASES:
+            print(in_own_process(measure, name, method, options, args.rate), flush=True)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,12 @@ ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):
     sys.path[0] = str(ROOT)  # instead of benchmarks/
 
-import multiprocessing
 import time
 
 import torch
 
 from benchmarks import denoisers
-from benchmarks.big_models import peak_resident_bytes
+from benchmarks.big_models import in_own_process, peak_resident_bytes
 from pruning import UserError, cli
 from pruning.methods import greedy, moments, probes, reconstruct, surgery
 from pruning.methods.calibration import GIB, Calibration, answer
@@ -115,10 +114,9 @@ def main(argv=None) -> None:
     if not sys.platform.startswith("linux"):
         raise UserError("peak memory is read from /proc, which only Linux has")
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        for name in args.models:
-            row = pool.apply(measure, (name, args.device, args.calls, args.memory))
-            print(f"| {' | '.join(map(str, row))} |", flush=True)
+    for name in args.models:
+        row = in_own_process(measure, name, args.device, args.calls, args.memory)
+        print(f"| {' | '.join(map(str, row))} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,12 @@ if __package__ in (None, ""):
 
 import contextlib
 import io
-import multiprocessing
 import os
 import tempfile
 
 import numpy as np
 
-from benchmarks.big_models import peak_resident_bytes
+from benchmarks.big_models import in_own_process, peak_resident_bytes
 from pruning import UserError, cli, pruning_analysis
 from pruning.models import generation
 from pruning.shapes import scenes
@@ -78,15 +77,13 @@ def main(argv=None) -> None:
         raise UserError("this benchmark reads the peak memory of a process from /proc, which only Linux has")
     if args.image_size % 8:
         raise UserError(f"--image_size {args.image_size} is no multiple of 8")
-    fresh = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         draw_data(Path(folder), 2 * max(*args.counts, BASE))  # as many again for the floors
         print("| images a rate | pixels a side | all images of a rate, MB | peak memory, MB | above 8 images, MB |")
         print("|---|---|---|---|---|")
         peaks = []
         for count in [BASE, *args.counts]:
-            with fresh.Pool(1) as pool:
-                peaks.append(pool.apply(peak_of_sweep, (count, args.image_size, Path(folder), args.metrics)) / 1e6)
+            peaks.append(in_own_process(peak_of_sweep, count, args.image_size, Path(folder), args.metrics) / 1e6)
             print(f"| {count:,} | {args.image_size} | {3e-6 * count * args.image_size ** 2:,.0f} | {peaks[-1]:,.0f} "
                   f"| {peaks[-1] - peaks[0]:,.0f} |", flush=True)
 

@@ -15,7 +15,6 @@ if __package__ in (None, ""):
 import contextlib
 import cProfile
 import io
-import multiprocessing
 import os
 import platform
 import pstats
@@ -23,7 +22,6 @@ import shutil
 import subprocess
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import torch
@@ -37,15 +35,6 @@ from pruning.models import generation, pipelines
 from pruning.records.record import read_record
 
 MODEL, METHOD = "shapes-unet", "magnitude"
-
-
-def in_own_process(function, *arguments):
-    """Return function(*arguments) of this file, called in a new process, so that no part changes the memory of another.
-
-    What the function returns must be small.
-    """
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def median_seconds(call, times: int = 1) -> float:
@@ -144,12 +133,12 @@ def sweep_rows(count: int, rounds: int, with_usual: bool) -> list:
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         cache = folder / "cache"  # without features of real images at first
-        first = in_own_process(own_seconds, count, folder / "first", cache)
+        first = big_models.in_own_process(own_seconds, count, folder / "first", cache)
         batch = own_record(folder / "first").settings["batch_size"]  # that it found fastest
         bare, own, process = [], [], []
         for turn in range(rounds):  # alternating, as the speed of a machine drifts
-            bare.append(in_own_process(bare_seconds, count, batch))
-            own.append(in_own_process(own_seconds, count, folder / f"own {turn}", cache))
+            bare.append(big_models.in_own_process(bare_seconds, count, batch))
+            own.append(big_models.in_own_process(own_seconds, count, folder / f"own {turn}", cache))
             process.append(median_seconds(lambda: subprocess.run(
                 [sys.executable, str(ROOT / "pruning" / "pruning_analysis.py"),
                  *flags(count, folder / f"process {turn}")], check=True, capture_output=True)))  # noqa: B023
@@ -162,7 +151,7 @@ def sweep_rows(count: int, rounds: int, with_usual: bool) -> list:
                          f"{ratios.min():.2f} to {ratios.max():.2f} over the rounds"))
         rows.append(("the first sweep on a machine, after imports", first, f"{first / sweep:.2f} x later sweeps"))
         if with_usual:
-            found, usual, images = in_own_process(usual_way, count)
+            found, usual, images = big_models.in_own_process(usual_way, count)
             points = [record.dense, *record.points]
             differences = [", ".join(f"{name} {max(abs(ours.metrics[name] - other[name]) for ours, other in pairs):.2g}"
                                      for name in found[0])
