@@ -129,6 +129,16 @@ def test_the_least_sum_of_errors_is_found():
         joint.cheapest(paths, 100.0, 0.95)
 
 
+@pytest.mark.parametrize("power", joint.POWERS)
+def test_an_attention_loses_its_last_head_only_where_nothing_else_is_left(power):
+    """Alone the last head hardly costs more than the one before; the neurons cost a thousand times as much."""
+    paths = {"heads": losses.Path(1, [0, 10, 20], [0, 0.5, 1.0], [0, 0.001, 0.002]),
+             "neurons": losses.Path(1, [0, 10, 20, 30], [0, 0.25, 0.5, 0.75], [0, 1, 2, 3])}
+    weighed = joint.weighed(paths, power)
+    assert joint.cheapest(weighed, 100.0, 0.4) == {"heads": 1, "neurons": 3}
+    assert joint.cheapest(weighed, 100.0, 0.5) == {"heads": 2, "neurons": 3}
+
+
 def test_a_budget_of_parameters_takes_ranks_where_a_transformer_hardly_needs_them():
     dense = build("sd3")
     model, done = pruned(dense, 0.3, budget="parameters")

@@ -9,9 +9,10 @@ L is the error of the final latents of a few real sampling steps: s(k) · loss(k
 energy along the order, and s measured with a group alone pruned at FRACTIONS of its units, the layers behind re-fitted,
 its logarithm interpolated in between. C is the change of the guided output that probes foresee (units.Order). L alone
 is a noisy guide, and C alone is blind to errors that grow over the steps: of two emptied attentions of shapes-unet, one
-changes a call by 0.002 and the final latents by 0.94, the other by 0.035 and 0.06. The last factor keeps groups from
-being emptied, which costs more together than each alone: of the plans for the powers p in POWERS, the one goes whose
-final latents are nearest to the dense ones.
+changes a call by 0.002 and the final latents by 0.94, the other by 0.035 and 0.06. The last factor spreads what goes
+over the groups, because what is taken costs more together than each alone: of the plans for the powers p in POWERS, the
+one goes whose final latents are nearest to the dense ones. Most of all this holds for attentions that lose their last
+head: the error of these counts EMPTIED times, so that they only go where little else is left to take.
 
 Then the same plan is tried with some whole blocks bypassed (blocks) and less taken from the others: with shares
 BYPASSED of the blocks, as long as the final latents come nearer to the dense ones.
@@ -51,6 +52,7 @@ from pruning.progress import tqdm
 UNITS = surgery.UNITS
 MANY = 12  # captions whose final latents judge a plan
 POWERS = (1.0, 2.0, 4.0, 8.0)
+EMPTIED = 1e4  # times the error of an attention without heads
 BYPASSED = (0.1, 0.2)  # of the blocks
 BYPASSED_ERROR = 0.25  # of the final latents without these blocks, not re-fitted: beyond it, units keep more
 SLACK = 0.005  # of the whole: a step that saves more than asked by less than this is taken as the last
@@ -168,9 +170,9 @@ def largest_rate(denoiser: nn.Module, call: dict, *, budget: str, round_to: int,
 
 
 def weighed(paths: Dict[str, losses.Path], power: float) -> Dict[str, losses.Path]:
-    """Return the paths with errors ÷ (1 − share gone)^power."""
+    """Return the paths with errors ÷ (1 − share gone)^power, and those without any unit EMPTIED times that."""
     return {name: path._replace(errors=[
-        error / max(1 - share, (path.shares[1] if len(path.shares) > 1 else 1) / 2) ** power
+        error * (EMPTIED if share == 1 else 1) / max(1 - share, path.shares[1] / 2) ** power if share else error
         for share, error in zip(path.shares, path.errors)]) for name, path in paths.items()}
 
 
