@@ -55,7 +55,7 @@ ANSWERS = {
 ZEROING = {f"`{name}`": name for name in ("magnitude", "wanda", "sparsegpt", "iterative", "reconstruct")}
 ZEROING["`reconstruct --recovery_steps 200`"] = f"reconstruct{RECOVERED}"
 UNITS = {
-    "`joint`": ("joint", (0.34, 0.5, 0.6, 0.7)),
+    "`joint`": ("joint", (0.34, 0.45, 0.5, 0.6, 0.7)),
     "`joint --recovery_steps 200 --calibration_images 128`": (JOINT_RECOVERED, (0.5, 0.6, 0.7)),
     "`joint --budget parameters`": ("joint+budget=parameters", (0.5, 0.6, 0.7)),
     "`modulation`": ("modulation", (0.75, 0.875, 0.95)),
