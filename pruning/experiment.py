@@ -16,7 +16,7 @@ from pruning.methods import calibration
 from pruning.methods.calibration import GIB, Calibration
 from pruning.methods.options import check_together
 from pruning.metrics import BACKBONES, DEFAULT, METRICS, backbones, check_networks, costs, scores
-from pruning.models import generation, pipelines, provenance
+from pruning.models import compiling, generation, pipelines, provenance
 from pruning.models.hub import first_line
 from pruning.progress import status, tqdm
 from pruning.records.record import Notes, Record, protocol_differences
@@ -251,6 +251,11 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
                 with suppress(OSError):
                     path.unlink()
 
+    @contextmanager
+    def lend(place):
+        with pipelines.lent_to(dense, place), compiling.uncompiled(dense):
+            yield dense
+
     return Experiment(
         record=replace(record, notes=notes), images_folder=path.parent / "images", pipeline=pipeline, dense=dense,
         device=device, offload=args.offload, sampling=sampling, samples=repeated,
@@ -259,7 +264,7 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
         training=drawn, calibration=calibration.Calibration(
             record_calls, args.seed, checkpoint=checkpoint_file(path), guidance_scale=sampling["guidance_scale"],
             first_batch=few, memory=int(args.calibration_memory * GIB), folder=folder,
-            sample=sample, visit=visit, recompute=args.gradient_checkpointing,
+            sample=sample, visit=visit, lend=lend, recompute=args.gradient_checkpointing,
             other=lambda: calibration.read_calls(other_call)[0][0]) if captions else None)
 
 

@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import psutil
@@ -15,8 +15,9 @@ import torch
 from test_iterative import STEPS, calibrated, equal, unet, zeros
 
 from pruning import UserError
-from pruning.methods import METHODS, prune, reckoning, recovery, zeroing
-from pruning.methods.calibration import Calibration, read_calls, write_calls
+from pruning.methods import METHODS, bypass, prune, reckoning, recovery, zeroing
+from pruning.methods.calibration import Calibration, answer, read_calls, write_calls
+from pruning.methods.moments import hooked
 from pruning.metrics.costs import most_allocated
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,12 +28,13 @@ sys.path[:0] = [{tests!r}, {root!r}]
 from pruning import distributed
 from pruning.methods import iterative, prune, recovery
 from pruning.methods.calibration import Calibration
-from test_recovery import dense_and_calls
+from test_recovery import dense_and_calls, lent
 
 for method in ("iterative", "structured"):
     denoiser, calls = dense_and_calls()
     options = dict(criterion="norm", refit=False) if method == "structured" else {{}}
-    prune(method, denoiser, 0.2, recovery_steps=3, calibration=Calibration(lambda: calls, 0), **options)
+    known = Calibration(lambda: calls, 0, lend=lent(denoiser))
+    prune(method, denoiser, 0.2, recovery_steps=3, calibration=known, **options)
     torch.save(denoiser.state_dict(), f"{{sys.argv[1]}}/{{method}}-{{distributed.rank}}.pt")
 """
 
@@ -46,6 +48,12 @@ def dense_and_calls(dtype=torch.float32, count=5, latents=2):
         with torch.no_grad():
             calls.append((kwargs, denoiser(**kwargs).sample))
     return denoiser, calls
+
+
+def lent(denoiser):
+    """A calibration's way to lend a copy of a denoiser, which is there already."""
+    dense = copy.deepcopy(denoiser)
+    return lambda device: nullcontext(dense)
 
 
 def train_in_processes(count, folder):
@@ -70,7 +78,8 @@ def test_several_processes_train_the_weights_that_one_trains_to_1e_5_and_are_equ
     train_in_processes(processes, tmp_path)
     for method, options in (("iterative", {}), ("structured", {"criterion": "norm", "refit": False})):
         alone, calls = dense_and_calls()
-        prune(method, alone, 0.2, recovery_steps=3, calibration=calibrated(calls), **options)
+        known = Calibration(lambda calls=calls: calls, 0, lend=lent(alone))
+        prune(method, alone, 0.2, recovery_steps=3, calibration=known, **options)
         first, *others = (torch.load(str(tmp_path / f"{method}-{rank}.pt"), weights_only=True)
                           for rank in range(processes))
         for name, weight in alone.state_dict().items():
@@ -138,10 +147,52 @@ def test_the_loss_counts_the_guided_output_too_if_a_call_holds_both_halves_of_it
                           error.square().mean() + guided.square().mean())
 
     given, gradients = [], recovery.add_gradients
-    monkeypatch.setattr(recovery, "add_gradients", lambda model, chosen, scale: given.append(scale)
+    monkeypatch.setattr(recovery, "add_gradients", lambda model, chosen, scale, teacher: given.append(scale)
                         or gradients(model, chosen, scale))
     recovery.recover(denoiser, {}, Calibration(lambda: calls, 0, guidance_scale=4.0, first_batch=first_batch), 1, "0")
     assert given == [guidance]
+
+
+def test_each_block_that_is_not_bypassed_learns_what_it_gives_in_the_dense_denoiser():
+    dense, calls = dense_and_calls()
+    known, denoiser = Calibration(lambda: calls, 0, lend=lent(dense)), copy.deepcopy(dense)
+    first, last = list(bypass.find(dense, calls[0][0]))[::len(bypass.find(dense, calls[0][0])) - 1]
+    with recovery.taught(denoiser, known) as teacher:
+        assert {first, last} <= set(teacher.blocks)
+        assert recovery.distillation_loss(denoiser, *calls[0], None, teacher) < 1e-10
+        bypass.take_out(denoiser, {first: bypass.find(dense, calls[0][0])[first]})
+    with recovery.taught(denoiser, known) as teacher:
+        assert first not in teacher.blocks
+        loss = recovery.distillation_loss(denoiser, *calls[0], None, teacher)
+    given = {}
+    for model in (dense, denoiser):
+        given[model] = []
+        with hooked(model.get_submodule(name).register_forward_hook(
+                lambda _block, _inputs, output, model=model: given[model].append(output)) for name in teacher.blocks):
+            sample = answer(model, calls[0][0])
+        given[model] = [output[0] if isinstance(output, tuple) else output for output in given[model]]
+    errors = [(own - aim).square().mean() / aim.var() for own, aim in zip(given[denoiser], given[dense])]
+    assert len(errors) == len(teacher.blocks) > 2
+    samples = (sample - calls[0][1]).square().mean()
+    assert torch.allclose(loss, samples + recovery.BLOCKS * sum(errors) / len(errors), rtol=1e-5)
+    loss.backward()
+    assert all(parameter.grad is None for parameter in dense.parameters())
+
+
+def test_blocks_learn_in_every_step_and_come_nearer_to_those_of_dense(monkeypatch):
+    dense, calls = dense_and_calls()
+    monkeypatch.setattr(recovery, "WARMUP_STEPS", 1)
+    losses, given, gradients = {}, [], recovery.add_gradients
+    monkeypatch.setattr(recovery, "add_gradients", lambda model, chosen, guidance, teacher: given.append(teacher)
+                        or gradients(model, chosen, guidance, teacher))
+    for lend in (None, lent(dense)):
+        denoiser = copy.deepcopy(dense)
+        prune("magnitude", denoiser, 0.5, recovery_steps=20, calibration=Calibration(lambda: calls, 0, lend=lend))
+        with recovery.taught(denoiser, Calibration(lambda: calls, 0, lend=lent(dense))) as teacher:
+            losses[lend is None] = sum(recovery.distillation_loss(denoiser, *call, None, teacher).item() -
+                                       recovery.distillation_loss(denoiser, *call).item() for call in calls)
+    assert [teacher is None for teacher in given] == [True] * 20 + [False] * 20
+    assert losses[False] < 0.9 * losses[True]
 
 
 def test_recovery_draws_anew_every_few_steps_and_takes_half_of_its_calls_from_the_last_drawing(monkeypatch):
@@ -159,7 +210,7 @@ def test_recovery_draws_anew_every_few_steps_and_takes_half_of_its_calls_from_th
         events.append("over")
 
     gradients = recovery.add_gradients
-    monkeypatch.setattr(recovery, "add_gradients", lambda model, chosen, guidance: steps.append(
+    monkeypatch.setattr(recovery, "add_gradients", lambda model, chosen, guidance, teacher: steps.append(
         [[torch.equal(target, known) for _, known in calls].index(True) for _, target in chosen])
         or events.append("step") or gradients(model, chosen, guidance))
     recovery.recover(denoiser, {}, Calibration(lambda: recorded, 0, visit=visit), 5, "0")
@@ -220,14 +271,14 @@ def free_memory(monkeypatch, size):
         yield
 
 
+@pytest.mark.parametrize("teaches", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_what_is_reckoned_is_what_training_allocates(recompute):
+def test_what_is_reckoned_is_what_training_allocates(recompute, teaches):
     denoiser, calls = dense_and_calls(latents=6)
-    known = calibrated(calls)
-    known.recompute = recompute
-    with recovery.training(denoiser, {}, known):
+    known = Calibration(lambda: calls, 0, recompute=recompute, lend=lent(denoiser) if teaches else None)
+    with recovery.training(denoiser, {}, known), recovery.taught(denoiser, known) as teacher:
         need = reckoning.without_activations(denoiser)
-        need = need._replace(activations=recovery.call_activations(denoiser, calls[0], 0))
+        need = need._replace(activations=recovery.call_activations(denoiser, calls[0], 0, teacher=teacher))
         allocated = most_allocated(lambda: recovery.recover(denoiser, {}, known, 2, "0"), torch.device("cpu"))
     assert need.total - need.weights == pytest.approx(allocated, rel=0.15)
     assert need.activations > need.gradients

@@ -26,8 +26,9 @@ class Calibration:
 
     The calls come from images that the dense pipeline makes of captions that are never measured; `record` makes these
     images and returns the calls. With another denoiser, `sample` draws some of them, for methods that ask for latents,
-    and `visit` records calls, for recovery. `record` is called when a method first asks for `calls`, as recording
-    takes minutes and a method may need no calls at all. Of several processes, all must ask for calls at the same time.
+    and `visit` records calls, for recovery, which also has `lend` bring the dense denoiser to a device. `record` is
+    called when a method first asks for `calls`, as recording takes minutes and a method may need no calls at all. Of
+    several processes, all must ask for calls at the same time.
     `other` returns, once there are calls, the arguments of a call for another number of images.
     """
 
@@ -35,11 +36,13 @@ class Calibration:
                  guidance_scale: float = 1.0, first_batch: int = 0, folder: Optional[Path] = None,
                  memory: int = MEMORY, sample: Optional[Callable[[nn.Module, int], Tensor]] = None,
                  recompute: bool = False, other: Optional[Callable[[], Dict[str, Any]]] = None,
-                 visit: Optional[Callable[[nn.Module, int], ContextManager[List[Call]]]] = None):
+                 visit: Optional[Callable[[nn.Module, int], ContextManager[List[Call]]]] = None,
+                 lend: Optional[Callable[[Any], ContextManager[nn.Module]]] = None):
         self._record = record
         self._sample = sample
         self._other = other
         self._visit = visit
+        self._lend = lend
         self._kept: Dict[str, Dict[str, Tensor]] = {}
         self._dense_latents: Dict[int, Tensor] = {}
         self._scratch = None if folder else tempfile.TemporaryDirectory()  # removed with this object
@@ -80,6 +83,15 @@ class Calibration:
         denoisers.
         """
         return self._visit(denoiser, number) if self.visits else nullcontext([])
+
+    @property
+    def teaches(self) -> bool:
+        """Whether dense() lends the dense denoiser."""
+        return self._lend is not None
+
+    def dense(self, device) -> ContextManager[Optional[nn.Module]]:
+        """Return a context of the dense denoiser on this device; of None, if nothing lends it."""
+        return self._lend(device) if self.teaches else nullcontext()
 
     @property
     def guidance(self) -> Optional[float]:

@@ -4,16 +4,21 @@ They learn on latents that the dense denoiser comes to while it draws, and on th
 On the former alone it would not learn to find back once it has gone astray, as it does over the steps of a drawing
 (Ross et al., 2011). If a call holds both halves of the guided output, they learn this output beside the halves, as the
 steps follow it and it magnifies errors in which the halves differ.
+
+Each block learns to give what it gives in the dense denoiser, too: from the sample alone, a block in the middle hardly
+learns what it did (Romero et al., 2015; of diffusion models Kim et al., 2023, BK-SDM). With u and v what a block gives
+in the pruned and in the dense denoiser, the mean over the blocks of E[(u − v)²] ÷ Var[v], BLOCKS times, is added to the
+error of the samples.
 """
 from __future__ import annotations
 
 import hashlib
 import math
 import random
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Set
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,8 +26,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pruning import UserError, distributed, whole_file
-from pruning.methods import probes, reckoning
+from pruning.methods import bypass, probes, reckoning
 from pruning.methods.calibration import Calibration, Call, answer, match
+from pruning.methods.moments import hooked
 from pruning.methods.sequential import one_batch
 from pruning.methods.zeroing import prunable_weights, restore_zeros
 from pruning.progress import status, tqdm
@@ -33,6 +39,14 @@ VISIT_STEPS = 50  # after about so many, the denoiser draws anew
 LEARNING_RATE = 3e-4
 WARMUP_STEPS = 10
 GRADIENT_NORM = 1.0
+BLOCKS = 5.0
+
+
+class Teacher(NamedTuple):
+    """The dense denoiser, and the names of the blocks that learn from its own."""
+
+    dense: nn.Module
+    blocks: List[str]
 
 
 def rehearse(denoiser: nn.Module, removes: bool, calibration: Calibration) -> None:
@@ -84,11 +98,11 @@ def recover(denoiser: nn.Module, weights: Dict[str, Tensor], calibration: Calibr
             optimizer, lambda step: min(1, (step + 1) / WARMUP_STEPS) * (1 + math.cos(math.pi * step / steps)) / 2)
         drawings = max(1, round(steps / VISIT_STEPS))
         for number, its_steps in groupby(step * drawings // steps for step in range(steps)):
-            with calibration.visited(denoiser, number) as visited:
+            with calibration.visited(denoiser, number) as visited, taught(denoiser, calibration) as teacher:
                 for _ in its_steps:
                     own = some(visited, CALLS_PER_STEP // 2, generator)
                     recorded = some(calibration.calls, CALLS_PER_STEP - len(own), generator)
-                    mean = add_gradients(denoiser, own + recorded, calibration.guidance)
+                    mean = add_gradients(denoiser, own + recorded, calibration.guidance, teacher)
                     if not math.isfinite(mean):
                         raise UserError("the loss of the recovery is not finite; the recorded calls or the denoiser "
                                         "hold NaN or infinity (record in float32, or use recovery_steps=0)")
@@ -107,15 +121,28 @@ def some(calls: Sequence[Call], count: int, generator: random.Random) -> List[Ca
     return [calls[index] for index in generator.sample(range(len(calls)), min(count, len(calls)))]
 
 
-def add_gradients(denoiser: nn.Module, calls: Sequence[Call], guidance: Optional[float]) -> float:
+@contextmanager
+def taught(denoiser: nn.Module, calibration: Calibration) -> Iterator[Optional[Teacher]]:
+    """Yield the teacher of a denoiser, on its device; None if the calibration lends no dense denoiser.
+
+    Blocks that are bypassed in the denoiser learn nothing.
+    """
+    with calibration.dense(next(denoiser.parameters()).device) as dense:
+        found = bypass.find(dense, calibration.calls[0][0]) if dense is not None else {}
+        blocks = [name for name in found if not isinstance(denoiser.get_submodule(name), bypass.Bypass)]
+        yield Teacher(dense, blocks) if blocks else None
+
+
+def add_gradients(denoiser: nn.Module, calls: Sequence[Call], guidance: Optional[float],
+                  teacher: Optional[Teacher] = None) -> float:
     """Add the gradients of the mean loss of some calls to the parameters' own, and return that loss.
 
-    guidance: as distillation_loss's. Each process computes its share of the calls, and all get the sum.
+    guidance, teacher: as distillation_loss's. Each process computes its share of the calls, and all get the sum.
     """
     mean = 0.0
     for call in calls[distributed.rank::distributed.world_size]:
         try:
-            loss = distillation_loss(denoiser, *call, guidance) / len(calls)
+            loss = distillation_loss(denoiser, *call, guidance, teacher) / len(calls)
             loss.backward()
         except torch.cuda.OutOfMemoryError as error:
             raise UserError("the GPU ran out of memory in recovery; give --gradient_checkpointing or a smaller "
@@ -129,12 +156,12 @@ def add_gradients(denoiser: nn.Module, calls: Sequence[Call], guidance: Optional
     return sum(distributed.gather([mean]))
 
 
-def distillation_loss(denoiser: nn.Module, kwargs: Dict[str, Any], target: Tensor, guidance: Optional[float] = None
-                      ) -> Tensor:
+def distillation_loss(denoiser: nn.Module, kwargs: Dict[str, Any], target: Tensor, guidance: Optional[float] = None,
+                      teacher: Optional[Teacher] = None) -> Tensor:
     """Return the mean squared error of denoiser(**kwargs) to the dense denoiser's sample, as a scalar in float32.
 
     guidance: the scale g if the halves of the call are unconditional, u, and conditional, c. Then the mean squared
-    error of the guided output (1 − g) u + g c is added.
+    error of the guided output (1 − g) u + g c is added. teacher: whose blocks' errors are added too; None: of none.
 
     A call that was recorded in half precision is computed in mixed precision: bfloat16, whose gradients need no scale
     as float16's do, from float32 weights. A GPU that cannot computes in float32.
@@ -142,10 +169,34 @@ def distillation_loss(denoiser: nn.Module, kwargs: Dict[str, Any], target: Tenso
     device = next(denoiser.parameters()).device.type
     able = device != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     with torch.autocast(device, torch.bfloat16, enabled=able and target.element_size() == 2):
-        sample = answer(denoiser, kwargs).float()
-    error = sample - match(target, sample)
+        sample, outputs = answer_of_blocks(denoiser, kwargs, teacher.blocks if teacher else [])
+    error = sample.float() - match(target, sample.float())
     loss = error.square().mean()
-    return loss if guidance is None else loss + probes.guided(error, guidance).square().mean()
+    if guidance is not None:
+        loss = loss + probes.guided(error, guidance).square().mean()
+    if not outputs:
+        return loss
+    with torch.no_grad():
+        _, aims = answer_of_blocks(teacher.dense, kwargs, teacher.blocks)
+    return loss + BLOCKS * sum(map(relative_error, outputs, aims)) / len(outputs)
+
+
+def answer_of_blocks(denoiser: nn.Module, kwargs: Dict[str, Any], blocks: Sequence[str]) -> Tuple[Tensor, List[Tensor]]:
+    """Return the sample that the denoiser gives for a call, and the tensors that its blocks return, in order."""
+    outputs: List[Tensor] = []
+
+    def note(_block, _inputs, output):
+        outputs.extend(each for each in (output if isinstance(output, tuple) else (output,))
+                       if isinstance(each, Tensor))
+
+    with hooked(denoiser.get_submodule(name).register_forward_hook(note) for name in blocks):
+        return answer(denoiser, kwargs), outputs
+
+
+def relative_error(output: Tensor, aim: Tensor) -> Tensor:
+    """Return the mean squared error of a block's output, relative to the variance of what it aims at, in float32."""
+    aim = aim.float()
+    return (output.float() - aim).square().mean() / aim.var().clamp_min(1e-12)
 
 
 @contextmanager
@@ -158,30 +209,34 @@ def training(denoiser: nn.Module, weights: Dict[str, Tensor], calibration: Calib
     """
     device = next(denoiser.parameters()).device
     held = sum(parameter.numel() * parameter.element_size() for parameter in denoiser.parameters())
-    free = reckoning.check_weights_fit(denoiser, device, held)
     call = max(calibration.calls, key=lambda call: len(call[1]))
-    with full_precision(denoiser, weights):
-        for asked in dict.fromkeys([calibration.recompute, True]):
-            with probes.recomputing(denoiser, asked) as recomputed:
-                need = reckoning.without_activations(denoiser)._replace(
-                    activations=call_activations(denoiser, call, free, calibration.rows), recomputed=recomputed)
-                if need.total <= free:
-                    yield f"recovery takes {need}; {device} has {gigabytes(free)} for it"
-                    return
+    with ExitStack() as lesson:
+        teacher = lesson.enter_context(taught(denoiser, calibration))  # whose weights are then no longer free
+        free = reckoning.check_weights_fit(denoiser, device, held)
+        with full_precision(denoiser, weights):
+            for asked in dict.fromkeys([calibration.recompute, True]):
+                with probes.recomputing(denoiser, asked) as recomputed:
+                    need = reckoning.without_activations(denoiser)._replace(recomputed=recomputed, activations=(
+                        call_activations(denoiser, call, free, calibration.rows, teacher)))
+                    if need.total <= free:
+                        lesson.close()
+                        yield f"recovery takes {need}; {device} has {gigabytes(free)} for it"
+                        return
         smaller = f"give a --batch_size below {calibration.first_batch}, or " if calibration.first_batch > 1 else ""
         raise UserError(f"recovery needs {need} on {device}, which has {gigabytes(free)} for it: {smaller}"
                         f"{reckoning.instead(device)}")
 
 
-def call_activations(denoiser: nn.Module, call: Call, free: int, rows: Optional[Set[tuple]] = None) -> int:
+def call_activations(denoiser: nn.Module, call: Call, free: int, rows: Optional[Set[tuple]] = None,
+                     teacher: Optional[Teacher] = None) -> int:
     """Return reckoning.activations of a recorded call, or `free` if the GPU has no memory for two latents of it.
 
-    rows: see sequential.one_batch. All processes call this together.
+    rows: see sequential.one_batch. teacher: as distillation_loss's. All processes call this together.
     """
     def backward(latents: int) -> None:
         arguments, count = one_batch([call], latents, rows)
         with torch.enable_grad():
-            distillation_loss(denoiser, arguments, call[1][:count]).backward()
+            distillation_loss(denoiser, arguments, call[1][:count], teacher=teacher).backward()
 
     try:
         size = reckoning.activations(denoiser, backward, len(call[1]))
@@ -217,8 +272,8 @@ def provenance_hash(denoiser: nn.Module, calibration: Calibration, *settings) ->
     target of its calls the name, dtype, shape and some values.
     """
     calls = calibration.calls
-    own = (len(calls), calibration.seed, calibration.guidance, calibration.visits, VISIT_STEPS, CALLS_PER_STEP,
-           LEARNING_RATE, WARMUP_STEPS, GRADIENT_NORM)
+    own = (len(calls), calibration.seed, calibration.guidance, calibration.visits, calibration.teaches, BLOCKS,
+           VISIT_STEPS, CALLS_PER_STEP, LEARNING_RATE, WARMUP_STEPS, GRADIENT_NORM)
     digest = hashlib.sha256(repr((settings, own)).encode())
     for name, tensor in chain(denoiser.named_parameters(), (("target", target) for _, target in calls)):
         values = tensor.detach().flatten()

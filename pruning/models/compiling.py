@@ -6,7 +6,8 @@ so a sweep would reach the limit after a few rates.
 """
 from __future__ import annotations
 
-from typing import Callable, List
+from contextlib import contextmanager
+from typing import Callable, Iterator, List
 
 
 class CompiledCalls:
@@ -49,3 +50,13 @@ def compile_denoiser(denoiser, backend: str = "inductor") -> CompiledCalls:
 
     denoiser.compile(backend=compile_counted)
     return calls
+
+
+@contextmanager
+def uncompiled(denoiser) -> Iterator[None]:
+    """Inside the block, calls of a denoiser run uncompiled: compiled code skips hooks that were set after it."""
+    compiled, denoiser._compiled_call_impl = denoiser._compiled_call_impl, None
+    try:
+        yield
+    finally:
+        denoiser._compiled_call_impl = compiled
