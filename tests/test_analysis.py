@@ -210,6 +210,8 @@ def test_recovery_learns_from_what_the_pruned_denoiser_draws_and_what_dense_says
         with known.visited(denoiser, 1) as others:
             assert not torch.equal(others[0][0]["sample"], calls[0][0]["sample"])
     assert not list(known.folder.glob("visit-*.pt"))
+    with known.dense("cpu") as dense:
+        assert dense is made.dense
     assert all(torch.equal(*pair) for pair in zip(denoiser.state_dict().values(), before.state_dict().values()))
 
 

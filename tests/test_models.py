@@ -167,6 +167,20 @@ def test_a_denoiser_that_falls_back_to_plain_execution_is_told(monkeypatch):
     assert not calls.compiled
 
 
+def test_hooks_that_were_set_after_compiling_are_called_where_a_denoiser_is_uncompiled():
+    compiling.forget_compiled()
+    denoiser, called = Narrow(3), []
+    calls = compiling.compile_denoiser(denoiser, backend="eager")
+    observe(calls, denoiser, 8)
+    hook = denoiser.first.register_forward_hook(lambda *_: called.append("first"))
+    with compiling.uncompiled(denoiser):
+        observe(calls, denoiser, 8)
+    assert called == ["first"]
+    hook.remove()
+    observe(calls, denoiser, 8)
+    assert calls.observed == [1, 0, 1]
+
+
 def test_a_copy_on_a_device_is_equal_apart_and_tied_as_the_original():
     original = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 3))
     original[2].weight = original[0].weight
