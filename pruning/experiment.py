@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import functools
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -253,7 +253,11 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
 
     @contextmanager
     def lend(place):
-        with pipelines.lent_to(dense, place), compiling.uncompiled(dense):
+        """Yield the dense denoiser on the device `place`, to learn from."""
+        with ExitStack() as lent:
+            with pipelines.enough_memory(place, "the dense denoiser beside the one that recovers"):
+                lent.enter_context(pipelines.lent_to(dense, place))
+            lent.enter_context(compiling.uncompiled(dense))
             yield dense
 
     return Experiment(

@@ -212,6 +212,10 @@ def test_recovery_learns_from_what_the_pruned_denoiser_draws_and_what_dense_says
     assert not list(known.folder.glob("visit-*.pt"))
     with known.dense("cpu") as dense:
         assert dense is made.dense
+    monkeypatch.setattr(pipelines, "lent_to", lambda *_: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError("full")))
+    with pytest.raises(UserError, match="cpu has no memory for the dense denoiser beside the one that recovers"), \
+            known.dense("cpu"):
+        pass
     assert all(torch.equal(*pair) for pair in zip(denoiser.state_dict().values(), before.state_dict().values()))
 
 
