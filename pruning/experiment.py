@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import functools
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -16,7 +16,7 @@ from pruning.methods import calibration
 from pruning.methods.calibration import GIB, Calibration
 from pruning.methods.options import check_together
 from pruning.metrics import BACKBONES, DEFAULT, METRICS, backbones, check_networks, costs, scores
-from pruning.models import compiling, generation, pipelines, provenance
+from pruning.models import generation, pipelines, provenance
 from pruning.models.hub import first_line
 from pruning.progress import status, tqdm
 from pruning.records.record import Notes, Record, protocol_differences
@@ -251,15 +251,6 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
                 with suppress(OSError):
                     path.unlink()
 
-    @contextmanager
-    def lend(place):
-        """Yield the dense denoiser on the device `place`, to learn from."""
-        with ExitStack() as lent:
-            with pipelines.enough_memory(place, "the dense denoiser beside the one that recovers"):
-                lent.enter_context(pipelines.lent_to(dense, place))
-            lent.enter_context(compiling.uncompiled(dense))
-            yield dense
-
     return Experiment(
         record=replace(record, notes=notes), images_folder=path.parent / "images", pipeline=pipeline, dense=dense,
         device=device, offload=args.offload, sampling=sampling, samples=repeated,
@@ -268,7 +259,8 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
         training=drawn, calibration=calibration.Calibration(
             record_calls, args.seed, checkpoint=checkpoint_file(path), guidance_scale=sampling["guidance_scale"],
             first_batch=few, memory=int(args.calibration_memory * GIB), folder=folder,
-            sample=sample, visit=visit, lend=lend, recompute=args.gradient_checkpointing,
+            sample=sample, visit=visit, recompute=args.gradient_checkpointing,
+            lend=functools.partial(pipelines.lent_to_teach, dense),
             other=lambda: calibration.read_calls(other_call)[0][0]) if captions else None)
 
 

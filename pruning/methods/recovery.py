@@ -210,8 +210,8 @@ def training(denoiser: nn.Module, weights: Dict[str, Tensor], calibration: Calib
     device = next(denoiser.parameters()).device
     held = sum(parameter.numel() * parameter.element_size() for parameter in denoiser.parameters())
     call = max(calibration.calls, key=lambda call: len(call[1]))
-    with ExitStack() as lesson:
-        teacher = lesson.enter_context(taught(denoiser, calibration))  # whose weights are then no longer free
+    with ExitStack() as lent:
+        teacher = lent.enter_context(taught(denoiser, calibration))  # whose weights are then no longer free
         free = reckoning.check_weights_fit(denoiser, device, held)
         with full_precision(denoiser, weights):
             for asked in dict.fromkeys([calibration.recompute, True]):
@@ -219,7 +219,7 @@ def training(denoiser: nn.Module, weights: Dict[str, Tensor], calibration: Calib
                     need = reckoning.without_activations(denoiser)._replace(recomputed=recomputed, activations=(
                         call_activations(denoiser, call, free, calibration.rows, teacher)))
                     if need.total <= free:
-                        lesson.close()
+                        lent.close()
                         yield f"recovery takes {need}; {device} has {gigabytes(free)} for it"
                         return
         smaller = f"give a --batch_size below {calibration.first_batch}, or " if calibration.first_batch > 1 else ""

@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import copy
 import re
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from logging import CRITICAL
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from pruning import UserError, check_name
 from pruning.data.faults import Faults, note, tell
-from pruning.models import hub, portable, saving, signature, weights_files
+from pruning.models import compiling, hub, portable, saving, signature, weights_files
 from pruning.models.hub import first_line
 from pruning.models.provenance import release
 
@@ -241,6 +241,19 @@ def lent_to(module, device: str):
     finally:
         for tensor, data in zip(tensors, waiting):
             tensor.data = data
+
+
+@contextmanager
+def lent_to_teach(dense, device: str):
+    """Yield a denoiser that is on a device during the block, and that runs uncompiled, so that its blocks can be seen.
+
+    Raises UserError if the device has no memory for it.
+    """
+    with ExitStack() as lent:
+        with enough_memory(device, "the dense denoiser beside the one that recovers"):
+            lent.enter_context(lent_to(dense, device))
+        lent.enter_context(compiling.uncompiled(dense))
+        yield dense
 
 
 def said_settings(pipeline, model: str, given: Optional[dict] = None) -> dict:
