@@ -28,6 +28,7 @@ import subprocess
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
 from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
 import torch
@@ -86,8 +87,8 @@ CHECKS: Dict[str, Check] = {
                                    ("joint", "bfloat16", BRIEF))},
     "joint in float16": Check([["--method", "joint", *FLOAT32, *PRUNED, *BRIEF],
                                ["--method", "joint", "--dtype", "float16", *PRUNED, *BRIEF]], 0.05),
-    "blocks": Check([["--method", "blocks", *BFLOAT16, *PRUNED, *BRIEF, "--device", "cpu"],
-                     ["--method", "blocks", *BFLOAT16, *PRUNED, *BRIEF]], 0.05),
+    "blocks in bfloat16": Check([["--method", "blocks", *FLOAT32, *PRUNED, *BRIEF],
+                                 ["--method", "blocks", *BFLOAT16, *PRUNED, *BRIEF]], 0.05),
     "iterative": Check([["--method", "iterative", "--recovery_steps", "5", "--rates", "0.2"]]),
     "shapes-mmdit": Check([["--model", "shapes-mmdit", "--method", "structured", *PRUNED],
                            ["--model", "shapes-mmdit", "--method", "structured", *PRUNED, "--device", "cpu"]], 0.05),
@@ -101,25 +102,26 @@ CHECKS: Dict[str, Check] = {
     "recovery in bfloat16": Check([["--method", "structured", *FLOAT32, *PRUNED, *BRIEF, "--recovery_steps", "4"],
                                    ["--method", "structured", *BFLOAT16, *PRUNED, *BRIEF, "--recovery_steps", "4"]],
                                   0.05),
+    "recovery in two processes": Check(
+        2 * [["--method", "structured", *FLOAT32, *PRUNED, *BRIEF, "--recovery_steps", "4"]], 0.02),
     "compile": Check([PRUNED, [*PRUNED, "--compile"]], 0.05),
     "resume": Check([["--rates", "0.3", "0.6"], ["--rates", "0.3"], ["--rates", "0.3", "0.6"]], 1e-3),
     "out of memory": Check([["--batch_size", "8", *PRUNED], ["--batch_size", "512", "--num_images", "512",
                                                             *PRUNED]], 1.0, "continuing with halves"),
-    "two processes": Check([["--method", "structured", *FLOAT32, *PRUNED, "--batch_size", "4"],
-                            ["--method", "structured", *FLOAT32, *PRUNED, "--batch_size", "4"]], 0.02),
+    "two processes": Check(2 * [["--method", "structured", *FLOAT32, *PRUNED, "--batch_size", "4"]], 0.02),
 }
 
 
 def command(name: str, number: int, flags: List[str], folder: Path) -> List[str]:
     """Return the command line of a run of a check."""
     script, launcher = ROOT / "pruning" / "pruning_analysis.py", [sys.executable]
-    if name == "two processes" and number:
+    if "two processes" in name and number:
         with socket.socket() as found:  # a free port
             found.bind(("127.0.0.1", 0))
             port = found.getsockname()[1]
         launcher += ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
     if name == "out of memory" and number:
-        launcher += ["-c", LITTLE_MEMORY.format(share=0.01, script=script)]
+        launcher += ["-c", LITTLE_MEMORY.format(share=0.004, script=script)]
     else:
         launcher += [str(script)]
     return [*launcher, *QUICK, "--results_dir", str(folder), *flags]
@@ -216,8 +218,11 @@ VARIANTS: Dict[str, Callable] = {
     **{f"structured 0.3, round_to {n}": structured(0.3, n) for n in (1, 16, 64)},
     "structured 0.7, round_to 1": structured(0.7, 1), "2:4": semi_structured,
 }
-# Part -> its variants
-MEASURED = {"eager": list(VARIANTS)[:6], "compiled": list(VARIANTS)[:3], "more": list(VARIANTS)[6:]}
+CHANNELS_LAST = "graph, channels last"
+MODES = ("eager", "graph", CHANNELS_LAST, "compiled")  # how calls run
+# Part -> the modes in which it measures, and its variants
+MEASURED = {"eager": (MODES[:1], list(VARIANTS)[:6]), "graphs": (MODES[1:3], list(VARIANTS)[:6]),
+            "compiled": (MODES[3:], list(VARIANTS)[:3]), "more": (MODES[:1], list(VARIANTS)[6:])}
 
 
 def repeated(value, latents: int):
@@ -240,59 +245,73 @@ def compile_denoiser(denoiser) -> None:
     denoiser.compile() if hasattr(denoiser, "down_blocks") else denoiser.compile_repeated_blocks()
 
 
-def timed(dense, call: dict, name: str, compiled: bool) -> dict:
-    """Return the costs of a variant beside dense. compiled: the dense denoiser is compiled already."""
+@torch.no_grad()
+def ready(denoiser, call: dict, mode: str) -> Callable:
+    """Return a function that runs a call as one of MODES says, after what the first call takes.
+
+    A CUDA graph holds all kernels of a call. They then start without Python, so its time is that of the kernels alone.
+    """
+    if mode == CHANNELS_LAST:
+        denoiser.to(memory_format=torch.channels_last)
+    if mode == "compiled":
+        compile_denoiser(denoiser)
+    for _ in range(3):
+        denoiser(**call)
+    if not mode.startswith("graph"):
+        return denoiser
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        denoiser(**call)
+    return lambda **_: graph.replay()
+
+
+def timed(dense, runs_dense: Callable, call: dict, name: str, mode: str) -> dict:
+    """Return the costs of a variant beside dense. runs_dense: what `ready` returned for it."""
     pruned, started = copy.deepcopy(dense), time.perf_counter()
     note = VARIANTS[name](pruned, call)
     costs.synchronize(pruned.device)
     seconds = time.perf_counter() - started
     sparse = name == "2:4"
-    row = {"variant": name, "compiled": compiled, "note": note if sparse else "", "prune_seconds": seconds}
+    row = {"variant": name, "mode": mode, "note": note if sparse else "", "prune_seconds": seconds}
     if not sparse:
         row.update(macs=costs.count_macs(pruned, call), **costs.count_parameters(pruned))
     row["peak_bytes"] = costs.peak_bytes(pruned, call)
-    if compiled:
-        started = time.perf_counter()
-        compile_denoiser(pruned)
-        with torch.no_grad():
-            pruned(**call)
-        costs.synchronize(pruned.device)
-        row["compile_seconds"] = time.perf_counter() - started
-    for denoiser in (dense, pruned):
-        with torch.no_grad():
-            denoiser(**call)
-    row["dense_seconds"], row["seconds"] = costs.denoiser_seconds([dense, pruned], call, ROUNDS)
+    started = time.perf_counter()
+    runs_pruned = ready(pruned, call, mode)
+    costs.synchronize(pruned.device)
+    row["ready_seconds"] = time.perf_counter() - started
+    row["dense_seconds"], row["seconds"] = costs.denoiser_seconds([runs_dense, runs_pruned], call, ROUNDS)
     return row
 
 
 def sizes(size: Size, device: str, part: str, until: float, keep: Callable[[dict], None]) -> List[str]:
     """Measure a part's variants of a size, pass each row to `keep`, and return those for which there was no time."""
-    left, compiled = list(MEASURED[part]), part == "compiled"
+    modes, names = MEASURED[part]
+    left = [(mode, name) for mode in modes for name in names
+            if mode != CHANNELS_LAST or MODELS[size.model].denoiser.startswith("UNet")]
     if time.monotonic() > until:
         return [f"{size.model} {size.pixels}, {part}"]
     dense, call = built(size, device, "bfloat16")
-    own = {**size._asdict(), "dtype": "bfloat16", "variant": "dense", "compiled": compiled,
-           "macs": costs.count_macs(dense, call), **costs.count_parameters(dense),
-           "peak_bytes": costs.peak_bytes(dense, call)}
-    if compiled:
-        started = time.perf_counter()
-        compile_denoiser(dense)
-        with torch.no_grad():
-            dense(**call)
-        own["compile_seconds"] = time.perf_counter() - started
-    costs.denoiser_seconds([dense], call, 3)
-    own["seconds"], = costs.denoiser_seconds([dense], call, ROUNDS)
-    keep(own)
+    own = {**size._asdict(), "dtype": "bfloat16", "variant": "dense", "macs": costs.count_macs(dense, call),
+           **costs.count_parameters(dense), "peak_bytes": costs.peak_bytes(dense, call)}
+    prepared = ""
     while left and time.monotonic() < until:
-        name = left.pop(0)
+        mode, name = left.pop(0)
         try:
-            keep({**size._asdict(), "dtype": "bfloat16", **timed(dense, call, name, compiled)})
+            if mode != prepared:
+                started = time.perf_counter()
+                runs_dense, prepared = ready(dense, call, mode), mode  # copies of a compiled module are uncompiled
+                costs.synchronize(dense.device)
+                own = {**own, "mode": mode, "ready_seconds": time.perf_counter() - started}
+                own["seconds"], = costs.denoiser_seconds([runs_dense], call, ROUNDS)
+                keep(own)
+            keep({**size._asdict(), "dtype": "bfloat16", **timed(dense, runs_dense, call, name, mode)})
         except Exception as error:  # of torch's 2:4 format, say; the other rows matter as much
-            keep({**size._asdict(), "variant": name, "compiled": compiled,
+            keep({**size._asdict(), "variant": name, "mode": mode,
                   "error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"})
         free_memory()
     torch._dynamo.reset()
-    return [f"{size.model} {size.pixels}, {part}: {name}" for name in left]
+    return [f"{size.model} {size.pixels}, {mode}: {name}" for mode, name in left]
 
 
 # ---- calibration: what pruning itself takes
@@ -339,13 +358,16 @@ def calibrated(model: str, method: str, device: str, folder: Path, memory: float
 def recovered(device: str, steps: int = 3) -> dict:
     """Train a denoiser of Stable Diffusion 1.5's sizes for some steps; return the seconds of a step and the memory.
 
-    From a call at a time of two latents, in mixed precision. Memory: what is said before, and the most that was used.
+    From a call at a time of two latents, in mixed precision, with the dense denoiser beside it, from whose blocks it
+    learns. Memory: what is said before, and the most that was used; the dense denoiser's weights are in neither.
     """
-    size = SIZES[-1]
+    size = next(size for size in SIZES if size.model == "sd15" and size.latents == 2)
     dense, call = built(size, device, "bfloat16")
     calls = [(call, torch.randn(call["sample"].shape, dtype=torch.bfloat16)) for _ in range(recovery.CALLS_PER_STEP)]
     row = {"model": size.model, "pixels": size.pixels, "latents": size.latents, "calls_per_step": len(calls)}
-    calibration = Calibration(lambda: calls, 0)
+    teacher = copy.deepcopy(dense)
+    calibration = Calibration(lambda: calls, 0, lend=lambda _: nullcontext(teacher))
+    structured(0.5)(dense, call)
     with recovery.training(dense, {}, calibration) as memory:
         recovery.recover(dense, {}, calibration, 1, "0")
         costs.synchronize(dense.device)
@@ -354,7 +376,8 @@ def recovered(device: str, steps: int = 3) -> dict:
         recovery.recover(dense, {}, calibration, steps, "0")
         costs.synchronize(dense.device)
         row["seconds_a_step"] = (time.perf_counter() - started) / steps
-    return {**row, "reckoned": memory, "peak_bytes": torch.cuda.max_memory_allocated()}
+    held = sum(tensor.numel() * tensor.element_size() for tensor in teacher.state_dict().values())
+    return {**row, "reckoned": memory, "peak_bytes": torch.cuda.max_memory_allocated() - held}
 
 
 # ---- sweep: beside plain generation
@@ -411,11 +434,11 @@ def swept(device: str, images: int = 32, steps: int = 20, batch: int = 8) -> dic
 
 ONE_ROW = {"recovery": recovered, "sweep": swept}
 # Part -> the share of the time after which it starts no further row, in the order in which parts are measured.
-PARTS = {"checks": 0.3, "eager": 0.6, "sweep": 0.65, "recovery": 0.8, "units": 0.85, "compiled": 0.95, "weights": 0.97,
-         "more": 1.0}
+PARTS = {"checks": 0.3, "eager": 0.6, "sweep": 0.65, "recovery": 0.7, "graphs": 0.8, "units": 0.85, "more": 0.9,
+         "compiled": 0.97, "weights": 1.0}
 # Part -> the list in the JSON file that its rows go to, if it has another name.
 LISTS = {**dict.fromkeys(MEASURED, "sizes"), "units": "calibration", "weights": "calibration"}
-WHAT = ("check", "model", "pixels", "latents", "variant", "compiled", "method")  # what a row is of
+WHAT = ("check", "model", "pixels", "latents", "variant", "mode", "method")  # what a row is of
 
 
 def what(row: dict) -> list:

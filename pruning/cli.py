@@ -303,6 +303,11 @@ def run(main) -> None:
         stop(130, "\ninterrupted; finished points are kept, and the same command continues from them")
     except BrokenPipeError:
         stop(2, "error: nobody reads the output any more; what is finished is kept")
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which commands import late
+            raise
+        stop(2, "error: the GPU ran out of memory; give a smaller --batch_size, --offload model or --dtype bfloat16 "
+                f"({str(error).split('.')[0]})")
     except OSError as error:  # a full disk, no permission, a name that is too long
         place = error.filename if error.filename is not None else "the output"
         stop(2, f"error: cannot use {place}: {error.strerror or error}")

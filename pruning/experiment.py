@@ -131,9 +131,9 @@ def prepare(args, path: Path, earlier: Optional[Record]) -> Experiment:
     sampling = {"seed": args.seed, **pipelines.sampling_settings(pipeline, model, {
         name: getattr(args, name) for name in ("steps", "guidance_scale", "image_size")})}
     rehearse(pipeline, dense, samples[0], device, args.offload, sampling, networks, chosen)
-    sampling["batch_size"] = (args.batch_size or (earlier and earlier.settings.get("batch_size"))
-                              or choose_batch_size(pipeline, dense, samples[0], args.seeds * len(samples), device,
-                                                   args.offload, sampling))
+    asked = args.batch_size or (earlier and earlier.settings.get("batch_size"))
+    sampling["batch_size"] = choose_batch_size(pipeline, dense, samples[0], args.seeds * len(samples), device,
+                                               args.offload, sampling, asked)
 
     hashed = originals.content_hash(samples if DATASETS[args.dataset].originals else [], sampling["image_size"])
     weights = {family: provenance.fingerprint(network.model if isinstance(network, backbones.Clip) else network)
@@ -338,13 +338,16 @@ def rehearse(pipeline, dense, sample: Sample, device: str, offload: Optional[str
 
 
 def choose_batch_size(pipeline, dense, sample: Sample, count: int, device: str, offload: Optional[str],
-                      sampling: dict) -> int:
-    """Return the batch size that suits the device and `count` images, the same in all processes."""
+                      sampling: dict, asked: Optional[int]) -> int:
+    """Return the batch size that suits the device and `count` images, the same in all processes.
+
+    asked: the user's, or that of the record that goes on.
+    """
     pipelines.set_denoiser(pipeline, dense, device, offload)
-    size = generation.fitting_batch_size(pipeline, sample, count, device, **{
+    size = generation.fitting_batch_size(pipeline, sample, count, device, asked, **{
         name: sampling[name] for name in ("steps", "guidance_scale", "image_size")})
     release(pipeline, dense, offload)
-    return distributed.broadcast(size)
+    return min(distributed.gather([size]))
 
 
 def release(pipeline, denoiser, offload: Optional[str]) -> None:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 from commands import COMMANDS
 from diffusers import UNet2DConditionModel
 from hypothesis import HealthCheck, Phase, given, settings
@@ -113,7 +114,8 @@ def test_many_arguments_of_any_kind_end_in_a_known_exit_code(nothing_long, capsy
 @pytest.mark.parametrize("name", COMMANDS)
 @pytest.mark.parametrize("problem", [
     OSError(28, "No space left on device"), PermissionError(13, "Permission denied", "a/file"),
-    OSError(36, "File name too long", "n" * 300), BrokenPipeError(32, "Broken pipe"), KeyboardInterrupt()], ids=repr)
+    OSError(36, "File name too long", "n" * 300), BrokenPipeError(32, "Broken pipe"), KeyboardInterrupt(),
+    torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 48.00 MiB. GPU 0 has")], ids=repr)
 def test_what_the_system_refuses_is_one_line(name, problem, monkeypatch, capsys):
     def refuse(_):
         raise problem

@@ -82,6 +82,21 @@ def test_the_largest_batch_that_fits_is_found(crowded, monkeypatch):
         assert generation.fitting_batch_size(crowded, sample, 50, "cuda", **one) == size
 
 
+def test_a_batch_size_without_gpu_memory_for_it_is_halved_before_anything_is_timed(crowded, monkeypatch, capsys):
+    sample, one = data.load_samples("shapes", 1)[0][0], {"steps": 2, "guidance_scale": 4.0, "image_size": 64}
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    crowded.room = 6
+    assert generation.fitting_batch_size(crowded, sample, 50, "cuda", 24, **one) == 6
+    printed = capsys.readouterr()
+    for size, half in ((24, 12), (12, 6)):
+        assert f"no GPU memory for {size} images at once: continuing with halves, as --batch_size {half} would" in (
+            printed.out + printed.err)
+    crowded.asked = ()
+    assert generation.fitting_batch_size(crowded, sample, 6, "cuda", 24, **one) == 24  # six images are one batch
+    assert crowded.asked == (6,)
+    assert generation.fitting_batch_size(crowded, sample, 50, "cpu", 24, **one) == 24
+
+
 @pytest.mark.parametrize("fastest", [8, 16, 32])
 def test_on_a_cpu_the_batch_is_the_fastest_of_those_that_the_images_and_their_size_allow(fastest):
     pipeline, sample = pipelines.load_pipeline("shapes-unet"), data.load_samples("shapes", 1)[0][0]

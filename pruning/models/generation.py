@@ -110,28 +110,41 @@ def _call_by_halves(pipeline, batch, *settings) -> np.ndarray:
                             f"--image_size ({first_line(error)})") from error
     torch.cuda.empty_cache()  # outside the handler, which holds the tensors of the failed call
     half = len(batch) // 2
-    tqdm.write(f"no GPU memory for {len(batch)} images at once: continuing with halves, as --batch_size {half} would")
+    _tell_halves(len(batch), half)
     return np.concatenate([_call_by_halves(pipeline, part, *settings) for part in (batch[:half], batch[half:])])
 
 
-def fitting_batch_size(pipeline, sample, count: int, device: str, *, steps: int, guidance_scale: float,
-                       image_size: int) -> int:
-    """Return how many of `count` images to draw together: the most that fit a GPU, on a CPU the fastest."""
+def _tell_halves(images: int, half: int) -> None:
+    tqdm.write(f"no GPU memory for {images} images at once: continuing with halves, as --batch_size {half} would")
+
+
+def fitting_batch_size(pipeline, sample, count: int, device: str, asked: Optional[int] = None, *, steps: int,
+                       guidance_scale: float, image_size: int) -> int:
+    """Return how many of `count` images to draw together: the most that fit a GPU, on a CPU the fastest.
+
+    asked: the user's number. A GPU without memory for so many takes the largest half of a half that fits, and says so.
+    """
     import torch
     settings = dict(seed=0, steps=steps, guidance_scale=guidance_scale, image_size=image_size)
     if torch.device(device).type == "cpu":
+        if asked:
+            return asked
         most = max(1, CPU_PIXELS // image_size ** 2)
         sizes = [size for size in CPU_BATCHES if size <= most and size < 2 * count] or [min(most, CPU_BATCHES[0])]
         return fastest_batch_size(pipeline, sample, sizes, **settings) if len(sizes) > 1 else sizes[0]
-    for size in GPU_BATCHES[:-1]:
+    most = min(asked, count) if asked else 0
+    sizes = [most >> halvings for halvings in range(most.bit_length())] or GPU_BATCHES
+    for size, half in zip(sizes, sizes[1:]):
         try:
             with computing_once(pipeline):
                 _call(pipeline, [sample] * size, **settings)
-            return size
+            return asked if size == most else size
         except torch.cuda.OutOfMemoryError:
             pass
         torch.cuda.empty_cache()
-    return GPU_BATCHES[-1]
+        if asked:
+            _tell_halves(size, half)
+    return sizes[-1]
 
 
 def fastest_batch_size(pipeline, sample, sizes: Sequence[int], **settings) -> int:
