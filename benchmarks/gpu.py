@@ -1,13 +1,14 @@
 """What pruning gives on a GPU: checks of every CUDA path, call times at published sizes, and what the rest takes.
 
-The rest is calibration, recovery, and a sweep of Stable Diffusion 1.5's sizes beside plain generation.
+The rest is calibration, recovery, and a sweep of Stable Diffusion 1.5's sizes beside plain generation. Calls are timed
+as Python starts their kernels, in CUDA graphs, and compiled.
 
 The large models have random weights, as time depends on shapes alone. Rows are measured in the order of what matters
 most until the time is up; the rest is named. The JSON file is written after each row. A row takes the place of an
 earlier run's row of the same thing, so a second run can measure what the first had no time for.
 
 example:
-  python benchmarks/gpu.py --parts sweep compiled --seconds 400
+  python benchmarks/gpu.py --parts graphs compiled --seconds 400
 """
 from __future__ import annotations
 
