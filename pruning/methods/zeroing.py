@@ -80,8 +80,11 @@ def restore_zeros(weights: Dict[str, Tensor], masks: Dict[str, Tensor]) -> None:
 
 def check_scores(weights: Dict[str, Tensor], score: Score) -> None:
     """Raise UserError if a score is NaN or -inf."""
-    lowest_of = [(name, scores.min()) for name, _, scores in _blocks(weights, score)]
-    for (name, _), low in zip(lowest_of, torch.stack([low for _, low in lowest_of]).tolist()):
+    # One tensor a weight, made before: small ones in between would keep the memory of blocks from being used again.
+    lowest_of = {name: torch.full((), math.inf, device=weight.device) for name, weight in weights.items()}
+    for name, _, scores in _blocks(weights, score):
+        torch.minimum(lowest_of[name], scores.min(), out=lowest_of[name])
+    for name, low in zip(lowest_of, torch.stack(list(lowest_of.values())).tolist()):
         if not low > -math.inf:  # false for NaN too, which min() passes on
             raise UserError(f"{name} has scores that are NaN or -inf and so have no order; check the model's weights")
 
