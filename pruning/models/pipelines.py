@@ -133,8 +133,9 @@ def check_release(config: dict) -> None:
     """Raise UserError if diffusers needs a newer torch for the denoiser that a pipeline's config names."""
     import torch
 
-    # Flux's attention passes an argument that older releases lack. Sana's pipeline names an error that they lack.
-    newer = ("Flux",) if torch.cuda.is_available() else ("Flux", "Sana")
+    # The attention of Flux and Chroma passes an argument that older releases lack. Sana's pipeline names an error that
+    # they lack.
+    newer = ("Flux", "Chroma") if torch.cuda.is_available() else ("Flux", "Chroma", "Sana")
     name = str((config.get("transformer") or ["", ""])[1])
     if name.startswith(newer) and release("torch") < (2, 5):
         raise UserError(f"diffusers runs {name} with torch 2.5 or later, which needs Python 3.9 or later; "
