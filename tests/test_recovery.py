@@ -288,7 +288,8 @@ def test_what_is_reckoned_is_what_training_allocates(recompute, teaches):
         need = reckoning.without_activations(denoiser)
         need = need._replace(activations=recovery.call_activations(denoiser, calls[0], 0, teacher=teacher))
         allocated = most_allocated(lambda: recovery.recover(denoiser, {}, known, 2, "0"), torch.device("cpu"))
-    assert need.total - need.weights == pytest.approx(allocated, rel=0.15)
+    # In a denoiser as small as this, the second latent, by which the others are reckoned, takes less than they do.
+    assert need.total - need.weights == pytest.approx(allocated, rel=0.2)
     assert need.activations > need.gradients
 
 
@@ -296,8 +297,8 @@ def test_what_is_reckoned_is_what_training_allocates(recompute, teaches):
 def test_recovery_that_does_not_fit_is_refused_with_the_remedy_before_anything_changes(method, monkeypatch):
     dense, calls = dense_and_calls(latents=6)
     held = 4 * sum(parameter.numel() for parameter in dense.parameters())
-    for free, remedy in ((2.9 * held, "recovery needs .*and activations on cpu, .*: give a device with more memory"),
-                         (3.1 * held, "activations with gradient checkpointing .*: give a --batch_size below 3, or ")):
+    for free, remedy in ((1.9 * held, "recovery needs .*and activations on cpu, .*: give a device with more memory"),
+                         (2.2 * held, "activations with gradient checkpointing .*: give a --batch_size below 3, or ")):
         denoiser, known = copy.deepcopy(dense), calibrated(calls)
         known.first_batch = 3
         with free_memory(monkeypatch, free), pytest.raises(UserError, match=remedy):
@@ -319,7 +320,8 @@ def test_gradient_checkpointing_comes_on_if_memory_is_short_and_changes_no_bit(m
     assert needs[True] < 0.8 * needs[False]
     dense.conv_in.weight.data[:8] = 0  # so that there is something to train
     models = [copy.deepcopy(dense) for _ in range(2)]
-    short = 12 * sum(parameter.numel() for parameter in dense.parameters()) + sum(needs.values()) / 2
+    need = reckoning.without_activations(dense)
+    short = need.gradients + need.moments + sum(needs.values()) / 2
     for model, free in zip(models, (2 ** 34, short)):
         with free_memory(monkeypatch, free), recovery.training(model, {}, calibrated(calls)):
             assert model.is_gradient_checkpointing is (free == short)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from pruning import UserError, distributed
+from pruning.methods import muon
 from pruning.methods.moments import hooked
 from pruning.methods.probes import forget
 from pruning.metrics.costs import most_allocated
@@ -19,8 +20,8 @@ class Need(NamedTuple):
 
     weights: int  # these three in float32
     gradients: int
-    moments: int  # the two of AdamW
-    activations: int = 0  # of the largest call, and what the backward pass takes beside gradients
+    moments: int  # that Muon holds: one of matrices, two of vectors
+    activations: int = 0  # of the largest call, and what the backward pass takes beside gradients; or of Muon's step
     recomputed: bool = False  # whether activations are computed twice instead of kept
 
     @property
@@ -29,7 +30,7 @@ class Need(NamedTuple):
         return self.weights + self.gradients + self.moments + self.activations
 
     def __str__(self) -> str:
-        parts = {"weights": self.weights, "gradients": self.gradients, "moments of AdamW": self.moments,
+        parts = {"weights": self.weights, "gradients": self.gradients, "moments": self.moments,
                  f"activations{' with gradient checkpointing' * self.recomputed}": self.activations}
         return f"{gigabytes(self.total)} (" + ", ".join(
             f"{name} {gigabytes(size)}" for name, size in parts.items() if size) + ")"
@@ -44,7 +45,7 @@ def instead(device: torch.device) -> str:
 def without_activations(denoiser: nn.Module) -> Need:
     """Return what training takes whatever the calls are."""
     numbers = sum(parameter.numel() for parameter in denoiser.parameters())
-    return Need(4 * numbers, 4 * numbers, 8 * numbers)
+    return Need(4 * numbers, 4 * numbers, muon.held_bytes(denoiser))
 
 
 def free_bytes(device: torch.device) -> int:

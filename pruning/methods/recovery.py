@@ -27,9 +27,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pruning import UserError, distributed, whole_file
-from pruning.methods import bypass, probes, reckoning
+from pruning.methods import bypass, muon, probes, reckoning
 from pruning.methods.calibration import Calibration, Call, answer, match
 from pruning.methods.moments import hooked
+from pruning.methods.muon import Muon
 from pruning.methods.sequential import one_batch
 from pruning.methods.zeroing import prunable_weights, restore_zeros
 from pruning.progress import status, tqdm
@@ -37,7 +38,6 @@ from pruning.records.words import gigabytes
 
 CALLS_PER_STEP = 4
 VISIT_STEPS = 50  # after about so many, the denoiser draws anew
-LEARNING_RATE = 3e-4
 WARMUP_STEPS = 10
 GRADIENT_NORM = 1.0
 BLOCKS = 5.0
@@ -83,7 +83,7 @@ def recover(denoiser: nn.Module, weights: Dict[str, Tensor], calibration: Calibr
     others are recorded ones of dense, which are of more captions. If the calibration cannot draw, all are recorded.
 
     weights: parameters by name whose zeros stay zero; {} if units were removed and no zeros stand for them. All
-    other parameters are trained, in float32, by AdamW with warm-up and cosine decay. Afterwards the dtypes are as
+    other parameters are trained, in float32, by Muon with warm-up and cosine decay. Afterwards the dtypes are as
     before. seed: decides which calls a step takes. bar: a progress bar that moves by one with each step.
 
     Several processes share out the calls of each step and add up their gradients. Sums in another order round
@@ -94,7 +94,7 @@ def recover(denoiser: nn.Module, weights: Dict[str, Tensor], calibration: Calibr
     with full_precision(denoiser, weights), torch.enable_grad():
         masks = {name: weight == 0 for name, weight in weights.items()}
         parameters = list(denoiser.parameters())
-        optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0, foreach=False)  # in little memory
+        optimizer = Muon(parameters)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1, (step + 1) / WARMUP_STEPS) * (1 + math.cos(math.pi * step / steps)) / 2)
         drawings = max(1, round(steps / VISIT_STEPS))
@@ -229,7 +229,9 @@ def training(denoiser: nn.Module, weights: Dict[str, Tensor], calibration: Calib
 
 def call_activations(denoiser: nn.Module, call: Call, free: int, rows: Optional[Set[tuple]] = None,
                      teacher: Optional[Teacher] = None) -> int:
-    """Return reckoning.activations of a recorded call, or `free` if the GPU has no memory for two latents of it.
+    """Return reckoning.activations of a recorded call, or what Muon takes to make a step if that is more.
+
+    If the GPU has no memory for two latents of the call, return `free`.
 
     rows: see sequential.one_batch. teacher: as distillation_loss's. All processes call this together.
     """
@@ -242,7 +244,7 @@ def call_activations(denoiser: nn.Module, call: Call, free: int, rows: Optional[
         size = reckoning.activations(denoiser, backward, len(call[1]))
     except torch.cuda.OutOfMemoryError:
         size = free
-    return max(distributed.gather([size]))
+    return max(muon.step_bytes(denoiser), *distributed.gather([size]))
 
 
 @contextmanager
@@ -273,7 +275,7 @@ def provenance_hash(denoiser: nn.Module, calibration: Calibration, *settings) ->
     """
     calls = calibration.calls
     own = (len(calls), calibration.seed, calibration.guidance, calibration.visits, calibration.teaches, BLOCKS,
-           VISIT_STEPS, CALLS_PER_STEP, LEARNING_RATE, WARMUP_STEPS, GRADIENT_NORM)
+           VISIT_STEPS, CALLS_PER_STEP, WARMUP_STEPS, GRADIENT_NORM, muon.SETTINGS)
     digest = hashlib.sha256(repr((settings, own)).encode())
     for name, tensor in chain(denoiser.named_parameters(), (("target", target) for _, target in calls)):
         values = tensor.detach().flatten()
