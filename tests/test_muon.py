@@ -16,6 +16,8 @@ def test_the_singular_values_of_a_step_are_near_one_and_its_directions_those_of_
     found = left.T @ muon.orthogonal(matrix) @ right.T
     assert 0.6 < found.diagonal().min() <= found.diagonal().max() < 1.3
     assert (found - found.diagonal().diag()).abs().max() < 1e-4
+    rounded = left.T @ muon.orthogonal(matrix.bfloat16()).float() @ right.T
+    assert (rounded - found).abs().max() < 0.2
 
 
 def test_no_gradient_gives_no_step():

@@ -43,7 +43,10 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["momentum"] = torch.zeros_like(gradient)
         momentum = state["momentum"].mul_(MOMENTUM).add_(gradient)
-        change = orthogonal((gradient + MOMENTUM * momentum).flatten(1))
+        aim = (gradient + MOMENTUM * momentum).flatten(1)
+        if aim.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False):
+            aim = aim.bfloat16()  # many times as fast there, and enough for the iteration (Jordan et al., 2024)
+        change = orthogonal(aim).to(gradient.dtype)
         # So a step changes outputs as much whatever the sizes of the layer are, and one rate suits all models.
         return change.mul_(max(1, len(change) / change.shape[1]) ** 0.5).view_as(gradient)
 
@@ -57,7 +60,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """Return about U Vᵀ of matrix = U S Vᵀ: its singular values end near 1, by a Newton-Schulz iteration."""
+    """Return about U Vᵀ of matrix = U S Vᵀ, in its dtype: singular values end near 1, by a Newton-Schulz iteration."""
     a, b, c = FACTORS
     tall = len(matrix) > matrix.shape[1]
     matrix = (matrix.T if tall else matrix) / matrix.norm().clamp_min(1e-30)
