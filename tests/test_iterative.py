@@ -91,7 +91,7 @@ def test_the_rate_is_reached_to_the_weight_in_the_dtype_it_came_in(dense, calls,
 def test_kept_weights_that_train_to_what_half_precision_rounds_to_zero_stay_in_the_count(dense, calls, monkeypatch):
     half = copy.deepcopy(dense).half()
     half.conv_out.weight.data.fill_(6e-8)  # float16's least number; a training step takes many weights below half of it
-    monkeypatch.setattr(muon, "MATRIX_RATE", 2e-7)
+    monkeypatch.setattr(recovery, "LEARNING_RATE", 5e-8)
     monkeypatch.setattr(recovery, "WARMUP_STEPS", 1)
     denoiser, pruned = recovered(half, 0.1, calls)
     assert pruned.taken == pruned.asked == zeros(denoiser)
@@ -167,7 +167,7 @@ def test_pruned_weights_stay_pruned_and_kept_weights_adapt(dense, calls):
 
 @pytest.mark.parametrize("scope", SCOPES)
 def test_recovery_brings_the_answers_nearer_to_the_dense_denoiser(dense, calls, scope, monkeypatch):
-    monkeypatch.setattr(muon, "MATRIX_RATE", 0.03)  # few steps must suffice here
+    monkeypatch.setattr(recovery, "LEARNING_RATE", 2e-3)  # few steps must suffice here
     monkeypatch.setattr(recovery, "WARMUP_STEPS", 1)
     denoiser, masked = copy.deepcopy(dense), copy.deepcopy(dense)
     prune("iterative", denoiser, 0.5, scope=scope, recovery_steps=4, calibration=calibrated(calls))
@@ -244,7 +244,7 @@ def test_no_calls_are_recorded_if_there_is_nothing_to_recover(dense, options):
 # ---- recovery as a step of any method
 
 def test_a_denoiser_with_units_removed_can_recover(dense, calls, monkeypatch):
-    monkeypatch.setattr(muon, "MATRIX_RATE", 0.03)
+    monkeypatch.setattr(muon, "MATRIX_RATE", 0.03)  # few steps must suffice here
     monkeypatch.setattr(recovery, "WARMUP_STEPS", 1)
     denoiser = copy.deepcopy(dense).half()
     prune("structured", denoiser, 0.5, criterion="norm", refit=False)

@@ -12,7 +12,7 @@ from test_reconstruct import Idle, Net, Twice, calibration, calls_of, fresh_erro
 from torch import nn
 
 from pruning import UserError, cli, methods, pruning_analysis
-from pruning.methods import moments, muon, probes, prune, recovery, refit, sparsegpt, wanda, weights
+from pruning.methods import moments, probes, prune, recovery, refit, sparsegpt, wanda, weights
 from pruning.methods.calibration import Calibration
 from pruning.methods.options import SCOPES, check_together, pattern_of
 from pruning.models import pipelines
@@ -353,7 +353,7 @@ def test_a_guided_allocation_differs_from_a_uniform_one_and_brings_the_outputs_n
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "reconstruct"])
 def test_recovery_holds_the_zeros_and_lowers_the_loss(method, monkeypatch):
-    monkeypatch.setattr(muon, "MATRIX_RATE", 0.03)  # few steps must suffice here
+    monkeypatch.setattr(recovery, "LEARNING_RATE", 2e-3)  # few steps must suffice here
     monkeypatch.setattr(recovery, "WARMUP_STEPS", 1)
     known, losses = calibration(Net()), []
     models = [pruned(Net(), method, 0.7, known, recovery_steps=steps) for steps in (0, 8)]

@@ -1,8 +1,8 @@
-"""Muon, which trains in recovery: a step changes a matrix in all its directions alike (Jordan et al., 2024).
+"""Muon, an optimizer for recovery: a step changes a matrix in all its directions alike (Jordan et al., 2024).
 
 AdamW scales each weight's step for itself. Muon makes the momentum M of a whole matrix orthogonal, U Vᵀ of M = U S Vᵀ,
-so that weak directions of M are learned as fast as strong ones. The same steps then bring a pruned denoiser nearer to
-the dense one (docs/methods.md, Recovery). Muon also holds one number a weight where AdamW holds two.
+so that weak directions of M are learned as fast as strong ones. The same steps then bring back more of what a UNet has
+lost (docs/methods.md, Recovery). Muon also holds one number a weight where AdamW holds two.
 """
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from torch import Tensor, nn
 MATRIX_RATE = 0.01  # the largest singular value of a step, of a matrix that has no more rows than columns
 VECTOR_RATE = 3e-4
 MOMENTUM = 0.95  # of matrices
-BETAS, EPSILON = (0.9, 0.99), 1e-8  # of AdamW, for all that is no matrix
+BETAS, EPSILON = (0.9, 0.99), 1e-8  # of Adam, for all that is no matrix
 ITERATIONS, FACTORS = 5, (3.4445, -4.7750, 2.0315)  # Jordan et al., 2024: singular values end between 0.7 and 1.2
-SETTINGS = (MATRIX_RATE, VECTOR_RATE, MOMENTUM, BETAS, EPSILON, ITERATIONS, FACTORS)
 
 
 class Muon(torch.optim.Optimizer):

@@ -20,7 +20,7 @@ class Need(NamedTuple):
 
     weights: int  # these three in float32
     gradients: int
-    moments: int  # that Muon holds: one of matrices, two of vectors
+    moments: int  # that the optimizer holds: two numbers a weight by AdamW, one by Muon
     activations: int = 0  # of the largest call, and what the backward pass takes beside gradients; or of Muon's step
     recomputed: bool = False  # whether activations are computed twice instead of kept
 
@@ -42,10 +42,10 @@ def instead(device: torch.device) -> str:
     return f"give {on_cpu}a device with more memory, or --recovery_steps 0"
 
 
-def without_activations(denoiser: nn.Module) -> Need:
-    """Return what training takes whatever the calls are."""
+def without_activations(denoiser: nn.Module, by_muon: bool = False) -> Need:
+    """Return what training takes whatever the calls are, by Muon or by AdamW, which takes more."""
     numbers = sum(parameter.numel() for parameter in denoiser.parameters())
-    return Need(4 * numbers, 4 * numbers, muon.held_bytes(denoiser))
+    return Need(4 * numbers, 4 * numbers, muon.held_bytes(denoiser) if by_muon else 8 * numbers)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -65,13 +65,14 @@ def free_bytes(device: torch.device) -> int:
     return min(distributed.gather([free]))
 
 
-def check_weights_fit(denoiser: nn.Module, device, held: int = 0) -> int:
+def check_weights_fit(denoiser: nn.Module, device, held: int = 0, by_muon: bool = False) -> int:
     """Return what training may take of a device. Raises UserError if it needs more even without activations.
 
-    held: what the denoiser takes of the device already. All processes call this together.
+    held: what the denoiser takes of the device already. by_muon: as without_activations'. All processes call this
+    together.
     """
     device = torch.device(device)
-    need, free = without_activations(denoiser), free_bytes(device) + held
+    need, free = without_activations(denoiser, by_muon), free_bytes(device) + held
     if need.total > free:
         raise UserError(f"recovery needs {need} and activations on {device}, which has {gigabytes(free)} for it: "
                         f"{instead(device)}")

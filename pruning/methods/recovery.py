@@ -38,6 +38,7 @@ from pruning.records.words import gigabytes
 
 CALLS_PER_STEP = 4
 VISIT_STEPS = 50  # after about so many, the denoiser draws anew
+LEARNING_RATE = 3e-4  # of AdamW
 WARMUP_STEPS = 10
 GRADIENT_NORM = 1.0
 BLOCKS = 5.0
@@ -83,7 +84,7 @@ def recover(denoiser: nn.Module, weights: Dict[str, Tensor], calibration: Calibr
     others are recorded ones of dense, which are of more captions. If the calibration cannot draw, all are recorded.
 
     weights: parameters by name whose zeros stay zero; {} if units were removed and no zeros stand for them. All
-    other parameters are trained, in float32, by Muon with warm-up and cosine decay. Afterwards the dtypes are as
+    other parameters are trained, in float32, with warm-up and cosine decay (by_muon). Afterwards the dtypes are as
     before. seed: decides which calls a step takes. bar: a progress bar that moves by one with each step.
 
     Several processes share out the calls of each step and add up their gradients. Sums in another order round
@@ -94,7 +95,8 @@ def recover(denoiser: nn.Module, weights: Dict[str, Tensor], calibration: Calibr
     with full_precision(denoiser, weights), torch.enable_grad():
         masks = {name: weight == 0 for name, weight in weights.items()}
         parameters = list(denoiser.parameters())
-        optimizer = Muon(parameters)
+        optimizer = Muon(parameters) if by_muon(denoiser, weights) else torch.optim.AdamW(
+            parameters, lr=LEARNING_RATE, weight_decay=0, foreach=False)  # in little memory
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1, (step + 1) / WARMUP_STEPS) * (1 + math.cos(math.pi * step / steps)) / 2)
         drawings = max(1, round(steps / VISIT_STEPS))
@@ -122,13 +124,24 @@ def some(calls: Sequence[Call], count: int, generator: random.Random) -> List[Ca
     return [calls[index] for index in generator.sample(range(len(calls)), min(count, len(calls)))]
 
 
+def by_muon(denoiser: nn.Module, weights: Dict[str, Tensor]) -> bool:
+    """Return whether Muon trains the denoiser, as it does a UNet of which units were removed; all others AdamW trains.
+
+    weights: as recover's. Muon brings back more of what is lost, but where little is lost, in shapes-mmdit and with
+    zeros held, its steps cost more than they gain (docs/methods.md, Recovery).
+    """
+    return not weights and bool(learning_blocks(denoiser))
+
+
+def learning_blocks(denoiser: nn.Module) -> List[str]:
+    """Return the names of the blocks that learn from the dense denoiser's: those of UNets that are not bypassed."""
+    return [name for name, block in denoiser.named_modules() if type(block) in bypass.BYPASSES]
+
+
 @contextmanager
 def taught(denoiser: nn.Module, calibration: Calibration) -> Iterator[Optional[Teacher]]:
-    """Yield the teacher of a denoiser, on its device; None for a transformer, or if the calibration lends no dense one.
-
-    Blocks that are bypassed learn nothing.
-    """
-    blocks = [name for name, block in denoiser.named_modules() if type(block) in bypass.BYPASSES]
+    """Yield the teacher of a denoiser, on its device; None for a transformer, or if the calibration lends no dense."""
+    blocks = learning_blocks(denoiser)
     with calibration.dense(next(denoiser.parameters()).device) if blocks else nullcontext() as dense:
         yield None if dense is None else Teacher(dense, blocks)
 
@@ -209,15 +222,16 @@ def training(denoiser: nn.Module, weights: Dict[str, Tensor], calibration: Calib
     """
     device = next(denoiser.parameters()).device
     held = sum(parameter.numel() * parameter.element_size() for parameter in denoiser.parameters())
-    call = max(calibration.calls, key=lambda call: len(call[1]))
+    call, by = max(calibration.calls, key=lambda call: len(call[1])), by_muon(denoiser, weights)
     with ExitStack() as lent:
         teacher = lent.enter_context(taught(denoiser, calibration))  # whose weights are then no longer free
-        free = reckoning.check_weights_fit(denoiser, device, held)
+        free = reckoning.check_weights_fit(denoiser, device, held, by)
         with full_precision(denoiser, weights):
             for asked in dict.fromkeys([calibration.recompute, True]):
                 with probes.recomputing(denoiser, asked) as recomputed:
-                    need = reckoning.without_activations(denoiser)._replace(recomputed=recomputed, activations=(
-                        call_activations(denoiser, call, free, calibration.rows, teacher)))
+                    need = reckoning.without_activations(denoiser, by)._replace(recomputed=recomputed, activations=max(
+                        call_activations(denoiser, call, free, calibration.rows, teacher),
+                        muon.step_bytes(denoiser) if by else 0))
                     if need.total <= free:
                         lent.close()
                         yield f"recovery takes {need}; {device} has {gigabytes(free)} for it"
@@ -229,9 +243,7 @@ def training(denoiser: nn.Module, weights: Dict[str, Tensor], calibration: Calib
 
 def call_activations(denoiser: nn.Module, call: Call, free: int, rows: Optional[Set[tuple]] = None,
                      teacher: Optional[Teacher] = None) -> int:
-    """Return reckoning.activations of a recorded call, or what Muon takes to make a step if that is more.
-
-    If the GPU has no memory for two latents of the call, return `free`.
+    """Return reckoning.activations of a recorded call, or `free` if the GPU has no memory for two latents of it.
 
     rows: see sequential.one_batch. teacher: as distillation_loss's. All processes call this together.
     """
@@ -244,7 +256,7 @@ def call_activations(denoiser: nn.Module, call: Call, free: int, rows: Optional[
         size = reckoning.activations(denoiser, backward, len(call[1]))
     except torch.cuda.OutOfMemoryError:
         size = free
-    return max(muon.step_bytes(denoiser), *distributed.gather([size]))
+    return max(distributed.gather([size]))
 
 
 @contextmanager
@@ -275,7 +287,7 @@ def provenance_hash(denoiser: nn.Module, calibration: Calibration, *settings) ->
     """
     calls = calibration.calls
     own = (len(calls), calibration.seed, calibration.guidance, calibration.visits, calibration.teaches, BLOCKS,
-           VISIT_STEPS, CALLS_PER_STEP, WARMUP_STEPS, GRADIENT_NORM, muon.SETTINGS)
+           VISIT_STEPS, CALLS_PER_STEP, LEARNING_RATE, WARMUP_STEPS, GRADIENT_NORM)
     digest = hashlib.sha256(repr((settings, own)).encode())
     for name, tensor in chain(denoiser.named_parameters(), (("target", target) for _, target in calls)):
         values = tensor.detach().flatten()
