@@ -88,7 +88,7 @@ def recover(denoiser: nn.Module, weights: Dict[str, Tensor], calibration: Calibr
     before. seed: decides which calls a step takes. bar: a progress bar that moves by one with each step.
 
     Several processes share out the calls of each step and add up their gradients. Sums in another order round
-    differently: weights then differ from those of one process by about 1e-6, and not at all among the processes.
+    differently: weights then differ from those of one process by about 1e-5, and not at all among the processes.
     Raises UserError if the loss is not finite, or if the device has no memory left.
     """
     generator = random.Random(seed)
