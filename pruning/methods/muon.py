@@ -44,7 +44,7 @@ class Muon(torch.optim.Optimizer):
         momentum = state["momentum"].mul_(MOMENTUM).add_(gradient)
         aim = (gradient + MOMENTUM * momentum).flatten(1)
         if aim.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False):
-            aim = aim.bfloat16()  # many times as fast there, and enough for the iteration (Jordan et al., 2024)
+            aim = aim.bfloat16()  # enough for the iteration (Jordan et al., 2024), and faster
         change = orthogonal(aim).to(gradient.dtype)
         # So a step changes outputs as much whatever the sizes of the layer are, and one rate suits all models.
         return change.mul_(max(1, len(change) / change.shape[1]) ** 0.5).view_as(gradient)

@@ -122,7 +122,7 @@ def fitting_batch_size(pipeline, sample, count: int, device: str, asked: Optiona
                        guidance_scale: float, image_size: int) -> int:
     """Return how many of `count` images to draw together: the most that fit a GPU, on a CPU the fastest.
 
-    asked: the user's number. A GPU without memory for so many takes the largest half of a half that fits, and says so.
+    asked: the user's number. For a GPU without memory for so many it is halved until they fit, with a line each time.
     """
     import torch
     settings = dict(seed=0, steps=steps, guidance_scale=guidance_scale, image_size=image_size)
