@@ -326,7 +326,7 @@ def calibrated(model: str, method: str, device: str, folder: Path, memory: float
     """Prune a model at rate 0.5 with calibration; return the seconds of each stage and the peak memory on the GPU."""
     size = next(size for size in SIZES if size.model == model and size.latents == 2)
     dense, call = built(size, device, "bfloat16")
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in dense.state_dict().values())
+    weights = costs.count_parameters(dense)["weight_bytes"]
     recorded = []
     for index in range(CALLS):
         shapes = MODELS[model].inputs(size.latent)
@@ -377,7 +377,7 @@ def recovered(device: str, steps: int = 3) -> dict:
         recovery.recover(dense, {}, calibration, steps, "0")
         costs.synchronize(dense.device)
         row["seconds_a_step"] = (time.perf_counter() - started) / steps
-    held = sum(tensor.numel() * tensor.element_size() for tensor in teacher.state_dict().values())
+    held = costs.count_parameters(teacher)["weight_bytes"]
     return {**row, "reckoned": memory, "peak_bytes": torch.cuda.max_memory_allocated() - held}
 
 

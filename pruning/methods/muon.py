@@ -32,10 +32,9 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         """Change all parameters that have a gradient."""
-        for group in self.param_groups:
+        for group, change in zip(self.param_groups, (self._matrix_step, self._vector_step)):
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    change = self._matrix_step if parameter.dim() > 1 else self._vector_step
                     parameter.sub_(change(self.state[parameter], parameter.grad), alpha=group["lr"])
 
     def _matrix_step(self, state: dict, gradient: Tensor) -> Tensor:

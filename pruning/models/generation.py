@@ -132,13 +132,13 @@ def fitting_batch_size(pipeline, sample, count: int, device: str, asked: Optiona
         most = max(1, CPU_PIXELS // image_size ** 2)
         sizes = [size for size in CPU_BATCHES if size <= most and size < 2 * count] or [min(most, CPU_BATCHES[0])]
         return fastest_batch_size(pipeline, sample, sizes, **settings) if len(sizes) > 1 else sizes[0]
-    most = min(asked, count) if asked else 0
-    sizes = [most >> halvings for halvings in range(most.bit_length())] or GPU_BATCHES
+    whole = min(asked, count) if asked else 0
+    sizes = [whole >> halvings for halvings in range(whole.bit_length())] or GPU_BATCHES
     for size, half in zip(sizes, sizes[1:]):
         try:
             with computing_once(pipeline):
                 _call(pipeline, [sample] * size, **settings)
-            return asked if size == most else size
+            return asked if size == whole else size
         except torch.cuda.OutOfMemoryError:
             pass
         torch.cuda.empty_cache()
