@@ -34,7 +34,7 @@ from pruning.metrics import backbones, scores
 from pruning.models import generation, pipelines
 from pruning.records.record import read_record
 
-MODEL, METHOD = "shapes-unet", "magnitude"
+METHOD = "magnitude"
 
 
 def median_seconds(call, times: int = 1) -> float:
@@ -47,20 +47,20 @@ def median_seconds(call, times: int = 1) -> float:
     return float(np.median(taken))
 
 
-def flags(count: int, folder) -> list:
+def flags(model: str, count: int, folder) -> list:
     """Return the flags of a sweep of `count` images a rate that writes to `folder`."""
-    return ["--method", METHOD, "--num_images", str(count), "--results_dir", str(folder)]
+    return ["--model", model, "--method", METHOD, "--num_images", str(count), "--results_dir", str(folder)]
 
 
-def own_record(folder: Path):
+def own_record(model: str, folder: Path):
     """Return the record of a sweep that wrote to `folder`."""
-    return read_record(folder / MODEL / "shapes" / f"{METHOD}.json")
+    return read_record(folder / model / "shapes" / f"{METHOD}.json")
 
 
-def our_sweep(count: int, folder: Path) -> None:
+def our_sweep(model: str, count: int, folder: Path) -> None:
     """Run the command in this process."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        pruning_analysis.main(flags(count, folder))
+        pruning_analysis.main(flags(model, count, folder))
 
 
 def plain_generation(pipeline, count: int, points: int, batch: int, steps: int, guidance_scale: float) -> None:
@@ -74,22 +74,22 @@ def plain_generation(pipeline, count: int, points: int, batch: int, steps: int, 
                      generator=[generation.noise_generator(sample, 0) for sample in some])
 
 
-def own_seconds(count: int, folder: Path, cache: Path) -> float:
+def own_seconds(model: str, count: int, folder: Path, cache: Path) -> float:
     """Return the wall time of a sweep in a process that has imported all that a sweep needs, with this cache."""
-    our_sweep(1, folder / "warm-up")
+    our_sweep(model, 1, folder / "warm-up")
     os.environ["PRUNING_CACHE"] = str(cache)
-    return median_seconds(lambda: our_sweep(count, folder))
+    return median_seconds(lambda: our_sweep(model, count, folder))
 
 
-def bare_seconds(count: int, batch: int) -> float:
+def bare_seconds(model: str, count: int, batch: int) -> float:
     """Return the wall time of loading the bundled model and making the images of a sweep plainly, after imports."""
-    own = pipelines.MODELS[MODEL]
-    pipelines.load_pipeline(MODEL)
+    own = pipelines.MODELS[model]
+    pipelines.load_pipeline(model)
     return median_seconds(lambda: plain_generation(
-        pipelines.load_pipeline(MODEL), count, 1 + len(pruning_analysis.RATES), batch, own.steps, own.guidance_scale))
+        pipelines.load_pipeline(model), count, 1 + len(pruning_analysis.RATES), batch, own.steps, own.guidance_scale))
 
 
-def usual_way(count: int) -> tuple:
+def usual_way(model: str, count: int) -> tuple:
     """Run a sweep as it is usually written: one image at a time, and everything anew at each rate.
 
     Each rate loads the pipeline, prunes each layer with torch.nn.utils.prune, and gives torchmetrics' FID all real
@@ -99,12 +99,12 @@ def usual_way(count: int) -> tuple:
 
     samples, _ = data.load_samples("shapes", count)
     reference = data.load_originals(data.reference_samples("shapes", samples), 64)
-    pipelines.load_pipeline(MODEL)  # imports what a pipeline needs
-    own, found, image_seconds, begun = pipelines.MODELS[MODEL], [], 0.0, time.perf_counter()
+    pipelines.load_pipeline(model)  # imports what a pipeline needs
+    own, found, image_seconds, begun = pipelines.MODELS[model], [], 0.0, time.perf_counter()
     clip, features, perceptual = (backbones.load_backbone("bundled", name) for name in ("clip", "features", "lpips"))
     for rate in (0.0, *pruning_analysis.RATES):
-        pipeline = pipelines.load_pipeline(MODEL)
-        for layer in pipeline.unet.modules():
+        pipeline = pipelines.load_pipeline(model)
+        for layer in getattr(pipeline, pipelines.denoiser_name(pipeline)).modules():
             if rate and isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
                 prune.l1_unstructured(layer, "weight", amount=rate)
                 prune.remove(layer, "weight")
@@ -128,21 +128,21 @@ def usual_way(count: int) -> tuple:
     return found, time.perf_counter() - begun, image_seconds
 
 
-def sweep_rows(count: int, rounds: int, with_usual: bool) -> list:
+def sweep_rows(model: str, count: int, rounds: int, with_usual: bool) -> list:
     """Time sweeps of `count` images a rate. Returns rows (what was timed, seconds, a comparison), as all parts do."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         cache = folder / "cache"  # without features of real images at first
-        first = big_models.in_own_process(own_seconds, count, folder / "first", cache)
-        batch = own_record(folder / "first").settings["batch_size"]  # that it found fastest
+        first = big_models.in_own_process(own_seconds, model, count, folder / "first", cache)
+        batch = own_record(model, folder / "first").settings["batch_size"]  # that it found fastest
         bare, own, process = [], [], []
         for turn in range(rounds):  # alternating, as the speed of a machine drifts
-            bare.append(big_models.in_own_process(bare_seconds, count, batch))
-            own.append(big_models.in_own_process(own_seconds, count, folder / f"own {turn}", cache))
+            bare.append(big_models.in_own_process(bare_seconds, model, count, batch))
+            own.append(big_models.in_own_process(own_seconds, model, count, folder / f"own {turn}", cache))
             process.append(median_seconds(lambda: subprocess.run(
                 [sys.executable, str(ROOT / "pruning" / "pruning_analysis.py"),
-                 *flags(count, folder / f"process {turn}")], check=True, capture_output=True)))  # noqa: B023
-        record = own_record(folder / f"own {rounds - 1}")
+                 *flags(model, count, folder / f"process {turn}")], check=True, capture_output=True)))  # noqa: B023
+        record = own_record(model, folder / f"own {rounds - 1}")
         sweep = float(np.median(own))
         rows = [("plain generation", float(np.median(bare)), f"in batches of {batch}")]
         for name, taken in (("the sweep, after imports", own), ("the sweep, whole process", process)):
@@ -151,7 +151,7 @@ def sweep_rows(count: int, rounds: int, with_usual: bool) -> list:
                          f"{ratios.min():.2f} to {ratios.max():.2f} over the rounds"))
         rows.append(("the first sweep on a machine, after imports", first, f"{first / sweep:.2f} x later sweeps"))
         if with_usual:
-            found, usual, images = big_models.in_own_process(usual_way, count)
+            found, usual, images = big_models.in_own_process(usual_way, model, count)
             points = [record.dense, *record.points]
             differences = [", ".join(f"{name} {max(abs(ours.metrics[name] - other[name]) for ours, other in pairs):.2g}"
                                      for name in found[0])
@@ -166,12 +166,12 @@ def sweep_rows(count: int, rounds: int, with_usual: bool) -> list:
     return rows
 
 
-def profile(count: int) -> None:
+def profile(model: str, count: int) -> None:
     """Print the time that a sweep spends in each function of this project."""
     with tempfile.TemporaryDirectory() as folder:
-        our_sweep(1, Path(folder) / "warm-up")
+        our_sweep(model, 1, Path(folder) / "warm-up")
         profiler = cProfile.Profile()
-        profiler.runcall(our_sweep, count, Path(folder) / "sweep")
+        profiler.runcall(our_sweep, model, count, Path(folder) / "sweep")
     stats = pstats.Stats(profiler)
     stats.sort_stats("cumulative").print_stats(r"pruning/[\w/]+\.py", 45)
 
@@ -220,8 +220,8 @@ def start_rows() -> list:
         return median_seconds(lambda: subprocess.run(command_line, check=True, capture_output=True), times=5)
 
     with tempfile.TemporaryDirectory() as folder:
-        for record in (ROOT / "results" / "bundled" / MODEL / "shapes").glob("*.json"):
-            copied = Path(folder) / MODEL / "shapes" / record.name
+        for record in (ROOT / "results" / "bundled" / "shapes-unet" / "shapes").glob("*.json"):
+            copied = Path(folder) / "shapes-unet" / "shapes" / record.name
             copied.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(str(record), str(copied))
         rows = [("visualize_results.py --compare, four records",
@@ -242,6 +242,8 @@ PARTS = {
 def main(argv=None) -> None:
     """Run the parts that are asked for, and print a table in Markdown."""
     parser = cli.Parser(__doc__)
+    parser.add_argument("--model", type=cli.one_of("model", pipelines.MODELS), default="shapes-unet",
+                        help="one of the bundled models, which is swept")
     parser.add_argument("--num_images", type=cli.positive, default=64, help="images a rate")
     parser.add_argument("--rounds", type=cli.positive, default=3,
                         help="how often plain generation and the sweep are timed, in alternation")
@@ -253,11 +255,12 @@ def main(argv=None) -> None:
     for name, part in (("threshold", threshold_rows), ("fid", fid_rows), ("starts", start_rows)):
         rows += part() if name in args.parts else []
     if {"bare", "usual"} & set(args.parts):
-        rows += sweep_rows(args.num_images, args.rounds, "usual" in args.parts)
+        rows += sweep_rows(args.model, args.num_images, args.rounds, "usual" in args.parts)
     if "profile" in args.parts:
-        profile(args.num_images)
+        profile(args.model, args.num_images)
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, "
-          f"torch {torch.__version__}, {args.num_images} images a rate\n\n| what | seconds | |\n|---|---|---|")
+          f"torch {torch.__version__}, {args.model}, {args.num_images} images a rate\n\n"
+          "| what | seconds | |\n|---|---|---|")
     for name, taken, note in rows:
         print(f"| {name} | {taken:.2f} | {note} |")
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from pruning.metrics.intervals import median_interval
 
-ROUNDS, MOST_ROUNDS = 6, 24  # of calls that are timed; 6 is the fewest that have a 95 % interval
+ROUNDS, MORE_ROUNDS, MOST_ROUNDS = 6, 3, 24  # of calls that are timed; 6 is the fewest that have a 95 % interval
 RATIO_WIDTH = 0.1  # of the interval of a ratio of times, as a share of the ratio: what is good enough
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise torch's profiler prints to stderr
@@ -167,15 +167,15 @@ def time_ratio(dense, others: Sequence, call: dict, place: Optional[Callable] = 
     in the time of one dense call. Without others, a drawing makes fewer dense calls, and the ratio is the share itself.
 
     The ratio is the median over rounds of a call of dense and of each other. While the interval is wider than
-    RATIO_WIDTH of the ratio, ROUNDS more rounds follow, at most MOST_ROUNDS in all.
+    RATIO_WIDTH of the ratio, MORE_ROUNDS follow, at most MOST_ROUNDS in all.
     """
-    seconds = np.empty((0, 1 + len(others)))
+    seconds = call_seconds([dense, *others], call, ROUNDS, place)
     while True:
-        seconds = np.concatenate([seconds, call_seconds([dense, *others], call, ROUNDS, place)])
         ratios = seconds[:, 1:] @ np.array(shares) / seconds[:, 0] if others else np.full(len(seconds), shares[0])
         ratio, (low, high) = float(np.median(ratios)), median_interval(ratios)
         if high - low <= RATIO_WIDTH * ratio or len(seconds) >= MOST_ROUNDS:
             return float(np.median(seconds[:, 0])), ratio, (low, high)
+        seconds = np.concatenate([seconds, call_seconds([dense, *others], call, MORE_ROUNDS, place)])
 
 
 def synchronize(device) -> None:
