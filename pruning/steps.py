@@ -291,16 +291,16 @@ def time_calls(experiment: Experiment, denoiser, rate: float, images: Images) ->
         seconds, = costs.denoiser_seconds([denoiser], experiment.batch_call)
         return {"denoiser_seconds": seconds, "dense_denoiser_seconds": seconds, "image_seconds": image,
                 "dense_image_seconds": image, "ratio_intervals": {}}
-    calls = images.calls
+    calls, limit = images.calls, costs.TIMING * image * len(experiment.samples)
     if experiment.record.method in methods.BASELINES:
         calls = load_image(experiment, 0.0, 0).calls  # of dense; a baseline may make fewer
         dense_seconds, ratio, ends = time_beside_dense(experiment, denoiser, *methods.file_of(
-            experiment.record.method).timed(denoiser, baseline_plan(experiment, rate), images.calls / calls))
+            experiment.record.method).timed(denoiser, baseline_plan(experiment, rate), images.calls / calls), limit)
     else:
         # Zeros are multiplied like other weights, so of rates that leave the shapes as they are the first is timed.
         shapes = tensor_shapes(denoiser)
         if shapes not in experiment.timed:
-            experiment.timed[shapes] = time_beside_dense(experiment, denoiser, [denoiser], [1.0])
+            experiment.timed[shapes] = time_beside_dense(experiment, denoiser, [denoiser], [1.0], limit)
         dense_seconds, ratio, ends = experiment.timed[shapes]
     in_calls = min(1.0, calls * dense_seconds * ratio / len(experiment.batches[0]) / image)  # share of the time
 
@@ -312,16 +312,16 @@ def time_calls(experiment: Experiment, denoiser, rate: float, images: Images) ->
             "ratio_intervals": {"denoiser_seconds": list(ends), "image_seconds": [image_ratio(end) for end in ends]}}
 
 
-def time_beside_dense(experiment: Experiment, denoiser, others: List[Any], shares: Sequence[float]
+def time_beside_dense(experiment: Experiment, denoiser, others: List[Any], shares: Sequence[float], limit: float
                       ) -> Tuple[float, float, Tuple[float, float]]:
     """Return costs.time_ratio of others beside dense: all on the device, or in turns if it cannot hold them.
 
-    others: the pruned denoiser, or of a baseline, denoisers that share the tensors of `denoiser`.
+    others: the pruned denoiser, or of a baseline, denoisers that share the tensors of `denoiser`. limit: time_ratio's.
     """
     import torch  # here, because the commands import this file before they need torch
 
     pipeline, dense, device, offload = experiment.pipeline, experiment.dense, experiment.device, experiment.offload
-    ratio = functools.partial(costs.time_ratio, dense, others, experiment.batch_call, shares=shares)
+    ratio = functools.partial(costs.time_ratio, dense, others, experiment.batch_call, shares=shares, limit=limit)
     if offload == "sequential":
         found = ratio(lambda each: pipelines.set_denoiser(pipeline, each, device, offload))
         release(pipeline, dense, offload)

@@ -792,3 +792,6 @@ def test_a_ratio_of_times_is_measured_longer_where_the_rounds_disagree(monkeypat
         assert low <= ratio <= high
         assert (ratio, high - low < 0.01) == (pytest.approx(0.5, rel=0.3 * noise + 0.01), noise < 0.1)
         assert dense == 0.1 or busy
+    rounds.clear()
+    costs.time_ratio(None, [None], {}, limit=11 * 0.15)  # a round takes about 0.15 seconds
+    assert rounds == [6, 3, 3]

@@ -14,6 +14,7 @@ import numpy as np
 from pruning.metrics.intervals import median_interval
 
 ROUNDS, MORE_ROUNDS, MOST_ROUNDS = 6, 3, 24  # of calls that are timed; 6 is the fewest that have a 95 % interval
+TIMING = 0.25  # of the time of a point's images: its calls are timed no longer, but for ROUNDS
 RATIO_WIDTH = 0.1  # of the interval of a ratio of times, as a share of the ratio: what is good enough
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise torch's profiler prints to stderr
@@ -159,21 +160,21 @@ def call_seconds(denoisers: Sequence, call: dict, rounds: int, place: Optional[C
     return seconds
 
 
-def time_ratio(dense, others: Sequence, call: dict, place: Optional[Callable] = None, shares: Sequence[float] = (1.0,)
-               ) -> Tuple[float, float, Tuple[float, float]]:
+def time_ratio(dense, others: Sequence, call: dict, place: Optional[Callable] = None, shares: Sequence[float] = (1.0,),
+               limit: float = np.inf) -> Tuple[float, float, Tuple[float, float]]:
     """Return the seconds of a dense call, how many times as long the others take, and the ratio's 95 % interval.
 
     others: the pruned denoiser; of a baseline, the denoisers that its drawings call. shares: how often each is called
     in the time of one dense call. Without others, a drawing makes fewer dense calls, and the ratio is the share itself.
 
     The ratio is the median over rounds of a call of dense and of each other. While the interval is wider than
-    RATIO_WIDTH of the ratio, MORE_ROUNDS follow, at most MOST_ROUNDS in all.
+    RATIO_WIDTH of the ratio, MORE_ROUNDS follow, at most MOST_ROUNDS in all, and none after `limit` seconds of calls.
     """
     seconds = call_seconds([dense, *others], call, ROUNDS, place)
     while True:
         ratios = seconds[:, 1:] @ np.array(shares) / seconds[:, 0] if others else np.full(len(seconds), shares[0])
         ratio, (low, high) = float(np.median(ratios)), median_interval(ratios)
-        if high - low <= RATIO_WIDTH * ratio or len(seconds) >= MOST_ROUNDS:
+        if high - low <= RATIO_WIDTH * ratio or len(seconds) >= MOST_ROUNDS or seconds.sum() >= limit:
             return float(np.median(seconds[:, 0])), ratio, (low, high)
         seconds = np.concatenate([seconds, call_seconds([dense, *others], call, MORE_ROUNDS, place)])
 
