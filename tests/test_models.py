@@ -1,12 +1,10 @@
 """Images come out of a pipeline with prompts encoded once, by halves if the GPU is full, and compiled if asked for."""
 from __future__ import annotations
 
-import functools
 import platform
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -98,15 +96,14 @@ def test_a_batch_size_without_gpu_memory_for_it_is_halved_before_anything_is_tim
 
 
 @pytest.mark.parametrize("fastest", [8, 16, 32])
-def test_on_a_cpu_the_batch_is_the_fastest_of_those_that_the_images_and_their_size_allow(fastest):
+def test_on_a_cpu_the_batch_is_the_fastest_of_those_that_the_images_and_their_size_allow(fastest, monkeypatch):
     pipeline, sample = pipelines.load_pipeline("shapes-unet"), data.load_samples("shapes", 1)[0][0]
-    denoise = pipeline.unet.forward
 
-    def slow_when_larger(sample, *args, **kwargs):
-        time.sleep(0.05 if len(sample) <= 2 * fastest else 0.01 * len(sample))  # guidance takes two latents an image
-        return denoise(sample, *args, **kwargs)
+    def slow_when_larger(denoisers, call, rounds):
+        latents = len(call["sample"])
+        return [0.05 if latents <= 2 * fastest else 0.01 * latents] * len(denoisers)  # guidance: two latents an image
 
-    pipeline.unet.forward = functools.wraps(denoise)(slow_when_larger)
+    monkeypatch.setattr(generation, "denoiser_seconds", slow_when_larger)
     one = {"steps": 2, "guidance_scale": 4.0, "image_size": 64}
     assert generation.fitting_batch_size(pipeline, sample, 50, "cpu", **one) == fastest
     assert generation.fitting_batch_size(pipeline, sample, 9, "cpu", **one) == min(fastest, 16)
