@@ -20,7 +20,7 @@ from typing import Sequence
 
 import numpy as np
 
-from pruning import cli, data
+from pruning import UserError, cli, data
 from pruning.metrics import backbones, scores
 from pruning.models import generation, pipelines
 
@@ -28,12 +28,17 @@ BATCH = 16
 
 
 def prune(model: str, method: str, rate: float, seed: int, flags: Sequence[str], folder: Path) -> Path:
-    """Prune a model with calibration captions that the seed chooses, and return the folder of the pruned model."""
+    """Prune a model with calibration captions that the seed chooses, and return the folder of the pruned model.
+
+    Raises UserError if the command that prunes fails, which says why itself.
+    """
     kept = folder / f"pruned-{rate:g}-{seed}"
-    subprocess.run([sys.executable, str(ROOT / "pruning" / "test_single_rate.py"), "--model", model, "--method", method,
-                    "--rate", str(rate), "--seed", str(seed), "--num_images", "1", "--metrics", "clip_score",
-                    "--results_dir", str(folder / str(seed)), "--save_pruned", str(kept), *flags],
-                   check=True, stdout=subprocess.DEVNULL)
+    done = subprocess.run([sys.executable, str(ROOT / "pruning" / "test_single_rate.py"), "--model", model,
+                           "--method", method, "--rate", str(rate), "--seed", str(seed), "--num_images", "1",
+                           "--metrics", "clip_score", "--results_dir", str(folder / str(seed)),
+                           "--save_pruned", str(kept), *flags], stdout=subprocess.DEVNULL)
+    if done.returncode:
+        raise UserError(f"{method} could not prune {model} to {rate:g}; the line above says why")
     return kept
 
 
